@@ -1,0 +1,63 @@
+// mechanic_fused._native: names and argument structs. Addresses come in as integers, and nothing
+// here knows torch. The GIL is released around all work.
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu.h"
+
+namespace py = pybind11;
+using namespace mechanic;
+
+namespace {
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Bucket make_bucket(int64_t tensors, int64_t chunks, int64_t hyper, int64_t partials, int64_t sums,
+                   int64_t tensor_count, int64_t chunk_count, int64_t scale_count, int64_t elements,
+                   int64_t kind, int64_t weight, int64_t state) {
+  return {pointer<const Tensor>(tensors),
+          pointer<const Chunk>(chunks),
+          pointer<const Hyper>(hyper),
+          pointer<Sums>(partials),
+          pointer<Sums>(sums),
+          tensor_count,
+          chunk_count,
+          scale_count,
+          elements,
+          Kind(kind),
+          DType(weight),
+          DType(state)};
+}
+
+Tuner make_tuner(int64_t state, int64_t constants, int64_t scale_count, int64_t betas) {
+  return {pointer<double>(state), pointer<const double>(constants), scale_count, betas};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The verbs over tables of addresses: see native.py, which calls them.";
+  py::class_<Bucket>(m, "Bucket")
+      .def(py::init(&make_bucket), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
+           py::arg("hyper"), py::arg("partials"), py::arg("sums"), py::arg("tensor_count"),
+           py::arg("chunk_count"), py::arg("scale_count"), py::arg("elements"), py::arg("kind"),
+           py::arg("weight"), py::arg("state"));
+  py::class_<Tuner>(m, "Tuner")
+      .def(py::init(&make_tuner), py::kw_only(), py::arg("state"), py::arg("constants"),
+           py::arg("scale_count"), py::arg("betas"));
+
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  auto cpu = m.def_submodule("cpu", "The verbs on the processor.");
+  cpu.def("accumulate", &cpu::accumulate, py::arg("bucket"), py::arg("threads"), released);
+  cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
+  cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);
+  cpu.def(
+      "tune",
+      [](int64_t sums, const Tuner& tuner) { cpu::tune(pointer<const Sums>(sums), tuner); },
+      py::arg("sums"), py::arg("tuner"), released);
+  cpu.def("instruction_set", &cpu::instruction_set);
+
+  m.attr("has_cuda") = false;
+}

@@ -1,0 +1,220 @@
+// The verbs as loops over chunks. A chunk writes its own partial sums and a fixed order folds
+// them, so the result does not depend on the number of threads.
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "blocks.h"
+#include "cpu.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace mechanic::cpu {
+namespace {
+
+// Below this many elements a bucket is done before a second thread has woken up.
+constexpr int64_t kSerial = 1 << 16;
+
+// Weights that overflow the caches are written past them: apply does not read x, and the next to
+// read it is a forward pass that starts at the other end.
+constexpr int64_t kStreamed = 1 << 22;
+
+template <class T>
+T* at(int64_t address, int64_t offset) {
+  return address == 0 ? nullptr : reinterpret_cast<T*>(address) + offset;
+}
+
+// Return the block itself where it is wide already, else a widened copy in `buffer`.
+template <class X>
+Wide<X>* open(X* block, Wide<X>* buffer, int n) {
+  if constexpr (std::is_same_v<X, Wide<X>>) {
+    return block;
+  } else {
+    widen_block<X>(block, buffer, n);
+    return buffer;
+  }
+}
+
+template <class X>
+void close(X* block, const Wide<X>* buffer, int n) {
+  if constexpr (!std::is_same_v<X, Wide<X>>) narrow_block<X>(buffer, block, n);
+}
+
+void copy_past_cache(void* to, const void* from, size_t bytes) {
+  auto* target = static_cast<char*>(to);
+  auto* source = static_cast<const char*>(from);
+#if defined(__SSE2__)
+  const size_t head = std::min(bytes, size_t(-reinterpret_cast<uintptr_t>(target)) % 16);
+  std::memcpy(target, source, head);
+  for (target += head, source += head, bytes -= head; bytes >= 16; bytes -= 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+    target += 16, source += 16;
+  }
+#endif
+  std::memcpy(target, source, bytes);
+}
+
+template <class Base, class X, class S>
+void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
+  using T = Wide<X>;
+  const Tensor& tensor = bucket.tensors[chunk.tensor];
+  partial.gd = partial.gg = 0;
+  if (tensor.gradient == 0) return;
+  const auto* step = at<const float>(tensor.step, 0);
+  const Hyper& hyper = bucket.hyper[tensor.group];
+  const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
+  const bool reads_x = hyper.l2 != 0 || hyper.decay != 0;
+
+  alignas(64) T g_wide[kBlock], x_wide[kBlock], state0_wide[kBlock], state1_wide[kBlock];
+  Lanes lanes = {};
+  for (int64_t done = 0; done < chunk.length; done += kBlock) {
+    const int64_t offset = chunk.offset + done;
+    const int n = int(std::min<int64_t>(kBlock, chunk.length - done));
+    const T* g = open(at<X>(tensor.gradient, offset), g_wide, n);
+    T* delta = at<T>(tensor.delta, offset);
+    S* state0 = Base::kStates > 0 ? at<S>(tensor.state0, offset) : nullptr;
+    S* state1 = Base::kStates > 1 ? at<S>(tensor.state1, offset) : nullptr;
+    T* a = Base::kStates > 0 ? open(state0, state0_wide, n) : nullptr;
+    T* b = Base::kStates > 1 ? open(state1, state1_wide, n) : nullptr;
+    if (reads_x) {
+      const T* x = open(at<X>(tensor.weight, offset), x_wide, n);
+      accumulate_block<Base, true>(g, x, delta, a, b, n, c, lanes);
+    } else {
+      accumulate_block<Base, false, T>(g, nullptr, delta, a, b, n, c, lanes);
+    }
+    if constexpr (Base::kStates > 0) close(state0, a, n);
+    if constexpr (Base::kStates > 1) close(state1, b, n);
+  }
+  partial.gd = fold(lanes.first);
+  partial.gg = fold(lanes.second);
+}
+
+// Write x if there is a scale, and measure what stands there then.
+template <class X>
+void apply_chunk(const Bucket& bucket, const Chunk& chunk, const double* scale, Sums& partial) {
+  using T = Wide<X>;
+  const Tensor& tensor = bucket.tensors[chunk.tensor];
+  const bool streams = bucket.elements >= kStreamed;
+  alignas(64) X fresh[kBlock];
+  Lanes lanes = {};
+  for (int64_t done = 0; done < chunk.length; done += kBlock) {
+    const int64_t offset = chunk.offset + done;
+    const int n = int(std::min<int64_t>(kBlock, chunk.length - done));
+    X* x = at<X>(tensor.weight, offset);
+    const T* delta = at<const T>(tensor.delta, offset);
+    if (scale == nullptr) {
+      measure_block<X>(x, delta, n, lanes);
+      continue;
+    }
+    blend_block<X>(at<const X>(tensor.x_ref, offset), delta, fresh, n, T(*scale));
+    measure_block<X>(fresh, delta, n, lanes);
+    if (streams) {
+      copy_past_cache(x, fresh, n * sizeof(X));
+    } else {
+      std::memcpy(x, fresh, n * sizeof(X));
+    }
+  }
+  partial.xd = fold(lanes.first);
+  partial.xx = fold(lanes.second);
+}
+
+template <class Run>
+void for_weight(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat: return run(float());
+    case DType::kDouble: return run(double());
+    case DType::kBFloat16: return run(BFloat16());
+    case DType::kHalf: return run(Half());
+  }
+}
+
+template <class Run>
+void for_kind(Kind kind, Run run) {
+  switch (kind) {
+    case Kind::kSgd: return run(Sgd());
+    case Kind::kMomentum: return run(Momentum());
+    case Kind::kAdam: return run(Adam());
+    case Kind::kLion: return run(Lion());
+  }
+}
+
+// Call work(chunk, partial) for all chunks, the last one first if so wished.
+template <class Work>
+void for_chunks(const Bucket& bucket, int threads, bool backwards, Work work) {
+  const int64_t count = bucket.chunk_count;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (bucket.elements >= kSerial)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = backwards ? count - 1 - i : i;
+    work(bucket.chunks[number], bucket.partials[number]);
+  }
+}
+
+void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
+  const int64_t width = tuner ? 4 * tuner->betas + 2 : 0;
+  for_weight(bucket.weight, [&](auto weight) {
+    // Backwards, since the end of delta is what accumulate has left in the cache.
+    for_chunks(bucket, threads, true, [&](const Chunk& chunk, Sums& partial) {
+      double scale = 0;
+      if (tuner) {
+        const int64_t row = bucket.tensors[chunk.tensor].scale;
+        scale = total(tuner->state + row * width, tuner->betas);
+      }
+      apply_chunk<decltype(weight)>(bucket, chunk, tuner ? &scale : nullptr, partial);
+    });
+  });
+  for (int64_t i = 0; i < bucket.scale_count; ++i) bucket.sums[i].xd = bucket.sums[i].xx = 0;
+  for (int64_t i = 0; i < bucket.chunk_count; ++i) {
+    Sums& sums = bucket.sums[bucket.tensors[bucket.chunks[i].tensor].scale];
+    sums.xd += bucket.partials[i].xd;
+    sums.xx += bucket.partials[i].xx;
+  }
+}
+
+}  // namespace
+
+void accumulate(const Bucket& bucket, int threads) {
+  for_kind(bucket.kind, [&](auto base) {
+    for_weight(bucket.weight, [&](auto weight) {
+      using X = decltype(weight);
+      const bool narrow = bucket.state == bucket.weight;
+      for_chunks(bucket, threads, false, [&](const Chunk& chunk, Sums& partial) {
+        if (narrow) {
+          accumulate_chunk<decltype(base), X, X>(bucket, chunk, partial);
+        } else {
+          accumulate_chunk<decltype(base), X, Wide<X>>(bucket, chunk, partial);
+        }
+      });
+    });
+  });
+  for (int64_t i = 0; i < bucket.scale_count; ++i) bucket.sums[i].gd = bucket.sums[i].gg = 0;
+  for (int64_t i = 0; i < bucket.chunk_count; ++i) {
+    Sums& sums = bucket.sums[bucket.tensors[bucket.chunks[i].tensor].scale];
+    sums.gd += bucket.partials[i].gd;
+    sums.gg += bucket.partials[i].gg;
+  }
+  // Only now, when no chunk reads the count any more.
+  for (int64_t i = 0; i < bucket.tensor_count; ++i) {
+    const Tensor& tensor = bucket.tensors[i];
+    if (tensor.gradient != 0 && tensor.step != 0) *at<float>(tensor.step, 0) += 1;
+  }
+}
+
+void apply(const Bucket& bucket, const Tuner& tuner, int threads) {
+  write_and_measure(bucket, &tuner, threads);
+}
+
+void measure(const Bucket& bucket, int threads) { write_and_measure(bucket, nullptr, threads); }
+
+void tune(const Sums* sums, const Tuner& tuner) { tune_rows(sums, tuner); }
+
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+  return "default";
+}
+
+}  // namespace mechanic::cpu

@@ -1,0 +1,177 @@
+// Every scalar formula: the base updates and the tuner. Registers in, registers out.
+// reference.py states the same in PyTorch; one rounding an operation there and here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "chunk.h"
+
+#if defined(__CUDACC__)
+#define MECHANIC_INLINE __host__ __device__ __forceinline__
+#else
+#define MECHANIC_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace mechanic {
+
+// What an update needs beside registers, made in double once a chunk.
+template <class T>
+struct Coefficients {
+  T gradient;      // multiplies g: -1 to maximize, over GradScaler's scale
+  T beta1, rest1;  // rest1 = 1 - beta1, or SGD's 1 - dampening
+  T beta2, rest2;
+  T eps, l2;
+  T rate;              // lr, for Adam over its first bias correction
+  T decay;             // lr * decoupled weight decay
+  T correction2_sqrt;  // Adam's sqrt(1 - beta2^t)
+  bool nesterov;
+};
+
+template <class T>
+MECHANIC_INLINE Coefficients<T> plain_coefficients(const Hyper& h) {
+  Coefficients<T> c;
+  c.gradient = T(h.gradient);
+  c.beta1 = T(h.beta1);
+  c.rest1 = T(1 - h.beta1);
+  c.beta2 = T(h.beta2);
+  c.rest2 = T(1 - h.beta2);
+  c.eps = T(h.eps);
+  c.l2 = T(h.l2);
+  c.rate = T(h.lr);
+  c.decay = T(h.lr * h.decay);
+  c.correction2_sqrt = T(1);
+  c.nesterov = h.nesterov != 0;
+  return c;
+}
+
+// u = -lr (g + l2 x)
+struct Sgd {
+  static constexpr int kStates = 0;
+
+  template <class T>
+  static MECHANIC_INLINE Coefficients<T> coefficients(const Hyper& h, double) {
+    return plain_coefficients<T>(h);
+  }
+
+  template <class T>
+  static MECHANIC_INLINE T update(T g, T x, T&, T&, const Coefficients<T>& c) {
+    return -(c.rate * (g + c.l2 * x));
+  }
+};
+
+// buffer = mu buffer + (1 - dampening) d, the first time buffer = d; u = -lr buffer, or Nesterov's
+struct Momentum {
+  static constexpr int kStates = 1;
+
+  template <class T>
+  static MECHANIC_INLINE Coefficients<T> coefficients(const Hyper& h, double step) {
+    Coefficients<T> c = plain_coefficients<T>(h);
+    c.rest1 = step == 0 ? T(1) : T(1 - h.beta2);
+    return c;
+  }
+
+  template <class T>
+  static MECHANIC_INLINE T update(T g, T x, T& buffer, T&, const Coefficients<T>& c) {
+    const T d = g + c.l2 * x;
+    buffer = c.beta1 * buffer + c.rest1 * d;
+    return -(c.rate * (c.nesterov ? d + c.beta1 * buffer : buffer));
+  }
+};
+
+// u = -lr/(1-beta1^t) m / (sqrt(v)/sqrt(1-beta2^t) + eps) - lr decay x, as torch's Adam and AdamW
+struct Adam {
+  static constexpr int kStates = 2;
+
+  template <class T>
+  static MECHANIC_INLINE Coefficients<T> coefficients(const Hyper& h, double step) {
+    Coefficients<T> c = plain_coefficients<T>(h);
+    c.rate = T(h.lr / (1 - pow(h.beta1, step + 1)));
+    c.correction2_sqrt = T(sqrt(1 - pow(h.beta2, step + 1)));
+    return c;
+  }
+
+  template <class T>
+  static MECHANIC_INLINE T update(T g, T x, T& m, T& v, const Coefficients<T>& c) {
+    g = g + c.l2 * x;
+    m = c.beta1 * m + c.rest1 * g;
+    v = c.beta2 * v + c.rest2 * (g * g);
+    const T direction = (c.rate * m) / (std::sqrt(v) / c.correction2_sqrt + c.eps);
+    return -direction - c.decay * x;
+  }
+};
+
+// u = -lr (sign(beta1 m + (1-beta1) g) + decay x); m = beta2 m + (1-beta2) g
+struct Lion {
+  static constexpr int kStates = 1;
+
+  template <class T>
+  static MECHANIC_INLINE Coefficients<T> coefficients(const Hyper& h, double) {
+    return plain_coefficients<T>(h);
+  }
+
+  template <class T>
+  static MECHANIC_INLINE T update(T g, T x, T& m, T&, const Coefficients<T>& c) {
+    const T mixed = c.beta1 * m + c.rest1 * g;
+    const T direction = T(mixed > 0) - T(mixed < 0);
+    m = c.beta2 * m + c.rest2 * g;
+    return -(c.rate * direction) - c.decay * x;
+  }
+};
+
+// An element that is not finite enters the update as 0.
+template <class T>
+MECHANIC_INLINE T finite_or_zero(T g) {
+  return g - g == T(0) ? g : T(0);
+}
+
+// x = x_ref + S delta
+template <class T>
+MECHANIC_INLINE T blend(T x_ref, T scale, T delta) {
+  return x_ref + scale * delta;
+}
+
+// S = sum of s, in the order of the betas
+MECHANIC_INLINE double total(const double* s, int64_t betas) {
+  double sum = s[0];
+  for (int64_t i = 1; i < betas; ++i) sum = sum + s[i];
+  return sum;
+}
+
+// The columns of Tuner::constants before the betas.
+enum Constant { kDecay, kInit, kEps, kEpsInM, kClampsH, kFloorsR, kLearning, kBetas };
+
+// One row of the tuner learns from its sums; returns whether sums and h were finite.
+// h = g.delta + lambda S sqrt(g.g) / (sqrt(x.x) + eps) x.delta
+MECHANIC_INLINE bool tune_row(const Sums& sums, double* state, const double* c, int64_t n) {
+  double *s = state, *r = state + n, *v = state + 2 * n, *m = state + 3 * n;
+  double* counters = state + 4 * n;
+  const double decay = c[kDecay] * total(s, n) * std::sqrt(sums.gg);
+  const double h = sums.gd + decay / (std::sqrt(sums.xx) + c[kEps]) * sums.xd;
+  const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.xd) && std::isfinite(sums.gg) &&
+                      std::isfinite(sums.xx) && std::isfinite(h);
+  counters[0] += 1;
+  if (!finite || c[kLearning] == 0) return finite;
+  for (int64_t i = 0; i < n; ++i) {
+    const double beta = c[kBetas + i];
+    const double reward_h = c[kClampsH] != 0 ? fmax(fmin(h, m[i]), -m[i]) : h;
+    m[i] = fmax(beta * m[i], std::fabs(h) + (c[kEpsInM] != 0 ? c[kEps] : 0));
+    v[i] = beta * beta * v[i] + h * h;
+    r[i] = beta * r[i] - reward_h * s[i];
+    if (c[kFloorsR] != 0) r[i] = fmax(r[i], 0.0);
+    s[i] = (c[kInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
+  }
+  return true;
+}
+
+// All rows; the first one counts the steps at which any was not finite.
+MECHANIC_INLINE void tune_rows(const Sums* sums, const Tuner& tuner) {
+  const int64_t width = 4 * tuner.betas + 2;
+  bool finite = true;
+  for (int64_t row = 0; row < tuner.scale_count; ++row) {
+    finite &= tune_row(sums[row], tuner.state + row * width, tuner.constants, tuner.betas);
+  }
+  if (!finite) tuner.state[width - 1] += 1;
+}
+
+}  // namespace mechanic

@@ -1,0 +1,18 @@
+"""Mechanic: PyTorch optimizers that find their own learning rate, fused."""
+
+from .lion import Lion
+from .mechanized import Mechanized, is_mechanized, mechanize
+from .optimizers import MechanicAdam, MechanicAdamW, MechanicLion, MechanicSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Lion",
+    "MechanicAdam",
+    "MechanicAdamW",
+    "MechanicLion",
+    "MechanicSGD",
+    "Mechanized",
+    "is_mechanized",
+    "mechanize",
+]

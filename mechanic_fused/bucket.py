@@ -1,0 +1,192 @@
+"""Bucket: the tensors that one call of a verb works on, and the tables that kernels read.
+
+No arithmetic on weights happens here, only bookkeeping: addresses, row numbers, and whether a
+gradient can be worked on at all.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bases import HYPER, STEPPED
+
+GD, XD, GG, XX = range(4)
+"""The columns of the sums: g·Δ, x·Δ, g·g, x·x."""
+
+TENSOR = ("gradient", "weight", "x_ref", "delta", "state0", "state1", "step", "scale", "group")
+"""The columns of a row of the tensor table: addresses (0: absent), then two row numbers."""
+
+CHUNK = 1 << 14
+"""Elements of a chunk: small enough that threads share any model evenly, large enough (64 KiB a
+float32 stream) that starting one costs nothing."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic and of Δ for weights of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether x fills its storage range without gaps or overlap, in any order of its axes."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
+
+
+class Member(NamedTuple):
+    """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
+    state entries, and the names of its base's state."""
+
+    parameter: Tensor
+    group: int
+    row: int
+    state: dict[str, Any]
+    names: tuple[str, ...]
+
+
+class Bucket:
+    """Weights of one device, dtype and update, which one call of a verb works on.
+
+    Attributes that backends read: ``kind`` (the update), ``wide`` (dtype of the arithmetic and of
+    Δ), ``weights``, ``grads``, ``x_ref``, ``delta``, ``states``, ``steps`` (lists, one entry a
+    weight), ``rows`` and ``groups`` (row of the sums and of the hyperparameters for each weight),
+    ``hyper`` (groups, 8) float64, ``sums`` (scales, 4) float64 and ``partials`` (chunks, 4),
+    ``tensors`` (weights, 9) and ``chunks`` (chunks, 3) int64. ``handle`` is the backend's own.
+    """
+
+    def __init__(
+        self, backend: ModuleType, kind: str, members: list[Member], groups: int, scales: int
+    ) -> None:
+        first = members[0].parameter
+        self.backend = backend
+        self.kind = kind
+        self.dtype = first.dtype
+        self.device = first.device
+        self.wide = wide(first.dtype)
+        self.parameters = [member.parameter for member in members]
+        self.weights = [x.detach() for x in self.parameters]
+        self.rows = [member.row for member in members]
+        self.groups = [member.group for member in members]
+        self.strides = [x.stride() for x in self.weights]
+        self.dense = all(is_dense(x) for x in self.weights)
+        self.x_ref = [member.state["x_ref"] for member in members]
+        self.delta = [member.state["delta"] for member in members]
+        self.states = [tuple(member.state[name] for name in member.names) for member in members]
+        self.steps = [member.state["step"] for member in members] if kind in STEPPED else []
+        self.grads: list[Tensor | None] = [None] * len(members)
+        self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
+        self.hyper_rows: list[list[float]] = []
+        self.sums = torch.zeros(scales, 4, dtype=torch.float64, device=self.device)
+        self.tensors = self._tensor_table()
+        self.chunks = self._chunk_table()
+        self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
+        self.versions = [x._version for x in self.parameters]
+        self.addresses = self.tensors[:, 1].tolist()
+        self.gradient_addresses: list[int] = []
+        self.live_lr: dict[int, Tensor] = {}
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.tensors_stale = self.hyper_stale = True
+        self.handle: Any = None
+
+    def multiplier(self, i: int) -> float:
+        """What weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale."""
+        return self.hyper_rows[self.groups[i]][HYPER.index("gradient")]
+
+    def gather(self) -> bool:
+        """Look at every gradient; raise for one that cannot be used; True if there is any."""
+        grads: list[Tensor | None] = []
+        for x, stride in zip(self.parameters, self.strides, strict=True):
+            g = x.grad
+            if g is not None:
+                if g.layout is not torch.strided:
+                    raise ValueError(
+                        f"gradients must be dense, got a gradient of layout {g.layout} "
+                        f"for a weight of shape {tuple(x.shape)}"
+                    )
+                if g.dtype is not self.dtype or (
+                    self.dense
+                    and g.stride() != stride
+                    and not (g.is_contiguous() and x.is_contiguous())
+                ):
+                    # Laid out like its weight, since both are walked as flat storage.
+                    g = torch.empty_like(x, memory_format=torch.preserve_format).copy_(g)
+            grads.append(g)
+        self.grads = grads
+        return any(g is not None for g in grads)
+
+    def load(
+        self,
+        hyper_rows: list[list[float]],
+        live_lr: dict[int, Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Write this step's addresses and hyperparameters into the tables.
+
+        What a backend on a GPU must upload again shows in ``tensors_stale`` and ``hyper_stale``.
+        ``live_lr`` (group → tensor), ``grad_scale`` and ``found_inf`` are for kernels that read
+        them on the device; empty and None where the host has read them already.
+        """
+        self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
+        addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        if addresses != self.gradient_addresses:
+            self.gradient_addresses = addresses
+            self.tensors[:, 0] = torch.tensor(addresses, dtype=torch.int64)
+            self.tensors_stale = True
+        if hyper_rows != self.hyper_rows:
+            self.hyper_rows = hyper_rows
+            self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
+            self.hyper_stale = True
+
+    def release(self) -> None:
+        """Let go of the gradients, or they would outlive the next zero_grad."""
+        self.grads = [None] * len(self.parameters)
+
+    def written(self) -> list[int]:
+        """Return the weights that somebody else has written or moved since the last ``remember``."""
+        return [
+            i
+            for i, x in enumerate(self.parameters)
+            if x._version != self.versions[i] or x.data_ptr() != self.addresses[i]
+        ]
+
+    def remember(self) -> None:
+        """Note the weights' versions after our own writes."""
+        self.versions = [x._version for x in self.parameters]
+
+    def readdress(self) -> None:
+        """Take the weights' storages anew, after ``p.data = …`` has moved one."""
+        self.weights = [x.detach() for x in self.parameters]
+        self.tensors[:, 1] = torch.tensor([x.data_ptr() for x in self.weights])
+        self.addresses = self.tensors[:, 1].tolist()
+        self.tensors_stale = True
+
+    def _tensor_table(self) -> Tensor:
+        table = torch.zeros(len(self.parameters), len(TENSOR), dtype=torch.int64)
+        for i, x in enumerate(self.weights):
+            states = [state.data_ptr() for state in self.states[i]]
+            step = self.steps[i].data_ptr() if self.steps else 0
+            table[i] = torch.tensor(
+                [0, x.data_ptr(), self.x_ref[i].data_ptr(), self.delta[i].data_ptr()]
+                + (states + [0, 0])[:2]
+                + [step, self.rows[i], self.groups[i]]
+            )
+        return table
+
+    def _chunk_table(self) -> Tensor:
+        rows = [
+            (i, offset, min(CHUNK, x.numel() - offset))
+            for i, x in enumerate(self.weights)
+            for offset in range(0, x.numel(), CHUNK)
+        ]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)

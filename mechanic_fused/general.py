@@ -1,0 +1,79 @@
+"""The general road: Mechanic around any optimizer, by watching what its own step does.
+
+Slower than the fused road, with temporaries of the weights' size, but it asks nothing of the base
+except that its step reads ``p.grad`` and moves ``p``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import reference
+from .bucket import Bucket
+from .state import OURS
+
+
+def accumulate(
+    optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
+) -> None:
+    """Take the sums with the old Δ, let the base step on lent weights, and add its moves to Δ.
+
+    u = x' − x, where x' is a copy of x in float32 (float64 for float64) that the base has moved.
+    Its gradients are lent too: unscaled, and 0 where they are not finite.
+    """
+    for bucket in buckets:
+        reference.inner_products(bucket)
+    with _lent(optimizer, buckets):
+        base_step(optimizer)
+        moved = [[p.detach() for p in bucket.parameters] for bucket in buckets]
+    for bucket, lent in zip(buckets, moved, strict=True):
+        for i, x in enumerate(bucket.weights):
+            if bucket.grads[i] is not None:
+                bucket.delta[i].add_(lent[i] - x.to(bucket.wide))
+
+
+@contextmanager
+def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[None]:
+    """Give the base copies of weights and gradients, and a state that holds only its own entries."""
+    # The base would apply GradScaler's scale a second time, to gradients that are unscaled here.
+    scaler = {k: vars(optimizer).pop(k) for k in ("grad_scale", "found_inf") if k in vars(optimizer)}
+    grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    stored = {p for p in grads if OURS[0] in optimizer.state.get(p, ())}
+    try:
+        for p in grads:
+            # A frozen weight may still carry a gradient; torch's optimizers would move it.
+            p.grad = None
+        for bucket in buckets:
+            for i, p in enumerate(bucket.parameters):
+                for name in OURS:
+                    optimizer.state.get(p, {}).pop(name, None)
+                p.data = bucket.weights[i].to(bucket.wide, copy=True)
+                p.grad = _finite(bucket, i)
+        yield
+    finally:
+        for bucket in buckets:
+            for i, p in enumerate(bucket.parameters):
+                p.grad = None
+                p.data = bucket.weights[i]
+                # Not for a weight that has never had a gradient: an entry without the base's own
+                # beside it would look to the base like a state that it has made already.
+                if p in stored or bucket.grads[i] is not None:
+                    optimizer.state[p].update(x_ref=bucket.x_ref[i], delta=bucket.delta[i])
+        for p, g in grads.items():
+            p.grad = g
+        vars(optimizer).update(scaler)
+
+
+def _finite(bucket: Bucket, i: int) -> Tensor | None:
+    g = bucket.grads[i]
+    if g is None:
+        return None
+    unscale = abs(bucket.multiplier(i))
+    g = g.to(bucket.wide) * unscale
+    return torch.where(g.isfinite(), g, 0.0)

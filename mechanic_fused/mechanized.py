@@ -1,0 +1,383 @@
+"""mechanize(Base): a torch optimizer that finds its own learning rate, as a subclass of its base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends, bases, general, state
+from .plan import StepPlan, scale_keys, signature
+from .tuner import BETAS, KEY, OPTIONS, SCALES, Tuner, checked_options
+
+Log = Callable[[dict[str, Any]], None]
+
+_logger = logging.getLogger(__name__)
+
+_made: dict[Any, type[Mechanized]] = {}
+
+
+class Mechanized(Optimizer):
+    """What mechanize(Base) puts in front of Base: x = x_ref + S·Δ with a learned scale S.
+
+    Not made by itself: see :func:`mechanize`.
+    """
+
+    _base: type[Optimizer]
+    _class_options: dict[str, Any]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *args: Any,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
+        s_init: float | None = None,
+        tuner_eps: float | None = None,
+        variant: str | None = None,
+        scale: str | None = None,
+        backend: str | None = None,
+        narrow_state: bool = False,
+        **base_options: Any,
+    ) -> None:
+        given = {
+            "s_decay": s_decay,
+            "tuner_betas": tuner_betas,
+            "s_init": s_init,
+            "tuner_eps": tuner_eps,
+            "variant": variant,
+            "scale": scale,
+            "backend": backend,
+        }
+        chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
+        self._tuner_options = checked_options(
+            **{k: chosen[k] for k in OPTIONS if k != "learning"}
+        )
+        self._scale_kind = chosen["scale"]
+        if self._scale_kind not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self._scale_kind!r}")
+        self._backend = chosen["backend"]
+        backends.check(self._backend)
+        self._narrow_state = narrow_state
+        self._forget()
+        super().__init__(params, *args, **base_options)
+        if self.defaults.get("differentiable"):
+            raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
+
+    def _forget(self) -> None:
+        """Drop all that can be derived from param_groups and state."""
+        self._plan: StepPlan | None = None
+        self._tuner: Tuner | None = None
+        self._started: bool | None = None
+
+    # The step
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: g → Δ, then the scale, then x = x_ref + S·Δ.
+
+        Until the first step with a gradient element that is not 0, only state is made.
+
+        Args:
+            closure: evaluates the model again and returns the loss, which ``step`` returns.
+
+        Raises:
+            ValueError: for gradients or weights that cannot be used; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        plan = self._current_plan()
+        if not plan.gather():
+            return
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if not plan.on_device and bool(found_inf):
+            return
+        if not self._started:
+            if not plan.informative():
+                return
+            plan.capture()
+            self._started = True
+        plan.load(self.param_groups, grad_scale, found_inf)
+        plan.reconcile()
+        if plan.base is None:
+            general.accumulate(self, plan.buckets, self._base_step())
+        else:
+            plan.accumulate()
+        plan.tune()
+        plan.apply()
+        self._log()
+
+    def _current_plan(self) -> StepPlan:
+        base = self._fused_base()
+        tuner = self._current_tuner()
+        if self._plan is None or self._plan.signature != signature(self.param_groups, base):
+            self._plan = StepPlan(
+                self.param_groups,
+                self.state,
+                base,
+                self._backend,
+                self._scale_kind,
+                self._narrow_state,
+                tuner,
+            )
+        return self._plan
+
+    def _current_tuner(self) -> Tuner:
+        groups = self.param_groups
+        device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
+        if self._tuner is None or self._tuner.device != device:
+            self._tuner = Tuner(scale_keys(groups, self._scale_kind), groups[0], device)
+            self._tuner.lay(groups, self._scale_kind)
+            self._started = None
+        self._tuner.sync(groups)
+        self._tuner.set_options(groups[0])
+        if self._started is None:
+            self._started = bool(self._tuner.counters[:, 0].any())
+        return self._tuner
+
+    def _fused_base(self) -> bases.Base | None:
+        return None if self._refusal() else bases.TABLE[self._base]
+
+    def _refusal(self) -> str | None:
+        """Return why the general road is in use, or None."""
+        base = bases.TABLE.get(self._base)
+        if base is None:
+            return f"{self._base.__name__} has no fused update"
+        return next(filter(None, (base.refusal(group) for group in self.param_groups)), None)
+
+    def _base_step(self) -> Callable[[Optimizer], Any]:
+        """Return the base's own step without the wrapper by which torch runs the hooks: ours has
+        run them already."""
+        step = self._base.step
+        return step.__wrapped__ if hasattr(step, "hooked") else step
+
+    def _log(self) -> None:
+        every = self._class_options["log_every"]
+        if every <= 0:
+            return
+        steps = int(self._current_tuner().counters[0, 0])
+        if steps % every == 0:
+            self._class_options["log_func"]({"iter_count": steps, "s": float(self.scale.sum())})
+
+    # What users read and steer
+
+    @property
+    def scale(self) -> Tensor:
+        """S = Σ s now: a new float64 tensor (scales,) on the weights' device."""
+        return self._current_tuner().scale()
+
+    def learned_lr(self) -> list[float]:
+        """Return S·lr of each param group, as floats: what to log. Reads the device.
+
+        With ``scale="parameter"`` it is the mean over the group's weights.
+        """
+        return [
+            sum(scales) / len(scales) * float(group["lr"]) if scales else 0.0
+            for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
+        ]
+
+    def group_scales(self) -> list[list[float]]:
+        """Return S of each param group, as floats: one, or one for each of its weights."""
+        tuner = self._current_tuner()
+        return [tuner.scale(group[KEY]).tolist() for group in self.param_groups]
+
+    @property
+    def road(self) -> str:
+        """Which road is in use and why: "fused: cpp", "general: amsgrad=True has no fused update"."""
+        refusal = self._refusal()
+        if refusal:
+            return f"general: {refusal}"
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        return f"fused: {', '.join(sorted(backends.resolve(self._backend, d) for d in devices))}"
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """How many steps met a NaN or an infinity in their sums, and were survived."""
+        return int(self._current_tuner().counters[:1, 1].sum())
+
+    @torch.no_grad()
+    def shift_reference(self) -> None:
+        """Accept the weights as they stand: x_ref moves by what was written since the last step.
+
+        Needed only after writes that torch cannot see (through ``.data`` or numpy); all others
+        are noticed by themselves.
+        """
+        if self._started:
+            plan = self._current_plan()
+            plan.load(self.param_groups, None, None)
+            plan.reconcile(everything=True)
+
+    def freeze_scale(self, frozen: bool = True) -> None:
+        """Stop learning S (or, with False, learn on): the weights go on moving by S·u."""
+        for group in self.param_groups:
+            group["learning"] = not frozen
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Start anew from the current weights: S as at the start, Δ = 0, x_ref = x.
+
+        The base's own state (momentum) is kept.
+        """
+        self._current_plan()
+        self._current_tuner().reset()
+        for entries in self.state.values():
+            entries["delta"].zero_()
+        self._forget()
+
+    def to_base(self) -> Optimizer:
+        """Return a plain base optimizer over the same weights, at the learned lr, with its state.
+
+        A scale for each weight makes a param group for each weight.
+        """
+        base = bases.TABLE.get(self._base)
+        return state.to_base(self, self._base, base.keeps if base else None)
+
+    # Being a torch optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its weights join the run where they stand."""
+        for name, value in self._tuner_options.items():
+            if param_group.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name} must be the same in all groups: expected {value}, "
+                    f"got {param_group[name]}"
+                )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved."""
+        state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_tuner_options", "_scale_kind", "_backend", "_narrow_state")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self._tuner_options.items():
+                group.setdefault(name, value)
+        self._forget()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = _made.get(_key(self._base, self._class_options))
+        if type(self) is not made:
+            return super().__reduce_ex__(protocol)
+        return _restore, (self._base, self._class_options), self.__getstate__()
+
+
+def _key(base: type[Optimizer], options: dict[str, Any]) -> Any:
+    return base, *options.values()
+
+
+def _restore(base: type[Optimizer], options: dict[str, Any]) -> Mechanized:
+    cls = _make(base, options)
+    return cls.__new__(cls)
+
+
+def _make(base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
+    key = _key(base, options)
+    if key not in _made:
+        name = f"Mechanic{base.__name__}"
+        _made[key] = type(
+            name,
+            (Mechanized, base),
+            {
+                "_base": base,
+                "_class_options": options,
+                "__doc__": f"{base.__name__} with a learned scale: see mechanize.",
+            },
+        )
+    return _made[key]
+
+
+def _log_scale(data: dict[str, Any]) -> None:
+    _logger.info("step %d: s = %g", data["iter_count"], data["s"])
+
+
+def mechanize(
+    Base: type[Optimizer],
+    s_decay: float = 0.01,
+    betas: Sequence[float] = BETAS,
+    s_init: float | None = None,
+    eps: float = 1e-8,
+    store_delta: bool = True,
+    log_func: Log | None = None,
+    log_every: int = 0,
+    *,
+    variant: str = "optax",
+    scale: str = "global",
+    backend: str = "auto",
+) -> type[Any]:
+    """Make a class of optimizers that learn the scale of Base's updates.
+
+    x = x_ref + S·Δ, where Δ is the sum of the updates that Base makes and S = Σ s is learned from
+    h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
+
+    Args:
+        Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
+        s_decay: λ, 0 or more.
+        betas: the tuner's betas (not Base's), each in (0, 1).
+        s_init: the scale to start from; by default the variant's own.
+        eps: the tuner's ε.
+        store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
+        log_func: called with {"iter_count": int, "s": float}; by default the module's logger.
+        log_every: call ``log_func`` every so many steps, each a read of the device; 0: never.
+        variant: "optax", "paper" or "pytorch": which published form of the tuner.
+        scale: "global", "group" or "parameter": which weights share a scale.
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
+
+    Returns:
+        A class whose constructor takes Base's own arguments and, by keyword, ``s_decay``,
+        ``tuner_betas``, ``s_init``, ``tuner_eps``, ``variant``, ``scale``, ``backend`` and
+        ``narrow_state`` (keep Base's state in the weight's dtype instead of float32).
+
+    Raises:
+        TypeError: if Base is not an optimizer class, or needs a closure at every step.
+        ValueError: for options out of range.
+
+    Source: arXiv 2306.00144, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> opt = mechanize(torch.optim.RAdam, s_decay=0.0)([weight], lr=1.0)
+        >>> (weight ** 2).sum().backward()
+        >>> opt.step()
+    """
+    if not (isinstance(Base, type) and issubclass(Base, Optimizer)):
+        raise TypeError(f"Base must be a subclass of torch.optim.Optimizer, got {Base!r}")
+    if issubclass(Base, Mechanized):
+        raise TypeError(f"Base must be a plain optimizer, got {Base.__name__}, mechanized already")
+    if issubclass(Base, torch.optim.LBFGS):
+        raise TypeError("Base must step without a closure, got LBFGS, which evaluates it again")
+    options = {
+        "s_decay": s_decay,
+        "tuner_betas": tuple(betas),
+        "s_init": s_init,
+        "tuner_eps": eps,
+        "variant": variant,
+        "scale": scale,
+        "backend": backend,
+        "log_func": log_func or _log_scale,
+        "log_every": log_every,
+    }
+    checked_options(**{k: options[k] for k in OPTIONS if k != "learning"})
+    return _make(Base, options)
+
+
+def is_mechanized(optimizer: object) -> bool:
+    """Return whether an optimizer was made by mechanize."""
+    return isinstance(optimizer, Mechanized)

@@ -1,0 +1,193 @@
+"""Mechanic in plain PyTorch, in the paper's letters: the definition of correct.
+
+Every other backend has the same functions and must agree with these. Elementwise arithmetic is in
+float32 (float64 for float64 weights) with one rounding an operation, so that backends which do not
+contract a·b + c agree to the bit; sums are of float64 products.
+
+Source: arXiv 2306.00144, Algorithm 1; the variants are those of the authors' packages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bucket import GD, GG, XD, XX, Bucket
+from .tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What an update needs beside registers: hyperparameters and bias corrections, as numbers."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    l2: float
+    decay: float
+    nesterov: bool
+    fresh: bool
+    correction1: float
+    correction2_sqrt: float
+
+
+def coefficients(hyper: list[float], step: float) -> Coefficients:
+    """Return the coefficients of a weight's update number ``step`` + 1."""
+    lr, beta1, beta2, eps, l2, decay, nesterov, _ = hyper
+    t = step + 1
+    return Coefficients(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        l2=l2,
+        decay=decay,
+        nesterov=bool(nesterov),
+        fresh=step == 0,
+        correction1=1 - beta1**t,
+        correction2_sqrt=math.sqrt(1 - beta2**t),
+    )
+
+
+def sgd(g: Tensor, x: Tensor, c: Coefficients) -> tuple[Tensor]:
+    """u = −lr·(g + l2·x)."""
+    return (-(c.lr * (g + c.l2 * x)),)
+
+
+def momentum(g: Tensor, x: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """buffer = μ·buffer + (1 − dampening)·d, the first time buffer = d; u = −lr·buffer or Nesterov's."""
+    d = g + c.l2 * x
+    buffer = c.beta1 * buffer + (1.0 if c.fresh else 1 - c.beta2) * d
+    return -(c.lr * (d + c.beta1 * buffer if c.nesterov else buffer)), buffer
+
+
+def adam(
+    g: Tensor, x: Tensor, m: Tensor, v: Tensor, c: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u = −(lr/(1−β₁ᵗ))·m / (√v/√(1−β₂ᵗ) + ε) − lr·decay·x, as torch's Adam and AdamW."""
+    g = g + c.l2 * x
+    m = c.beta1 * m + (1 - c.beta1) * g
+    v = c.beta2 * v + (1 - c.beta2) * (g * g)
+    # By way of float64, since torch's float32 square root is not always the nearest one on CPUs.
+    root = v.double().sqrt().to(v.dtype)
+    direction = (c.lr / c.correction1 * m) / (root / c.correction2_sqrt + c.eps)
+    return -direction - c.lr * c.decay * x, m, v
+
+
+def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """u = −lr·(sign(β₁·m + (1−β₁)·g) + decay·x); m = β₂·m + (1−β₂)·g. Source: arXiv 2302.06675."""
+    direction = (c.beta1 * m + (1 - c.beta1) * g).sign()
+    u = -(c.lr * direction) - c.lr * c.decay * x
+    return u, c.beta2 * m + (1 - c.beta2) * g
+
+
+UPDATES = {"sgd": sgd, "momentum": momentum, "adam": adam, "lion": lion}
+
+
+def prepare(bucket: Bucket) -> None:
+    """Nothing: this backend reads the tensors themselves, not the tables."""
+
+
+def inner_products(bucket: Bucket) -> None:
+    """sums[:, 0] = g·Δ and sums[:, 2] = g·g, one row a scale, g as it is (NaN and inf included)."""
+    bucket.sums[:, [GD, GG]] = 0
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = (g.to(bucket.wide) * bucket.multiplier(i)).double()
+            row = bucket.sums[bucket.rows[i]]
+            row[GD] += (g * bucket.delta[i].double()).sum()
+            row[GG] += (g * g).sum()
+
+
+def accumulate(bucket: Bucket) -> None:
+    """Take the sums with the old Δ, then Δ += u with u from the base's update.
+
+    A weight without a gradient is left as it is; an element that is not finite enters u as g = 0.
+    """
+    inner_products(bucket)
+    update = UPDATES[bucket.kind]
+    for i, g in enumerate(bucket.grads):
+        if g is None:
+            continue
+        x = bucket.weights[i].to(bucket.wide)
+        g = g.to(bucket.wide) * bucket.multiplier(i)
+        g = torch.where(g.isfinite(), g, 0.0)
+        states = bucket.states[i]
+        c = coefficients(bucket.hyper_rows[bucket.groups[i]], float(bucket.steps[i]) if bucket.steps else 0.0)
+        u, *moved = update(g, x, *(state.to(bucket.wide) for state in states), c)
+        for state, new in zip(states, moved, strict=True):
+            state.copy_(new)
+        bucket.delta[i].add_(u)
+        if bucket.steps:
+            bucket.steps[i].add_(1)
+
+
+def tune(sums: Tensor, tuner: Tuner) -> None:
+    """Learn from h = g·Δ + λ·S·√(g·g)/(√(x·x) + ε)·(x·Δ); one row a scale.
+
+    A row whose sums or h are not finite keeps its state; the step is counted all the same.
+
+    Args:
+        sums: (scales, 4) float64, over all parameters of each scale: g·Δ, x·Δ, g·g, x·x.
+        tuner: its state is changed in place.
+    """
+    decay, s_init, eps, eps_in_m, clamps_h, floors_r, learning = tuner.constants[:7].tolist()
+    n = len(tuner.betas)
+    beta = tuner.constants[7:]
+    s, r, v, m = (tuner.part(i) for i in range(4))
+    gd, xd, gg, xx = sums.unbind(1)
+    h = gd + decay * tuner.scale() * gg.sqrt() / (xx.sqrt() + eps) * xd
+    finite = sums.isfinite().all(1) & h.isfinite()
+    h = h[:, None]
+
+    reward_h = torch.maximum(torch.minimum(h, m), -m) if clamps_h else h
+    m_new = torch.maximum(beta * m, h.abs() + (eps if eps_in_m else 0.0))
+    v_new = beta * beta * v + h * h
+    r_new = beta * r - reward_h * s
+    if floors_r:
+        r_new = r_new.clamp(min=0)
+    s_new = (s_init / n * m_new + r_new.clamp(min=0)) / (v_new.sqrt() + eps)
+
+    if learning:
+        for old, new in zip((s, r, v, m), (s_new, r_new, v_new, m_new), strict=True):
+            old.copy_(torch.where(finite[:, None], new, old))
+    tuner.counters[:, 0] += 1
+    tuner.counters[0, 1] += (~finite).any()
+
+
+def blend(bucket: Bucket, i: int, scale: Tensor) -> Tensor:
+    """Return round(x_ref + S·Δ) in the weight's dtype."""
+    step = scale[bucket.rows[i]].to(bucket.wide) * bucket.delta[i]
+    return (bucket.x_ref[i].to(bucket.wide) + step).to(bucket.weights[i].dtype)
+
+
+def apply(bucket: Bucket, tuner: Tuner) -> None:
+    """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
+    scale = tuner.scale().to(bucket.device)
+    for i, x in enumerate(bucket.weights):
+        x.copy_(blend(bucket, i, scale))
+    measure(bucket)
+
+
+def measure(bucket: Bucket) -> None:
+    """sums[:, 1] = x·Δ and sums[:, 3] = x·x, of x as it stands."""
+    bucket.sums[:, [XD, XX]] = 0
+    for i, x in enumerate(bucket.weights):
+        row = bucket.sums[bucket.rows[i]]
+        row[XD] += (x.double() * bucket.delta[i].double()).sum()
+        row[XX] += (x.double() * x.double()).sum()
+
+
+def shift(bucket: Bucket, i: int, scale: Tensor) -> None:
+    """Move x_ref by what somebody wrote to x since the last apply, so that x stays as it is.
+
+    x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what apply wrote.
+    """
+    x, x_ref = bucket.weights[i], bucket.x_ref[i]
+    written = blend(bucket, i, scale)
+    moved = x_ref.to(bucket.wide) + (x.to(bucket.wide) - written.to(bucket.wide))
+    x_ref.copy_(torch.where(x == written, x_ref, moved.to(x_ref.dtype)))

@@ -1,0 +1,226 @@
+"""The tuner's constants, its state, and how that state lies in ``param_groups``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEY = "mechanic"
+"""The entry of every param group that holds the tuner's state (or the group's rows of it)."""
+
+BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+SCALES = ("global", "group", "parameter")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published form of Mechanic, as a row of constants.
+
+    Args:
+        s_init: the variant's own initial scale, used when the user gives none.
+        s_starts_at_init: s is s_init for each beta at the start, otherwise 0.
+        m_start: the running maximum of |h| at the start.
+        eps_in_m: m = max(β·m, |h| + ε) instead of max(β·m, |h|).
+        clamps_h: the reward sees clamp(h, −m_prev, +m_prev) instead of h.
+        floors_r: r is stored as max(0, r).
+    """
+
+    s_init: float
+    s_starts_at_init: bool
+    m_start: float
+    eps_in_m: bool
+    clamps_h: bool
+    floors_r: bool
+
+
+VARIANTS = {
+    "optax": Variant(1e-6, True, 0.0, True, True, False),
+    "paper": Variant(1e-8, False, 0.0, False, False, True),
+    "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
+}
+
+OPTIONS = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps", "learning")
+"""The tuner's options as they stand in every param group, so that a checkpoint carries them."""
+
+
+def checked_options(
+    variant: str,
+    s_init: float | None,
+    s_decay: float,
+    tuner_betas: Sequence[float],
+    tuner_eps: float,
+) -> dict[str, Any]:
+    """Return the tuner's options as plain numbers, or raise ValueError for the first bad one."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    s_init = VARIANTS[variant].s_init if s_init is None else s_init
+    if not (s_init > 0 and math.isfinite(s_init)):
+        raise ValueError(f"s_init must be a finite number above 0, got {s_init}")
+    if not (s_decay >= 0 and math.isfinite(s_decay)):
+        raise ValueError(f"s_decay must be a finite number, 0 or more, got {s_decay}")
+    if not (tuner_eps > 0 and math.isfinite(tuner_eps)):
+        raise ValueError(f"tuner_eps must be a finite number above 0, got {tuner_eps}")
+    betas = tuple(float(beta) for beta in tuner_betas)
+    if not betas or not all(0 < beta < 1 for beta in betas):
+        raise ValueError(f"tuner_betas must be one or more numbers in (0, 1), got {tuner_betas}")
+    return {
+        "variant": variant,
+        "s_init": float(s_init),
+        "s_decay": float(s_decay),
+        "tuner_betas": betas,
+        "tuner_eps": float(tuner_eps),
+        "learning": True,
+    }
+
+
+def scale_keys(param_groups: list[dict[str, Any]], scale: str) -> list[Hashable]:
+    """Return what each scale belongs to: everything, a group's number, or a weight's id."""
+    if scale == "global":
+        return ["global"]
+    if scale == "group":
+        return list(range(len(param_groups)))
+    return [id(p) for group in param_groups for p in group["params"]]
+
+
+class Tuner:
+    """The numbers that learn S: one row a scale, float64, on one device.
+
+    ``state`` has a row for each scale and the columns s, r, v, m (n betas each), then the counters
+    ``steps`` and ``nonfinite``. ``constants`` is what a kernel reads beside it:
+    (s_decay, s_init, ε, ε in m, clamp, floor, learning, β₁ … βₙ).
+
+    Args:
+        keys: what each row belongs to: one constant for a global scale, a group's number, or a
+            weight's id. Rows are found again by their key when the list changes.
+        options: the entries named in OPTIONS.
+        device: where the state lives: the device of the sums.
+    """
+
+    def __init__(self, keys: list[Hashable], options: dict[str, Any], device: torch.device) -> None:
+        self.keys = keys
+        self.device = device
+        self.options: tuple[Any, ...] = ()
+        self.constants = torch.empty(0)
+        self.set_options(options)
+        self.state = self._initial(len(keys))
+        self._views: list[Tensor] = []
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        return self._betas
+
+    @property
+    def counters(self) -> Tensor:
+        """(scales, 2): steps taken, and (in the first row) steps with non-finite sums."""
+        return self.state[:, 4 * len(self._betas) :]
+
+    def part(self, index: int) -> Tensor:
+        """Return s, r, v or m (index 0 … 3) as a view of the state, (scales, betas)."""
+        n = len(self._betas)
+        return self.state[:, index * n : (index + 1) * n]
+
+    def scale(self, rows: Tensor | None = None) -> Tensor:
+        """Return S = Σ s of all scales or of some rows, (scales,), a new tensor.
+
+        Added in the order of the betas, as the kernels add them.
+        """
+        s = (self.state if rows is None else rows)[:, : len(self._betas)]
+        return reduce(torch.add, s.unbind(1)).clone()
+
+    def set_options(self, options: dict[str, Any]) -> None:
+        """Take the options as they stand in a param group; writes to the device if they changed."""
+        now = tuple(options[name] for name in OPTIONS)
+        if now == self.options:
+            return
+        variant = VARIANTS[options["variant"]]
+        self.options = now
+        self._variant = variant
+        self._s_init = options["s_init"]
+        self._betas = tuple(options["tuner_betas"])
+        numbers = [
+            options["s_decay"],
+            options["s_init"],
+            options["tuner_eps"],
+            variant.eps_in_m,
+            variant.clamps_h,
+            variant.floors_r,
+            options["learning"],
+            *self._betas,
+        ]
+        constants = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        if self.constants.shape == constants.shape:
+            self.constants.copy_(constants)
+        else:
+            self.constants = constants.to(self.device)
+
+    def to(self, device: torch.device) -> Tuner:
+        """Return this tuner, or a copy of what ``apply`` reads of it on another device."""
+        if device == self.device:
+            return self
+        there = copy.copy(self)
+        there.device = device
+        there.state, there.constants = self.state.to(device), self.constants.to(device)
+        return there
+
+    def reset(self) -> None:
+        """Put every row back to where the variant starts."""
+        self.state.copy_(self._initial(len(self.keys)))
+
+    def rekey(self, keys: list[Hashable]) -> None:
+        """Keep the rows whose key is still there, start new ones for the others."""
+        if keys == self.keys:
+            return
+        old = {key: row for row, key in enumerate(self.keys)}
+        state = self._initial(len(keys))
+        steps = self.counters[:1].clone()
+        for row, key in enumerate(keys):
+            if key in old:
+                state[row] = self.state[old[key]]
+        self.keys, self.state = keys, state
+        if len(keys) and steps.numel():
+            self.counters[0] = steps[0]
+
+    def lay(self, param_groups: list[dict[str, Any]], scale: str) -> None:
+        """Decide which rows belong to which group; all of them to each for a global scale."""
+        if scale == "global":
+            self._views = [self.state] * len(param_groups)
+            return
+        ends = list(
+            accumulate(1 if scale == "group" else len(group["params"]) for group in param_groups)
+        )
+        starts = [0, *ends[:-1]]
+        self._views = [self.state[a:b] for a, b in zip(starts, ends, strict=True)]
+
+    def sync(self, param_groups: list[dict[str, Any]]) -> None:
+        """Take over state that a loader or a wrapper has put into the groups in place of ours.
+
+        ``param_groups`` is where checkpoints and sharding wrappers look, so what stands there is
+        the truth. The numbers are copied: the address of our own tensor never changes.
+        """
+        for group, view in zip(param_groups, self._views, strict=False):
+            theirs = group.get(KEY)
+            if theirs is view:
+                continue
+            if theirs is not None and theirs.shape == view.shape:
+                view.copy_(theirs)
+            group[KEY] = view
+
+    def share(self, param_groups: list[dict[str, Any]]) -> None:
+        """Put each group's rows into it."""
+        for group, view in zip(param_groups, self._views, strict=True):
+            group[KEY] = view
+
+    def _initial(self, rows: int) -> Tensor:
+        n = len(self._betas)
+        state = torch.zeros(rows, 4 * n + 2, dtype=torch.float64)
+        state[:, :n] = self._s_init if self._variant.s_starts_at_init else 0.0
+        state[:, 3 * n : 4 * n] = self._variant.m_start
+        return state.to(self.device)
