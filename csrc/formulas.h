@@ -24,7 +24,7 @@ struct Coefficients {
   T eps, l2;
   T rate;              // lr, for Adam over its first bias correction
   T decay;             // lr * decoupled weight decay
-  T correction2_sqrt;  // Adam's sqrt(1 - beta2^t)
+  T correction2;       // Adam's 1 / sqrt(1 - beta2^t)
   bool nesterov;
 };
 
@@ -40,7 +40,7 @@ MECHANIC_INLINE Coefficients<T> plain_coefficients(const Hyper& h) {
   c.l2 = T(h.l2);
   c.rate = T(h.lr);
   c.decay = T(h.lr * h.decay);
-  c.correction2_sqrt = T(1);
+  c.correction2 = T(1);
   c.nesterov = h.nesterov != 0;
   return c;
 }
@@ -87,7 +87,7 @@ struct Adam {
   static MECHANIC_INLINE Coefficients<T> coefficients(const Hyper& h, double step) {
     Coefficients<T> c = plain_coefficients<T>(h);
     c.rate = T(h.lr / (1 - pow(h.beta1, step + 1)));
-    c.correction2_sqrt = T(sqrt(1 - pow(h.beta2, step + 1)));
+    c.correction2 = T(1 / sqrt(1 - pow(h.beta2, step + 1)));
     return c;
   }
 
@@ -96,7 +96,7 @@ struct Adam {
     g = g + c.l2 * x;
     m = c.beta1 * m + c.rest1 * g;
     v = c.beta2 * v + c.rest2 * (g * g);
-    const T direction = (c.rate * m) / (std::sqrt(v) / c.correction2_sqrt + c.eps);
+    const T direction = (c.rate * m) / (std::sqrt(v) * c.correction2 + c.eps);
     return -direction - c.decay * x;
   }
 };

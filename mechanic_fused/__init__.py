@@ -1,7 +1,8 @@
 """Mechanic: PyTorch optimizers that find their own learning rate, fused."""
 
+from .factory import is_mechanized, mechanize
 from .lion import Lion
-from .mechanized import Mechanized, is_mechanized, mechanize
+from .mechanized import Mechanized
 from .optimizers import MechanicAdam, MechanicAdamW, MechanicLion, MechanicSGD
 
 __version__ = "0.1.0"

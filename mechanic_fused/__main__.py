@@ -14,42 +14,50 @@ def triton_version() -> str:
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
-        return "absent"
+        return "not installed"
 
 
-def native_report() -> str:
-    """Whether the compiled module loads, and what setup.py wrote about its build."""
+def native_lines() -> list[str]:
+    """What setup.py wrote about the build, whether the module loads, and the vectors it uses."""
     build = Path(__file__).with_name("_build.txt")
-    note = build.read_text().strip() if build.exists() else "not built"
+    note = build.read_text().strip() if build.exists() else "no word of how it was built"
     try:
-        import_module("mechanic_fused._native")
+        native = import_module("mechanic_fused._native")
     except ImportError as error:
-        return note if note.startswith("not built") else f"{note}, but does not load: {error}"
-    return note
+        return [note if note.startswith("not built") else f"not there: {error} ({note})"]
+    return [note, f"runs {native.cpu.instruction_set()} code on this processor"]
 
 
-def gpu_report() -> str:
-    if not torch.cuda.is_available():
-        return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+def gpus() -> str:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names) or "none that torch can use"
 
 
 def report() -> str:
-    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} as torch sees it"
+    facts = {
+        "mechanic_fused": [__version__],
+        "python": [f"{platform.python_version()}, {platform.platform()}"],
+        "torch": [f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"],
+        "triton": [triton_version()],
+        "numpy": [numpy.__version__],
+        "CPU": [
+            f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads"
+        ],
+        "GPU": [gpus()],
+        "_native": native_lines(),
+    }
     lines = [
-        f"mechanic_fused  {__version__}",
-        f"python          {platform.python_version()}, {platform.platform()}",
-        f"torch           {torch.__version__}, CUDA {torch.version.cuda or 'absent'}",
-        f"triton          {triton_version()}",
-        f"numpy           {numpy.__version__}",
-        f"CPU             {cpu}, {torch.get_num_threads()} threads",
-        f"GPU             {gpu_report()}",
-        f"_native         {native_report()}",
-        "",
-        "backend    serves     available",
+        f"{'' if i else name:<16}{fact}"
+        for name, values in facts.items()
+        for i, fact in enumerate(values)
     ]
-    for name, devices, available, why_not in backends.table():
-        lines.append(f"{name:<10} {devices:<10} {'yes' if available else f'no: {why_not}'}")
+    lines += ["", f"{'backend':<16}{'serves':<12}available"]
+    for row in backends.table():
+        lines.append(
+            f"{row.name:<16}{', '.join(row.devices):<12}{'yes' if row.available else row.why}"
+        )
+    lines += [f"{'auto':<16}{d:<12}{backends.resolve('auto', d)}" for d in backends.AUTO]
     return "\n".join(lines)
 
 

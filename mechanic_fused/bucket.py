@@ -20,9 +20,10 @@ GD, XD, GG, XX = range(4)
 TENSOR = ("gradient", "weight", "x_ref", "delta", "state0", "state1", "step", "scale", "group")
 """The columns of a row of the tensor table: addresses (0: absent), then two row numbers."""
 
-CHUNK = 1 << 14
-"""Elements of a chunk: small enough that threads share any model evenly, large enough (64 KiB a
-float32 stream) that starting one costs nothing."""
+CHUNK = 1 << 17
+"""Elements of a chunk, unless a backend's CHUNKS says otherwise for the device: small enough that
+threads share a model evenly, large enough that starting to read its streams costs little (36 M
+floats on two cores: apply takes 8.5 ms by 2^14 elements, 6.5 ms by 2^18)."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -31,7 +32,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Return whether x fills its storage range without gaps or overlap, in any order of its axes."""
+    """Return whether x fills its range of memory once, in any order of its axes."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size == 1:
@@ -87,6 +88,7 @@ class Bucket:
         self.hyper_rows: list[list[float]] = []
         self.sums = torch.zeros(scales, 4, dtype=torch.float64, device=self.device)
         self.tensors = self._tensor_table()
+        self.chunk = getattr(backend, "CHUNKS", {}).get(self.device.type, CHUNK)
         self.chunks = self._chunk_table()
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
         self.versions = [x._version for x in self.parameters]
@@ -138,7 +140,8 @@ class Bucket:
         them on the device; empty and None where the host has read them already.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
-        addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        # 0 means absent, and an empty gradient, whose address is never read, has it too.
+        addresses = [0 if g is None else g.data_ptr() or 1 for g in self.grads]
         if addresses != self.gradient_addresses:
             self.gradient_addresses = addresses
             self.tensors[:, 0] = torch.tensor(addresses, dtype=torch.int64)
@@ -152,8 +155,18 @@ class Bucket:
         """Let go of the gradients, or they would outlive the next zero_grad."""
         self.grads = [None] * len(self.parameters)
 
+    def converted(self) -> bool:
+        """Return whether a weight has got another layout, dtype or device by ``p.data = …``."""
+        return any(
+            x.stride() != stride or x.dtype is not self.dtype or x.device != self.device
+            for x, stride, address in zip(
+                self.parameters, self.strides, self.addresses, strict=True
+            )
+            if x.data_ptr() != address
+        )
+
     def written(self) -> list[int]:
-        """Return the weights that somebody else has written or moved since the last ``remember``."""
+        """Return the weights that somebody else has written or moved since ``remember``."""
         return [
             i
             for i, x in enumerate(self.parameters)
@@ -184,9 +197,9 @@ class Bucket:
         return table
 
     def _chunk_table(self) -> Tensor:
-        rows = [
-            (i, offset, min(CHUNK, x.numel() - offset))
-            for i, x in enumerate(self.weights)
-            for offset in range(0, x.numel(), CHUNK)
-        ]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        sizes = torch.tensor([x.numel() for x in self.weights], dtype=torch.int64)
+        counts = (sizes + self.chunk - 1) // self.chunk
+        tensor = torch.arange(len(sizes)).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts)[tensor]
+        offset = (torch.arange(len(tensor)) - first) * self.chunk
+        return torch.stack([tensor, offset, (sizes[tensor] - offset).clamp(max=self.chunk)], 1)

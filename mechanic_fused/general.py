@@ -18,6 +18,9 @@ from . import reference
 from .bucket import Bucket
 from .state import OURS
 
+SCALER = ("grad_scale", "found_inf")
+"""What GradScaler sets on an optimizer for the time of a step."""
+
 
 def accumulate(
     optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
@@ -40,9 +43,10 @@ def accumulate(
 
 @contextmanager
 def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[None]:
-    """Give the base copies of weights and gradients, and a state that holds only its own entries."""
+    """Give the base copies of weights and gradients, and a state of only its own entries."""
     # The base would apply GradScaler's scale a second time, to gradients that are unscaled here.
-    scaler = {k: vars(optimizer).pop(k) for k in ("grad_scale", "found_inf") if k in vars(optimizer)}
+    entries = vars(optimizer)
+    scaler = {name: entries.pop(name) for name in SCALER if name in entries}
     grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
     stored = {p for p in grads if OURS[0] in optimizer.state.get(p, ())}
     try:
@@ -67,7 +71,7 @@ def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[None]:
                     optimizer.state[p].update(x_ref=bucket.x_ref[i], delta=bucket.delta[i])
         for p, g in grads.items():
             p.grad = g
-        vars(optimizer).update(scaler)
+        entries.update(scaler)
 
 
 def _finite(bucket: Bucket, i: int) -> Tensor | None:

@@ -1,8 +1,7 @@
-"""mechanize(Base): a torch optimizer that finds its own learning rate, as a subclass of its base."""
+"""Mechanized: what mechanize(Base) puts in front of Base. It keeps the books, no arithmetic."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,14 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, bases, general, state
-from .plan import StepPlan, scale_keys, signature
-from .tuner import BETAS, KEY, OPTIONS, SCALES, Tuner, checked_options
-
-Log = Callable[[dict[str, Any]], None]
-
-_logger = logging.getLogger(__name__)
-
-_made: dict[Any, type[Mechanized]] = {}
+from .plan import StepPlan
+from .tuner import KEY, OPTIONS, Tuner, check_saved, check_scale, checked_options, scale_keys
 
 
 class Mechanized(Optimizer):
@@ -54,25 +47,24 @@ class Mechanized(Optimizer):
             "backend": backend,
         }
         chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
-        self._tuner_options = checked_options(
-            **{k: chosen[k] for k in OPTIONS if k != "learning"}
-        )
+        self._tuner_options = checked_options(**{k: chosen[k] for k in OPTIONS if k != "learning"})
         self._scale_kind = chosen["scale"]
-        if self._scale_kind not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self._scale_kind!r}")
         self._backend = chosen["backend"]
+        check_scale(self._scale_kind)
         backends.check(self._backend)
         self._narrow_state = narrow_state
         self._forget()
         super().__init__(params, *args, **base_options)
         if self.defaults.get("differentiable"):
             raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
+        # The tuner's state is in param_groups from the start: loaders look for it there.
+        self._current_tuner()
 
     def _forget(self) -> None:
         """Drop all that can be derived from param_groups and state."""
         self._plan: StepPlan | None = None
         self._tuner: Tuner | None = None
-        self._started: bool | None = None
+        self._has_started: bool | None = None
 
     # The step
 
@@ -108,7 +100,7 @@ class Mechanized(Optimizer):
             if not plan.informative():
                 return
             plan.capture()
-            self._started = True
+            self._has_started = True
         plan.load(self.param_groups, grad_scale, found_inf)
         plan.reconcile()
         if plan.base is None:
@@ -122,7 +114,7 @@ class Mechanized(Optimizer):
     def _current_plan(self) -> StepPlan:
         base = self._fused_base()
         tuner = self._current_tuner()
-        if self._plan is None or self._plan.signature != signature(self.param_groups, base):
+        if self._plan is None or not self._plan.fits(self.param_groups, base):
             self._plan = StepPlan(
                 self.param_groups,
                 self.state,
@@ -139,13 +131,17 @@ class Mechanized(Optimizer):
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         if self._tuner is None or self._tuner.device != device:
             self._tuner = Tuner(scale_keys(groups, self._scale_kind), groups[0], device)
-            self._tuner.lay(groups, self._scale_kind)
-            self._started = None
-        self._tuner.sync(groups)
+            self._tuner.adopt(groups, self._scale_kind)
+        self._tuner.follow(groups, self._scale_kind)
         self._tuner.set_options(groups[0])
-        if self._started is None:
-            self._started = bool(self._tuner.counters[:, 0].any())
         return self._tuner
+
+    @property
+    def _started(self) -> bool:
+        """Whether an informative step has been taken; asks the device once."""
+        if self._has_started is None:
+            self._has_started = bool(self._current_tuner().counters[:, 0].any())
+        return self._has_started
 
     def _fused_base(self) -> bases.Base | None:
         return None if self._refusal() else bases.TABLE[self._base]
@@ -160,7 +156,7 @@ class Mechanized(Optimizer):
     def _base_step(self) -> Callable[[Optimizer], Any]:
         """Return the base's own step without the wrapper by which torch runs the hooks: ours has
         run them already."""
-        step = self._base.step
+        step: Any = self._base.step
         return step.__wrapped__ if hasattr(step, "hooked") else step
 
     def _log(self) -> None:
@@ -170,6 +166,16 @@ class Mechanized(Optimizer):
         steps = int(self._current_tuner().counters[0, 0])
         if steps % every == 0:
             self._class_options["log_func"]({"iter_count": steps, "s": float(self.scale.sum())})
+
+    def refresh_hyperparameters(self) -> None:
+        """Send changed hyperparameters to the device, before replaying a captured step.
+
+        A replay runs no Python, so a float lr that a scheduler has changed must be sent so; an lr
+        that is a tensor on the device is live by itself.
+        """
+        if self._started:
+            plan = self._current_plan()
+            plan.load(self.param_groups, None, None)
 
     # What users read and steer
 
@@ -195,7 +201,7 @@ class Mechanized(Optimizer):
 
     @property
     def road(self) -> str:
-        """Which road is in use and why: "fused: cpp", "general: amsgrad=True has no fused update"."""
+        """The road in use, and why: "fused: cpp", "general: RAdam has no fused update"."""
         refusal = self._refusal()
         if refusal:
             return f"general: {refusal}"
@@ -230,10 +236,10 @@ class Mechanized(Optimizer):
 
         The base's own state (momentum) is kept.
         """
-        self._current_plan()
+        for bucket in self._current_plan().buckets:
+            for delta in bucket.delta:
+                delta.zero_()
         self._current_tuner().reset()
-        for entries in self.state.values():
-            entries["delta"].zero_()
         self._forget()
 
     def to_base(self) -> Optimizer:
@@ -257,7 +263,12 @@ class Mechanized(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved."""
+        """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
+
+        Raises:
+            ValueError: for a checkpoint with another kind of scale, or other groups.
+        """
+        check_saved(state_dict["param_groups"], self.param_groups, self._scale_kind)
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,114 +281,3 @@ class Mechanized(Optimizer):
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
         self._forget()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = _made.get(_key(self._base, self._class_options))
-        if type(self) is not made:
-            return super().__reduce_ex__(protocol)
-        return _restore, (self._base, self._class_options), self.__getstate__()
-
-
-def _key(base: type[Optimizer], options: dict[str, Any]) -> Any:
-    return base, *options.values()
-
-
-def _restore(base: type[Optimizer], options: dict[str, Any]) -> Mechanized:
-    cls = _make(base, options)
-    return cls.__new__(cls)
-
-
-def _make(base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
-    key = _key(base, options)
-    if key not in _made:
-        name = f"Mechanic{base.__name__}"
-        _made[key] = type(
-            name,
-            (Mechanized, base),
-            {
-                "_base": base,
-                "_class_options": options,
-                "__doc__": f"{base.__name__} with a learned scale: see mechanize.",
-            },
-        )
-    return _made[key]
-
-
-def _log_scale(data: dict[str, Any]) -> None:
-    _logger.info("step %d: s = %g", data["iter_count"], data["s"])
-
-
-def mechanize(
-    Base: type[Optimizer],
-    s_decay: float = 0.01,
-    betas: Sequence[float] = BETAS,
-    s_init: float | None = None,
-    eps: float = 1e-8,
-    store_delta: bool = True,
-    log_func: Log | None = None,
-    log_every: int = 0,
-    *,
-    variant: str = "optax",
-    scale: str = "global",
-    backend: str = "auto",
-) -> type[Any]:
-    """Make a class of optimizers that learn the scale of Base's updates.
-
-    x = x_ref + S·Δ, where Δ is the sum of the updates that Base makes and S = Σ s is learned from
-    h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
-
-    Args:
-        Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
-        s_decay: λ, 0 or more.
-        betas: the tuner's betas (not Base's), each in (0, 1).
-        s_init: the scale to start from; by default the variant's own.
-        eps: the tuner's ε.
-        store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
-        log_func: called with {"iter_count": int, "s": float}; by default the module's logger.
-        log_every: call ``log_func`` every so many steps, each a read of the device; 0: never.
-        variant: "optax", "paper" or "pytorch": which published form of the tuner.
-        scale: "global", "group" or "parameter": which weights share a scale.
-        backend: "auto", "cpp", "cuda", "triton" or "reference".
-
-    Returns:
-        A class whose constructor takes Base's own arguments and, by keyword, ``s_decay``,
-        ``tuner_betas``, ``s_init``, ``tuner_eps``, ``variant``, ``scale``, ``backend`` and
-        ``narrow_state`` (keep Base's state in the weight's dtype instead of float32).
-
-    Raises:
-        TypeError: if Base is not an optimizer class, or needs a closure at every step.
-        ValueError: for options out of range.
-
-    Source: arXiv 2306.00144, Algorithm 1.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> opt = mechanize(torch.optim.RAdam, s_decay=0.0)([weight], lr=1.0)
-        >>> (weight ** 2).sum().backward()
-        >>> opt.step()
-    """
-    if not (isinstance(Base, type) and issubclass(Base, Optimizer)):
-        raise TypeError(f"Base must be a subclass of torch.optim.Optimizer, got {Base!r}")
-    if issubclass(Base, Mechanized):
-        raise TypeError(f"Base must be a plain optimizer, got {Base.__name__}, mechanized already")
-    if issubclass(Base, torch.optim.LBFGS):
-        raise TypeError("Base must step without a closure, got LBFGS, which evaluates it again")
-    options = {
-        "s_decay": s_decay,
-        "tuner_betas": tuple(betas),
-        "s_init": s_init,
-        "tuner_eps": eps,
-        "variant": variant,
-        "scale": scale,
-        "backend": backend,
-        "log_func": log_func or _log_scale,
-        "log_every": log_every,
-    }
-    checked_options(**{k: options[k] for k in OPTIONS if k != "learning"})
-    return _make(Base, options)
-
-
-def is_mechanized(optimizer: object) -> bool:
-    """Return whether an optimizer was made by mechanize."""
-    return isinstance(optimizer, Mechanized)

@@ -1,9 +1,9 @@
-"""The mechanized optimizers that people ask for by name: classes of a module, so that they pickle."""
+"""The mechanized optimizers that people ask for by name."""
 
 import torch
 
+from .factory import mechanize
 from .lion import Lion
-from .mechanized import mechanize
 
 _TUNED = """{formula}, with a learned scale: x = x_ref + S·Δ, and Δ sums what {base} would add.
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from . import backends, reference, state
 from .bases import STATES, Base, Group
 from .bucket import Bucket, Member, is_dense, wide
-from .tuner import Tuner, scale_keys
+from .tuner import Tuner
+
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 GENERAL = "general"
 """The kind of a bucket whose update the base optimizer makes itself."""
@@ -44,10 +46,11 @@ class StepPlan:
         narrow_state: bool,
         tuner: Tuner,
     ) -> None:
+        weights = [p for group in param_groups for p in group["params"]]
+        check_weights(weights)
         self.signature = signature(param_groups, base)
         self.base = base
         self.tuner = tuner
-        check_weights([p for group in param_groups for p in group["params"]])
         members = self._sort(param_groups, scale, backend)
         for (kind, _, dtype, _), sorted_members in members.items():
             kept = dtype if narrow_state else wide(dtype)
@@ -57,9 +60,6 @@ class StepPlan:
                 # On the general road a weight without a gradient so far keeps its entries here.
                 if kind != GENERAL or member.parameter in states:
                     states[member.parameter].update(member.state)
-        tuner.rekey(scale_keys(param_groups, scale))
-        tuner.lay(param_groups, scale)
-        tuner.share(param_groups)
         scales = len(tuner.keys)
         self.buckets = [
             Bucket(
@@ -85,13 +85,21 @@ class StepPlan:
                     row = row if scale == "parameter" else number
                 if p.requires_grad:
                     name = backends.resolve(backend, p.device.type)
-                    # Kernels walk flat storage; a weight with gaps in it has none.
-                    name = name if is_dense(p) else "reference"
+                    # Kernels walk flat storage, which a weight with gaps has not, and know the
+                    # four usual dtypes.
+                    if not is_dense(p) or p.dtype not in KERNEL_DTYPES:
+                        name = "reference"
                     key = (kind, p.device, p.dtype, name)
                     member = Member(p, number, row, {}, STATES.get(kind, ()))
                     members.setdefault(key, []).append(member)
                 row += scale == "parameter"
         return members
+
+    def fits(self, param_groups: list[Group], base: Base | None) -> bool:
+        """Return whether nothing has changed but values, gradients and hyperparameters."""
+        return self.signature == signature(param_groups, base) and not any(
+            bucket.converted() for bucket in self.buckets
+        )
 
     def gather(self) -> bool:
         """Look at every gradient before anything changes; True if there is any at all."""
@@ -131,12 +139,15 @@ class StepPlan:
         hyper = []
         for number, group in enumerate(param_groups):
             lr, *rest = (0.0,) * 7 if self.base is None else self.base.hyper(group)
-            if self.on_device and torch.is_tensor(lr):
+            if self.on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
                 live_lr[number], lr = lr, 0.0
             sign = -unscale if group.get("maximize") else unscale
             hyper.append([float(lr), *map(float, rest), sign])
+        there = (grad_scale, found_inf) if self.on_device else (None, None)
+        self.tuner.found_inf = there[1]
         for bucket in self.buckets:
-            bucket.load(hyper, live_lr, grad_scale, found_inf)
+            near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
+            bucket.load(hyper, live_lr, *near)
             bucket.backend.prepare(bucket)
 
     def reconcile(self, everything: bool = False) -> None:
@@ -196,25 +207,47 @@ def signature(param_groups: list[Group], base: Base | None) -> list[Any]:
 
 
 def check_weights(weights: list[Tensor]) -> None:
-    """Raise ValueError for complex weights and for distinct weights that share memory."""
+    """Raise ValueError for weights that are complex, not dense in layout, or overlap."""
     spans = []
     for p in weights:
         if p.is_complex():
             raise ValueError(f"weights must be real, got dtype {p.dtype}, shape {tuple(p.shape)}")
         if p.layout is not torch.strided:
             raise ValueError(f"weights must be dense, got layout {p.layout}")
-        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-            raise ValueError(
-                f"weights must not overlap themselves, got strides {p.stride()} "
-                f"for shape {tuple(p.shape)}"
-            )
-        if p.numel() and is_dense(p):
+        if p.device.type == "meta":
+            raise ValueError(f"weights must have storage, got device meta, shape {tuple(p.shape)}")
+        if p.numel():
+            last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
             start = p.data_ptr()
-            spans.append((p.device.type, p.device.index or 0, start, start + p.nbytes, p.shape))
-    spans.sort(key=lambda span: span[:4])
-    for one, other in zip(spans, spans[1:], strict=False):
-        if one[:2] == other[:2] and other[2] < one[3]:
-            raise ValueError(
-                "distinct parameters must not share memory, got two of shapes "
-                f"{tuple(one[4])} and {tuple(other[4])} that overlap"
-            )
+            spans.append((str(p.device), start, start + (last + 1) * p.element_size(), p))
+    spans.sort(key=lambda span: span[:2])
+    neighbours: list[Tensor] = []
+    end = 0
+    for i, (device, start, stop, p) in enumerate(spans):
+        if i == 0 or device != spans[i - 1][0] or start >= end:
+            check_apart(neighbours)
+            neighbours, end = [], 0
+        neighbours.append(p)
+        end = max(end, stop)
+    check_apart(neighbours)
+
+
+def check_apart(weights: list[Tensor]) -> None:
+    """Raise ValueError if any byte belongs to two elements of weights whose spans overlap."""
+    if len(weights) == 1 and is_dense(weights[0]) or not weights:
+        return
+    if len(weights) == 1 or not any(is_dense(p) for p in weights):
+        # Interleaved views may be apart all the same; only their elements' addresses tell.
+        addresses = []
+        for p in weights:
+            offsets = torch.zeros((), dtype=torch.int64)
+            for size, stride in zip(p.shape, p.stride(), strict=True):
+                offsets = offsets[..., None] + torch.arange(size) * stride
+            addresses.append(offsets.flatten() * p.element_size() + p.data_ptr())
+        if len(torch.cat(addresses).unique()) == sum(map(len, addresses)):
+            return
+    shapes = " and ".join(str(tuple(p.shape)) for p in weights[:2])
+    raise ValueError(
+        f"parameters must not share memory with each other or with themselves, got {shapes}, "
+        f"strides {' and '.join(str(p.stride()) for p in weights[:2])}, that do"
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Coefficients:
     nesterov: bool
     fresh: bool
     correction1: float
-    correction2_sqrt: float
+    correction2: float
 
 
 def coefficients(hyper: list[float], step: float) -> Coefficients:
@@ -49,7 +50,7 @@ def coefficients(hyper: list[float], step: float) -> Coefficients:
         nesterov=bool(nesterov),
         fresh=step == 0,
         correction1=1 - beta1**t,
-        correction2_sqrt=math.sqrt(1 - beta2**t),
+        correction2=1 / math.sqrt(1 - beta2**t),
     )
 
 
@@ -59,7 +60,7 @@ def sgd(g: Tensor, x: Tensor, c: Coefficients) -> tuple[Tensor]:
 
 
 def momentum(g: Tensor, x: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """buffer = μ·buffer + (1 − dampening)·d, the first time buffer = d; u = −lr·buffer or Nesterov's."""
+    """buffer = μ·buffer + (1 − dampening)·d, the first time d; u = −lr·buffer, or Nesterov's."""
     d = g + c.l2 * x
     buffer = c.beta1 * buffer + (1.0 if c.fresh else 1 - c.beta2) * d
     return -(c.lr * (d + c.beta1 * buffer if c.nesterov else buffer)), buffer
@@ -74,7 +75,7 @@ def adam(
     v = c.beta2 * v + (1 - c.beta2) * (g * g)
     # By way of float64, since torch's float32 square root is not always the nearest one on CPUs.
     root = v.double().sqrt().to(v.dtype)
-    direction = (c.lr / c.correction1 * m) / (root / c.correction2_sqrt + c.eps)
+    direction = (c.lr / c.correction1 * m) / (root * c.correction2 + c.eps)
     return -direction - c.lr * c.decay * x, m, v
 
 
@@ -85,7 +86,7 @@ def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tens
     return u, c.beta2 * m + (1 - c.beta2) * g
 
 
-UPDATES = {"sgd": sgd, "momentum": momentum, "adam": adam, "lion": lion}
+UPDATES: dict[str, Any] = {"sgd": sgd, "momentum": momentum, "adam": adam, "lion": lion}
 
 
 def prepare(bucket: Bucket) -> None:
@@ -117,7 +118,9 @@ def accumulate(bucket: Bucket) -> None:
         g = g.to(bucket.wide) * bucket.multiplier(i)
         g = torch.where(g.isfinite(), g, 0.0)
         states = bucket.states[i]
-        c = coefficients(bucket.hyper_rows[bucket.groups[i]], float(bucket.steps[i]) if bucket.steps else 0.0)
+        c = coefficients(
+            bucket.hyper_rows[bucket.groups[i]], float(bucket.steps[i]) if bucket.steps else 0.0
+        )
         u, *moved = update(g, x, *(state.to(bucket.wide) for state in states), c)
         for state, new in zip(states, moved, strict=True):
             state.copy_(new)

@@ -1,4 +1,4 @@
-"""Per-parameter state: made, laid out like its weight, and loaded with the dtype it was saved in."""
+"""Per-parameter state: made, laid out like its weight, loaded with the dtype of the save."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def load_keeping_dtypes(optimizer: Optimizer, load: Any, state_dict: dict[str, A
             hook.remove()
 
 
-def to_base(optimizer: Any, base: type[Optimizer], kept: tuple[str, ...] | None) -> Optimizer:
+def to_base(optimizer: Any, base: type[Any], kept: tuple[str, ...] | None) -> Optimizer:
     """Return a plain ``base`` over the optimizer's weights at lr·S, with the base's own state.
 
     Args:
@@ -92,7 +92,8 @@ def to_base(optimizer: Any, base: type[Optimizer], kept: tuple[str, ...] | None)
         base: its base class.
         kept: the names of the base's own state; None: all but ours.
     """
-    groups, weights = [], []
+    groups: list[dict[str, Any]] = []
+    weights: list[Tensor] = []
     for group, scales in zip(optimizer.param_groups, optimizer.group_scales(), strict=True):
         options = {k: v for k, v in group.items() if k not in ("params", KEY, *OPTIONS)}
         # One scale for the whole group keeps it whole; one for each weight takes it apart.

@@ -62,23 +62,32 @@ def checked_options(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     s_init = VARIANTS[variant].s_init if s_init is None else s_init
-    if not (s_init > 0 and math.isfinite(s_init)):
-        raise ValueError(f"s_init must be a finite number above 0, got {s_init}")
-    if not (s_decay >= 0 and math.isfinite(s_decay)):
-        raise ValueError(f"s_decay must be a finite number, 0 or more, got {s_decay}")
-    if not (tuner_eps > 0 and math.isfinite(tuner_eps)):
-        raise ValueError(f"tuner_eps must be a finite number above 0, got {tuner_eps}")
-    betas = tuple(float(beta) for beta in tuner_betas)
-    if not betas or not all(0 < beta < 1 for beta in betas):
-        raise ValueError(f"tuner_betas must be one or more numbers in (0, 1), got {tuner_betas}")
+    betas = list(tuner_betas) if isinstance(tuner_betas, list | tuple) else []
+    if not betas or not all(_is_number(beta) and 0 < beta < 1 for beta in betas):
+        raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {tuner_betas!r}")
+    for name, value in (("s_init", s_init), ("tuner_eps", tuner_eps)):
+        if not (_is_number(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if not (_is_number(s_decay) and s_decay >= 0):
+        raise ValueError(f"s_decay must be a finite number, 0 or more, got {s_decay!r}")
     return {
         "variant": variant,
         "s_init": float(s_init),
         "s_decay": float(s_decay),
-        "tuner_betas": betas,
+        "tuner_betas": tuple(map(float, betas)),
         "tuner_eps": float(tuner_eps),
         "learning": True,
     }
+
+
+def check_scale(scale: str) -> None:
+    """Raise ValueError unless ``scale`` is one of SCALES."""
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def scale_keys(param_groups: list[dict[str, Any]], scale: str) -> list[Hashable]:
@@ -88,6 +97,25 @@ def scale_keys(param_groups: list[dict[str, Any]], scale: str) -> list[Hashable]
     if scale == "group":
         return list(range(len(param_groups)))
     return [id(p) for group in param_groups for p in group["params"]]
+
+
+def check_saved(
+    saved: list[dict[str, Any]], param_groups: list[dict[str, Any]], scale: str
+) -> None:
+    """Raise ValueError if saved groups hold another kind of scale than the optimizer has."""
+    tensors = [group[KEY] for group in saved if KEY in group]
+    for theirs, group in zip(tensors, param_groups, strict=False):
+        rows = len(group["params"]) if scale == "parameter" else 1
+        if len(theirs) != rows:
+            raise ValueError(
+                f"the checkpoint must be of an optimizer with scale={scale!r}: expected {rows} "
+                f"scales for a group of {len(group['params'])} parameters, got {len(theirs)}"
+            )
+    if scale == "global" and not all(torch.equal(t, tensors[0]) for t in tensors):
+        raise ValueError(
+            "the checkpoint must be of an optimizer with scale='global', got groups that have "
+            "learned different scales"
+        )
 
 
 class Tuner:
@@ -111,6 +139,7 @@ class Tuner:
         self.constants = torch.empty(0)
         self.set_options(options)
         self.state = self._initial(len(keys))
+        self.found_inf: Tensor | None = None
         self._views: list[Tensor] = []
 
     @property
@@ -168,55 +197,60 @@ class Tuner:
         there = copy.copy(self)
         there.device = device
         there.state, there.constants = self.state.to(device), self.constants.to(device)
+        if self.found_inf is not None:
+            there.found_inf = self.found_inf.to(device, non_blocking=True)
         return there
 
     def reset(self) -> None:
         """Put every row back to where the variant starts."""
         self.state.copy_(self._initial(len(self.keys)))
 
-    def rekey(self, keys: list[Hashable]) -> None:
-        """Keep the rows whose key is still there, start new ones for the others."""
-        if keys == self.keys:
+    def follow(self, param_groups: list[dict[str, Any]], scale: str) -> None:
+        """Take over what stands in the groups, then keep in step with their number and members.
+
+        ``param_groups`` is where checkpoints and sharding wrappers look, so what they have put
+        there in place of our own tensor is the truth. The numbers are copied: our address stays.
+        A row whose weight or group is still there is kept, a new one starts at the beginning.
+        """
+        for group, view in zip(param_groups, self._views, strict=False):
+            theirs = group.get(KEY)
+            if theirs is not view:
+                if theirs is not None and theirs.shape == view.shape:
+                    view.copy_(theirs)
+                group[KEY] = view
+        keys = scale_keys(param_groups, scale)
+        if keys != self.keys:
+            self._rekey(keys)
+        elif len(self._views) == len(param_groups):
             return
+        self._views = self._views_of(param_groups, scale)
+        for group, view in zip(param_groups, self._views, strict=True):
+            group[KEY] = view
+
+    def adopt(self, param_groups: list[dict[str, Any]], scale: str) -> None:
+        """Start from the state that a checkpoint has left in the groups."""
+        self._views = self._views_of(param_groups, scale)
+        self.follow(param_groups, scale)
+
+    def _rekey(self, keys: list[Hashable]) -> None:
         old = {key: row for row, key in enumerate(self.keys)}
         state = self._initial(len(keys))
-        steps = self.counters[:1].clone()
+        counters = self.counters[:1].clone()
         for row, key in enumerate(keys):
             if key in old:
                 state[row] = self.state[old[key]]
         self.keys, self.state = keys, state
-        if len(keys) and steps.numel():
-            self.counters[0] = steps[0]
+        # The run's own counters stand in the first row, whichever that is.
+        self.counters[:1] = counters
 
-    def lay(self, param_groups: list[dict[str, Any]], scale: str) -> None:
-        """Decide which rows belong to which group; all of them to each for a global scale."""
+    def _views_of(self, param_groups: list[dict[str, Any]], scale: str) -> list[Tensor]:
+        """The rows of each group; all of them for each with a global scale."""
         if scale == "global":
-            self._views = [self.state] * len(param_groups)
-            return
+            return [self.state] * len(param_groups)
         ends = list(
             accumulate(1 if scale == "group" else len(group["params"]) for group in param_groups)
         )
-        starts = [0, *ends[:-1]]
-        self._views = [self.state[a:b] for a, b in zip(starts, ends, strict=True)]
-
-    def sync(self, param_groups: list[dict[str, Any]]) -> None:
-        """Take over state that a loader or a wrapper has put into the groups in place of ours.
-
-        ``param_groups`` is where checkpoints and sharding wrappers look, so what stands there is
-        the truth. The numbers are copied: the address of our own tensor never changes.
-        """
-        for group, view in zip(param_groups, self._views, strict=False):
-            theirs = group.get(KEY)
-            if theirs is view:
-                continue
-            if theirs is not None and theirs.shape == view.shape:
-                view.copy_(theirs)
-            group[KEY] = view
-
-    def share(self, param_groups: list[dict[str, Any]]) -> None:
-        """Put each group's rows into it."""
-        for group, view in zip(param_groups, self._views, strict=True):
-            group[KEY] = view
+        return [self.state[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _initial(self, rows: int) -> Tensor:
         n = len(self._betas)

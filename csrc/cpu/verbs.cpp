@@ -1,14 +1,7 @@
 // The verbs as loops over chunks. A chunk writes its own partial sums and a fixed order folds
 // them, so the result does not depend on the number of threads.
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
-
 #include "blocks.h"
 #include "cpu.h"
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace mechanic::cpu {
 namespace {
@@ -25,37 +18,6 @@ T* at(int64_t address, int64_t offset) {
   return address == 0 ? nullptr : reinterpret_cast<T*>(address) + offset;
 }
 
-// Return the block itself where it is wide already, else a widened copy in `buffer`.
-template <class X>
-Wide<X>* open(X* block, Wide<X>* buffer, int n) {
-  if constexpr (std::is_same_v<X, Wide<X>>) {
-    return block;
-  } else {
-    widen_block<X>(block, buffer, n);
-    return buffer;
-  }
-}
-
-template <class X>
-void close(X* block, const Wide<X>* buffer, int n) {
-  if constexpr (!std::is_same_v<X, Wide<X>>) narrow_block<X>(buffer, block, n);
-}
-
-void copy_past_cache(void* to, const void* from, size_t bytes) {
-  auto* target = static_cast<char*>(to);
-  auto* source = static_cast<const char*>(from);
-#if defined(__SSE2__)
-  const size_t head = std::min(bytes, size_t(-reinterpret_cast<uintptr_t>(target)) % 16);
-  std::memcpy(target, source, head);
-  for (target += head, source += head, bytes -= head; bytes >= 16; bytes -= 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(target),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
-    target += 16, source += 16;
-  }
-#endif
-  std::memcpy(target, source, bytes);
-}
-
 template <class Base, class X, class S>
 void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
   using T = Wide<X>;
@@ -65,59 +27,31 @@ void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
   const auto* step = at<const float>(tensor.step, 0);
   const Hyper& hyper = bucket.hyper[tensor.group];
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
-  const bool reads_x = hyper.l2 != 0 || hyper.decay != 0;
-
-  alignas(64) T g_wide[kBlock], x_wide[kBlock], state0_wide[kBlock], state1_wide[kBlock];
-  Lanes lanes = {};
-  for (int64_t done = 0; done < chunk.length; done += kBlock) {
-    const int64_t offset = chunk.offset + done;
-    const int n = int(std::min<int64_t>(kBlock, chunk.length - done));
-    const T* g = open(at<X>(tensor.gradient, offset), g_wide, n);
-    T* delta = at<T>(tensor.delta, offset);
-    S* state0 = Base::kStates > 0 ? at<S>(tensor.state0, offset) : nullptr;
-    S* state1 = Base::kStates > 1 ? at<S>(tensor.state1, offset) : nullptr;
-    T* a = Base::kStates > 0 ? open(state0, state0_wide, n) : nullptr;
-    T* b = Base::kStates > 1 ? open(state1, state1_wide, n) : nullptr;
-    if (reads_x) {
-      const T* x = open(at<X>(tensor.weight, offset), x_wide, n);
-      accumulate_block<Base, true>(g, x, delta, a, b, n, c, lanes);
-    } else {
-      accumulate_block<Base, false, T>(g, nullptr, delta, a, b, n, c, lanes);
-    }
-    if constexpr (Base::kStates > 0) close(state0, a, n);
-    if constexpr (Base::kStates > 1) close(state1, b, n);
+  const Streams<X, S> streams = {at<X>(tensor.gradient, chunk.offset),
+                                 at<X>(tensor.weight, chunk.offset),
+                                 at<T>(tensor.delta, chunk.offset),
+                                 at<S>(tensor.state0, chunk.offset),
+                                 at<S>(tensor.state1, chunk.offset)};
+  Lanes lanes;
+  if (hyper.l2 != 0 || hyper.decay != 0) {
+    accumulate_run<Base, true>(streams, chunk.length, c, lanes);
+  } else {
+    accumulate_run<Base, false>(streams, chunk.length, c, lanes);
   }
-  partial.gd = fold(lanes.first);
-  partial.gg = fold(lanes.second);
+  partial.gd = fold(lanes.ab);
+  partial.gg = fold(lanes.aa);
 }
 
 // Write x if there is a scale, and measure what stands there then.
 template <class X>
 void apply_chunk(const Bucket& bucket, const Chunk& chunk, const double* scale, Sums& partial) {
-  using T = Wide<X>;
   const Tensor& tensor = bucket.tensors[chunk.tensor];
-  const bool streams = bucket.elements >= kStreamed;
-  alignas(64) X fresh[kBlock];
-  Lanes lanes = {};
-  for (int64_t done = 0; done < chunk.length; done += kBlock) {
-    const int64_t offset = chunk.offset + done;
-    const int n = int(std::min<int64_t>(kBlock, chunk.length - done));
-    X* x = at<X>(tensor.weight, offset);
-    const T* delta = at<const T>(tensor.delta, offset);
-    if (scale == nullptr) {
-      measure_block<X>(x, delta, n, lanes);
-      continue;
-    }
-    blend_block<X>(at<const X>(tensor.x_ref, offset), delta, fresh, n, T(*scale));
-    measure_block<X>(fresh, delta, n, lanes);
-    if (streams) {
-      copy_past_cache(x, fresh, n * sizeof(X));
-    } else {
-      std::memcpy(x, fresh, n * sizeof(X));
-    }
-  }
-  partial.xd = fold(lanes.first);
-  partial.xx = fold(lanes.second);
+  Lanes lanes;
+  apply_run<X>(scale ? at<const X>(tensor.x_ref, chunk.offset) : nullptr,
+               at<const Wide<X>>(tensor.delta, chunk.offset), at<X>(tensor.weight, chunk.offset),
+               chunk.length, Wide<X>(scale ? *scale : 0), bucket.elements >= kStreamed, lanes);
+  partial.xd = fold(lanes.ab);
+  partial.xx = fold(lanes.aa);
 }
 
 template <class Run>

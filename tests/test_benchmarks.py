@@ -1,0 +1,127 @@
+"""The benchmarks run, count the bytes that mechanic.md counts, and write JSON; nothing is timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Bytes a parameter and step, by hand from what is read and written.
+FLOOR = {"fused": 28, "decayed": 44, "plain": 40, "sgd": 32, "sgd fused": 20}
+BF16_FLOOR = {"fused": 14, "decayed": 36}
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The package as a module: it is not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.contenders
+    import benchmarks.step
+    import benchmarks.tables
+
+    return benchmarks
+
+
+def run(module, *arguments):
+    # One thread: others may be at work on these cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr, done.returncode
+
+
+def test_step_writes_rows_and_requirements(tmp_path):
+    out = tmp_path / "step.json"
+    text, code = run("step", "--quick", "--threads", 1, "--cases", "35M,1000x16", "--out", out)
+    assert code == 0, text
+    record = json.loads(out.read_text())
+    assert record["conditions"]["torch"] == torch.__version__
+    assert {row["case"] for row in record["rows"]} == {"35M", "1000x16"}
+    assert all(row["median_s"] > 0 for row in record["rows"])
+    required = record["required"]
+    assert all(row["met"] is None for row in required)  # miniatures prove nothing
+    assert [row["measured"] is None for row in required] == [False] * 5 + [True, False]
+    assert [round(row["floor"], 2) for row in required[:3]] == [1.57, 1.43, 1.60]
+    assert "| MechanicAdamW wd=0.01 " in text
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--cases", "36M"], "got 36M"),
+        (["--rounds", "2"], "3 or more, got 2"),
+        (["--threads", "0"], "1 or more, got 0"),
+    ],
+)
+def test_step_refuses_bad_options(benchmarks, capsys, option, said):
+    with pytest.raises(SystemExit):
+        benchmarks.step.options(option)
+    assert said in capsys.readouterr().err
+
+
+def test_gpu_goes_through_its_parts_on_a_cpu(tmp_path):
+    arguments = ["--dry-run", "--parts", "bench", "--cases", "1000x16", "--out", tmp_path]
+    text, code = run("gpu", *arguments)
+    assert code == 0, text
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert [part["well"] for part in record["parts"]] == [True] * 2
+    assert {row["case"] for row in record["rows"]} == {"1000x16"}
+    absent = [row["optimizer"] for row in record["rows"] if "absent" in row]
+    assert "mechanic-pytorch AdamW" not in absent
+
+
+def test_bytes_a_parameter(benchmarks):
+    contenders = benchmarks.contenders
+    assert contenders.torch_adamw("fused").bytes_per_parameter(None, 1, torch.float32) == (
+        pytest.approx(FLOOR["fused"], rel=1e-3)
+    )
+    assert contenders.torch_adamw("fused").bytes_per_parameter(None, 1, torch.bfloat16) == (
+        pytest.approx(BF16_FLOOR["fused"], rel=1e-3)
+    )
+    assert contenders.torch_sgd("fused").bytes_per_parameter(None, 1, torch.float32) == (
+        pytest.approx(FLOOR["sgd fused"], rel=1e-3)
+    )
+    for contender, dtype, expected in (
+        (contenders.adamw("reference"), torch.float32, FLOOR["decayed"]),
+        (contenders.adamw("reference"), torch.bfloat16, BF16_FLOOR["decayed"]),
+        (contenders.adamw("reference", decay=0.0), torch.float32, FLOOR["plain"]),
+        (contenders.sgd(), torch.float32, FLOOR["sgd"]),
+    ):
+        weights = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 0, 65)]
+        for x in weights:
+            x.grad = torch.ones_like(x)
+        optimizer = contender.make(weights)
+        optimizer.step()
+        assert contender.bytes_per_parameter(optimizer, 68, dtype) == expected
+
+
+def test_requirement_is_judged_by_its_row(benchmarks):
+    must = benchmarks.tables.Must("case", "ours", "theirs", 2.0)
+    row = {"case": "case", "optimizer": "ours", "against": "theirs", "ratio": 1.9}
+    assert must.judge([row], True)["met"] is True
+    assert must.judge([{**row, "ratio": 2.1}], True)["met"] is False
+    assert must.judge([{**row, "against": "others"}], True)["met"] is None
+    assert must.judge([row], False)["met"] is None
+    launches = benchmarks.tables.Must("case", "ours", None, 3, quantity="launches")
+    assert launches.judge([row, {**row, "launches": 3.0}], True)["met"] is True
+
+
+def test_table_without_tabulate(benchmarks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    text = benchmarks.tables.table(["a", "number"], [["x", "1"], ["yy", "22"]])
+    assert text.splitlines() == [
+        "| a  | number |",
+        "| -- | ------ |",
+        "| x  | 1      |",
+        "| yy | 22     |",
+    ]
