@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/cpu.h"
+#ifdef MECHANIC_CUDA
+#include "cuda/cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace mechanic;
@@ -35,6 +38,49 @@ Tuner make_tuner(int64_t state, int64_t constants, int64_t scale_count, int64_t 
   return {pointer<double>(state), pointer<const double>(constants), scale_count, betas};
 }
 
+#ifdef MECHANIC_CUDA
+void define_cuda(py::module_ m) {
+  using namespace cuda;
+  py::class_<Folding>(m, "Folding")
+      .def(py::init([](int64_t spans, int64_t tickets) {
+             return Folding{pointer<const Span>(spans), pointer<unsigned>(tickets)};
+           }),
+           py::kw_only(), py::arg("spans"), py::arg("tickets"));
+  py::class_<Scaler>(m, "Scaler")
+      .def(py::init([](int64_t grad_scale, int64_t found_inf) {
+             return Scaler{pointer<const float>(grad_scale), pointer<const float>(found_inf)};
+           }),
+           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"));
+  m.def("ticket_count", &ticket_count, py::arg("chunk_count"), py::arg("scale_count"));
+
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "accumulate",
+      [](const Bucket& bucket, const Folding& folding, const Scaler& scaler, int64_t stream) {
+        accumulate(bucket, folding, scaler, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
+  m.def(
+      "tune",
+      [](int64_t sums, const Tuner& tuner, const Scaler& scaler, int64_t stream) {
+        tune(pointer<const Sums>(sums), tuner, scaler, pointer<CUstream_st>(stream));
+      },
+      py::arg("sums"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"), released);
+  m.def(
+      "apply",
+      [](const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
+         int64_t stream) { apply(bucket, folding, tuner, scaler, pointer<CUstream_st>(stream)); },
+      py::arg("bucket"), py::arg("folding"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"),
+      released);
+  m.def(
+      "measure",
+      [](const Bucket& bucket, const Folding& folding, int64_t stream) {
+        measure(bucket, folding, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("folding"), py::arg("stream"), released);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -54,10 +100,14 @@ PYBIND11_MODULE(_native, m) {
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
   cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);
   cpu.def(
-      "tune",
-      [](int64_t sums, const Tuner& tuner) { cpu::tune(pointer<const Sums>(sums), tuner); },
+      "tune", [](int64_t sums, const Tuner& tuner) { cpu::tune(pointer<const Sums>(sums), tuner); },
       py::arg("sums"), py::arg("tuner"), released);
   cpu.def("instruction_set", &cpu::instruction_set);
 
+#ifdef MECHANIC_CUDA
+  define_cuda(m.def_submodule("cuda", "The verbs on a GPU, on a stream given as an integer."));
+  m.attr("has_cuda") = true;
+#else
   m.attr("has_cuda") = false;
+#endif
 }

@@ -151,10 +151,6 @@ class Bucket:
             self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
             self.hyper_stale = True
 
-    def release(self) -> None:
-        """Let go of the gradients, or they would outlive the next zero_grad."""
-        self.grads = [None] * len(self.parameters)
-
     def converted(self) -> bool:
         """Return whether a weight has got another layout, dtype or device by ``p.data = …``."""
         return any(

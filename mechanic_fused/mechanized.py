@@ -85,11 +85,14 @@ class Mechanized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._advance()
+            plan = self._current_plan()
+            try:
+                self._advance(plan)
+            finally:
+                plan.release()
         return loss
 
-    def _advance(self) -> None:
-        plan = self._current_plan()
+    def _advance(self, plan: StepPlan) -> None:
         if not plan.gather():
             return
         grad_scale = getattr(self, "grad_scale", None)
@@ -129,6 +132,8 @@ class Mechanized(Optimizer):
     def _current_tuner(self) -> Tuner:
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
+        # Weights made on the meta device get their storage, and their device, later.
+        device = torch.device("cpu") if device.type == "meta" else device
         if self._tuner is None or self._tuner.device != device:
             self._tuner = Tuner(scale_keys(groups, self._scale_kind), groups[0], device)
             self._tuner.adopt(groups, self._scale_kind)
@@ -247,7 +252,7 @@ class Mechanized(Optimizer):
 
         A scale for each weight makes a param group for each weight.
         """
-        base = bases.TABLE.get(self._base)
+        base = self._fused_base()
         return state.to_base(self, self._base, base.keeps if base else None)
 
     # Being a torch optimizer

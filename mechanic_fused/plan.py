@@ -111,8 +111,9 @@ class StepPlan:
         return any(bool(g.any()) for g in grads)
 
     def capture(self) -> None:
-        """Let the run start here: x_ref takes x."""
+        """Let the run start here: x_ref takes x, wherever x lies by now."""
         for bucket in self.buckets:
+            bucket.readdress()
             for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
                 x_ref.copy_(x)
 
@@ -191,7 +192,11 @@ class StepPlan:
         for bucket in reversed(self.buckets):
             bucket.backend.apply(bucket, self.tuner.to(bucket.device))
             bucket.remember()
-            bucket.release()
+
+    def release(self) -> None:
+        """Let go of the gradients, or they would outlive the next zero_grad."""
+        for bucket in self.buckets:
+            bucket.grads = [None] * len(bucket.weights)
 
 
 def signature(param_groups: list[Group], base: Base | None) -> list[Any]:

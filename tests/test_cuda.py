@@ -22,8 +22,6 @@ CASES = {
     "lion": ("lion", {"lr": 0.5, "weight_decay": 0.1}),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# One group of chunks and more than one, a tail, and none.
-LARGE = (*SIZES, (1 << 13) * 300 + 5)
 # ulps of float64: torch's square root there is not the nearest number on CPUs.
 DOUBLE_RTOL = 1e-12
 
@@ -50,6 +48,8 @@ def lockstep(built, monkeypatch):
         recorded.append((sums.clone(), tuner.state.clone()))
 
     def compare(sums, tuner):
+        if not recorded:  # the reference has read found_inf on the host and skipped the step
+            return tune_native(sums, tuner)
         expected_sums, expected = recorded.pop()
         # gΔ and xΔ cancel; by Cauchy and Schwarz their terms are no larger than this.
         largest = expected_sums.nan_to_num().abs().max(0).values.sum() + 1
@@ -110,7 +110,7 @@ def assert_equal(pairs):
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits_as_the_reference(lockstep, case, dtype):
     base, options = CASES[case]
-    pairs = twins(base, LARGE, dtype, **options)
+    pairs = twins(base, SIZES, dtype, **options)
     for t in range(FEW):
         step_all(pairs, t)
         assert_equal(pairs)
@@ -121,7 +121,7 @@ def test_same_bits_as_the_reference(lockstep, case, dtype):
 @pytest.mark.parametrize("case", ["momentum", "adamw", "lion"])
 def test_narrow_state(lockstep, case, dtype):
     base, options = CASES[case]
-    pairs = twins(base, LARGE, dtype, narrow_state=True, **options)
+    pairs = twins(base, SIZES, dtype, narrow_state=True, **options)
     for t in range(FEW):
         step_all(pairs, t)
         assert_equal(pairs)
@@ -137,9 +137,12 @@ def test_misaligned_weights(lockstep, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("scale", ["group", "parameter"])
-def test_scales(lockstep, scale):
-    pairs = twins("adamw", (*SIZES, 0, 1 << 21), torch.float32, scale=scale, groups=3)
+@pytest.mark.parametrize("chunk", [1 << 8, 1 << 13])
+@pytest.mark.parametrize("scale", ["global", "group", "parameter"])
+def test_scales(lockstep, monkeypatch, scale, chunk):
+    """Of no chunk, of one, and (in chunks of 256 elements) of more than one group of chunks."""
+    monkeypatch.setitem(backends.MODULES["cuda"]().CHUNKS, GPU, chunk)
+    pairs = twins("adamw", (*SIZES, 0, 1 << 17), torch.float32, scale=scale, groups=3)
     for t in range(FEW):
         step_all(pairs, t)
         assert_equal(pairs)
@@ -188,7 +191,7 @@ def test_grad_scaler(lockstep):
 @on_gpu
 @pytest.mark.parametrize("scale", ["global", "parameter"])
 def test_a_run_repeats_bit_for_bit(built, scale):
-    pairs = twins("adamw", LARGE * 3, torch.float32, devices=(GPU, GPU), scale=scale)
+    pairs = twins("adamw", SIZES * 3, torch.float32, devices=(GPU, GPU), scale=scale)
     for t in range(FEW):
         step_all(pairs, t)
         assert_same(snapshot(pairs[1][0]), snapshot(pairs[0][0]))
@@ -197,7 +200,7 @@ def test_a_run_repeats_bit_for_bit(built, scale):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_step_replays_the_bits_of_an_eager_one(built, dtype):
-    pairs = twins("adamw", LARGE, dtype, devices=(GPU, GPU), weight_decay=0.1)
+    pairs = twins("adamw", SIZES, dtype, devices=(GPU, GPU), weight_decay=0.1)
     opt, params = pairs[1]
     for t in range(2):
         step_all(pairs, t)
@@ -229,7 +232,7 @@ def test_the_host_never_waits(built):
 
 @on_gpu
 def test_the_current_stream_is_used(built):
-    pairs = twins("adamw", LARGE, torch.float32, devices=(GPU, GPU))
+    pairs = twins("adamw", SIZES, torch.float32, devices=(GPU, GPU))
     step_all(pairs, 0)
     opt, params = pairs[1]
     for t in range(1, FEW):

@@ -1,0 +1,7 @@
+#include "accumulate.cuh"
+
+namespace mechanic::cuda {
+
+template void launch_accumulate<Half>(const Bucket&, const Folding&, const Scaler&, cudaStream_t);
+
+}  // namespace mechanic::cuda

@@ -1,0 +1,43 @@
+// The verbs on a GPU: one launch each, on a stream, without allocation or synchronization.
+#pragma once
+
+#include "../chunk.h"
+
+struct CUstream_st;
+
+namespace mechanic::cuda {
+
+// A row of device_tables.py's spans: what belongs to a scale lies together.
+struct Span {
+  int64_t first_chunk, chunks, first_tensor, tensors;
+};
+
+// Chunks that are folded at once: the threads of a block.
+constexpr int64_t kGroup = 256;
+
+// What fold.cuh makes sums of scales with, from the partial sums of chunks.
+struct Folding {
+  const Span* spans;  // one a scale
+  unsigned* tickets;  // ticket_count() of them, all 0 between launches
+};
+
+// A ticket for each group of chunks, at most chunk_count / kGroup + scale_count, then one a scale.
+inline int64_t ticket_count(int64_t chunk_count, int64_t scale_count) {
+  return chunk_count / kGroup + 2 * scale_count;
+}
+
+// GradScaler's numbers on the device, or null.
+struct Scaler {
+  const float* grad_scale;  // what the gradients have been multiplied by
+  const float* found_inf;   // not 0: nothing changes in this step
+};
+
+// Errors are std::runtime_error with the verb's and the CUDA call's name.
+void accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+                CUstream_st* stream);
+void apply(const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
+           CUstream_st* stream);
+void measure(const Bucket& bucket, const Folding& folding, CUstream_st* stream);
+void tune(const Sums* sums, const Tuner& tuner, const Scaler& scaler, CUstream_st* stream);
+
+}  // namespace mechanic::cuda

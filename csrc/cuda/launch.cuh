@@ -1,0 +1,36 @@
+// A kernel launch whose error becomes an exception with the verb's name.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda.h"
+
+namespace mechanic::cuda {
+
+// Threads of a block, in every kernel.
+constexpr int kThreads = int(kGroup);
+
+template <class T>
+struct Same {
+  using type = T;
+};
+
+template <class... Args>
+void launch(const char* verb, void (*kernel)(Args...), int64_t blocks, cudaStream_t stream,
+            typename Same<Args>::type... args) {
+  void* addresses[] = {&args...};
+  // Empty weights have no chunk; their scale still gets its sums of 0.
+  const dim3 grid(unsigned(std::max<int64_t>(blocks, 1)));
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
+                                             dim3(kThreads), addresses, 0, stream);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it once more
+  throw std::runtime_error(std::string("mechanic_fused ") + verb +
+                           ": cudaLaunchKernel: " + cudaGetErrorString(error));
+}
+
+}  // namespace mechanic::cuda

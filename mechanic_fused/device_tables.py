@@ -1,0 +1,97 @@
+"""DeviceTables: a bucket's tables where its kernels read them, sent again only when stale.
+
+No arithmetic and no kernel here: the backends for GPUs (CUDA and Triton) share this file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bucket import Bucket
+
+SPARES = 4
+"""Uploads that one graph capture may hold; pinned memory cannot be allocated during it."""
+
+
+class DeviceTables:
+    """The tables of a bucket on its device, at addresses that never change.
+
+    Attributes:
+        tensors: (weights, 9) int64, a row of bucket.TENSOR a weight.
+        chunks: (chunks, 3) int64: tensor, offset, length.
+        hyper: (groups, 8) float64, a row of bases.HYPER a param group.
+        spans: (scales, 4) int64: first chunk, chunks, first tensor and tensors of each scale.
+            Weights come in the order of their groups, so what belongs to a scale lies together.
+        tickets: (scales,) int32, all 0 between launches: how many chunks of a scale are done. The
+            program that draws a scale's last ticket folds its partial sums and puts 0 back.
+
+    Args:
+        bucket: on a CPU (Triton's interpreter) its own tables are used in place.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        device = bucket.device
+        self.pinned = device.type == "cuda"
+        self.spans = _spans(bucket).to(device)
+        self.tickets = torch.zeros(len(bucket.sums), dtype=torch.int32, device=device)
+        self.chunks = bucket.chunks.to(device)
+        self.tensors = bucket.tensors.to(device)
+        self.hyper = bucket.hyper.to(device)
+        self._spares: list[Tensor] = []
+        # Copy nodes of graphs read these at every replay.
+        self._owned_by_graphs: list[Tensor] = []
+
+    def upload(self, bucket: Bucket) -> None:
+        """Send what has changed, on the current stream; never waits for the device.
+
+        In a graph capture the tensor table becomes a node of the graph, so that a replay finds the
+        addresses of its own gradients whatever was stepped in between.
+
+        Raises:
+            RuntimeError: during a capture, for hyperparameters that the device does not have yet,
+                or where no upload has come before.
+        """
+        if self.pinned:
+            capturing = torch.cuda.is_current_stream_capturing()
+            if capturing and bucket.hyper_stale:
+                raise RuntimeError(
+                    "hyperparameters changed since the last step outside the graph: call "
+                    "opt.refresh_hyperparameters() before the capture"
+                )
+            if bucket.hyper_stale:
+                self._send(bucket.hyper, self.hyper, capturing)
+            # After a capture the device may hold the addresses of any graph's last replay.
+            if bucket.tensors_stale or capturing or self._owned_by_graphs:
+                self._send(bucket.tensors, self.tensors, capturing)
+        for group, lr in bucket.live_lr.items():
+            self.hyper[group, 0].copy_(lr, non_blocking=True)
+        bucket.tensors_stale = bucket.hyper_stale = False
+
+    def _send(self, table: Tensor, to: Tensor, capturing: bool) -> None:
+        if capturing:
+            if not self._spares:
+                raise RuntimeError(
+                    "take a step outside the graph before each capture; "
+                    f"a graph may hold at most {SPARES} steps"
+                )
+            buffer = self._spares.pop()
+            self._owned_by_graphs.append(buffer)
+        else:
+            # A fresh buffer each time: the copy from the last one may not have run yet. Torch's
+            # host allocator hands a buffer out again only when its copy is done.
+            buffer = torch.empty_like(table, pin_memory=True)
+            while len(self._spares) < SPARES:
+                self._spares.append(torch.empty_like(self.tensors, device="cpu", pin_memory=True))
+        buffer.copy_(table)
+        to.copy_(buffer, non_blocking=True)
+
+
+def _spans(bucket: Bucket) -> Tensor:
+    scales = len(bucket.sums)
+    tensor_rows = torch.tensor(bucket.rows, dtype=torch.int64)
+    columns = []
+    for rows in (tensor_rows[bucket.chunks[:, 0]], tensor_rows):
+        counts = torch.bincount(rows, minlength=scales)
+        columns += [counts.cumsum(0) - counts, counts]
+    return torch.stack(columns, 1)

@@ -1,0 +1,60 @@
+"""Fixtures for all tests. Every test runs with uninitialised memory filled with NaN."""
+
+import os
+
+# torch asks for it where deterministic algorithms meet a GPU; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from mechanic_fused import backends  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so that reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    """What one test leaves behind must not reach the next: autograd, threads.
+
+    One thread, unless a test asks for more: on weights of these sizes a second one only waits.
+    """
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(threads)
+
+
+def skip_unless_available(name):
+    row = next(row for row in backends.table() if row.name == name)
+    if not row.available:
+        pytest.skip(row.why)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    """The name of a backend for the CPU."""
+    skip_unless_available(request.param)
+    return request.param
+
+
+@pytest.fixture
+def cpp():
+    skip_unless_available("cpp")
+    return "cpp"
+
+
+@pytest.fixture(params=["reference", "cpp", "general"])
+def road(request):
+    """A way through the package: a backend, or the general road."""
+    if request.param != "general":
+        skip_unless_available(request.param)
+    return request.param

@@ -1,0 +1,20 @@
+"""The verbs in Triton: one launch a verb for all tensors of a bucket.
+
+Same functions as reference.py; elementwise results agree with it to the bit.
+"""
+
+from mechanic_fused.bucket import Bucket
+from mechanic_fused.device_tables import DeviceTables
+
+from .accumulate import accumulate
+from .apply import apply, measure
+from .tune import tune
+
+__all__ = ["accumulate", "apply", "measure", "prepare", "tune"]
+
+
+def prepare(bucket: Bucket) -> None:
+    """Bring the tables on the device up to date."""
+    if bucket.handle is None:
+        bucket.handle = DeviceTables(bucket)
+    bucket.handle.upload(bucket)
