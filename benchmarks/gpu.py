@@ -23,7 +23,7 @@ from .records import ROOT
 RESERVED = 230.0
 """Seconds kept for the benchmarks: tests that take longer are cut short."""
 
-COMPILED = ("124M", "1.5B", "124M-bf16", "1.5B-bf16")
+COMPILED = ("124M", "124M-bf16", "1.5B", "1.5B-bf16")
 SANITIZERS = [(tool, name) for tool in ("memcheck", "racecheck") for name in ("cuda", "triton")]
 
 

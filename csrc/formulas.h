@@ -93,7 +93,8 @@ struct Adam {
 
   template <class T>
   static MECHANIC_INLINE T update(T g, T x, T& m, T& v, const Coefficients<T>& c) {
-    g = g + c.l2 * x;
+    // Beside a decoupled decay x may be infinite, and 0 times it would spoil m and v.
+    g = c.l2 != 0 ? g + c.l2 * x : g;
     m = c.beta1 * m + c.rest1 * g;
     v = c.beta2 * v + c.rest2 * (g * g);
     const T direction = (c.rate * m) / (std::sqrt(v) * c.correction2 + c.eps);

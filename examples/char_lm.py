@@ -1,7 +1,7 @@
 """Train a small language model with no learning rate chosen by anybody.
 
     python examples/char_lm.py                      # about two minutes
-    python examples/char_lm.py --compare            # beside plain AdamW at five rates: ten minutes more
+    python examples/char_lm.py --compare            # beside AdamW at five rates, ten minutes more
     python examples/char_lm.py --checkpoint out/a   # saves as it goes; run again, it goes on
 
 It prints the validation loss and a few lines that the model wrote, and draws the losses and the

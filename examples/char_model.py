@@ -62,7 +62,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.perceptron(x := x + self.attention(self.attention_norm(x))) + x
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.perceptron(x)
 
     def attention(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -109,8 +110,10 @@ def validation_loss(model: CharModel, tokens: Tensor, batch: int = 64) -> float:
 
 
 @torch.no_grad()
-def generate(model: CharModel, tokens: list[int], length: int, generator: torch.Generator):
-    """`length` further tokens, each drawn from what the model expects after those before it."""
+def generate(
+    model: CharModel, tokens: list[int], length: int, generator: torch.Generator
+) -> list[int]:
+    """`tokens` and `length` more, each drawn from what the model expects after those before."""
     tokens = list(tokens)
     for _ in range(length):
         logits = model(torch.tensor([tokens[-model.context :]]))[0, -1]

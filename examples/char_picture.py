@@ -29,6 +29,7 @@ def draw(runs: Sequence["Run"], path: Path) -> None:
         draw_rates(rates, mechanic, grid)
         if grid:
             draw_grid(figure.add_subplot(columns[:, 1]), mechanic, grid)
+        figure.align_ylabels([losses, rates])
         figure.suptitle("A character-level transformer, with no learning rate chosen by anybody")
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -47,7 +48,8 @@ def smooth(values: Sequence[float], reach: int = 6) -> list[float]:
 def draw_losses(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
     for run, colour in zip(grid, colours(grid), strict=True):
         steps, losses = zip(*run.validation, strict=True)
-        axes.plot(steps, losses, color=colour, lw=1, label=f"AdamW, lr {run.lr:g}")
+        label = "AdamW, darker for a higher rate" if run is grid[0] else None
+        axes.plot(steps, losses, color=colour, lw=1, label=label)
     steps, losses, _, _ = zip(*mechanic.history, strict=True)
     axes.plot(steps, losses, color=MECHANIC, lw=0.5, alpha=0.3)
     axes.plot(steps, smooth(losses), color=MECHANIC, lw=1, ls="--", label="Mechanic, training")
@@ -66,7 +68,7 @@ def draw_losses(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
     axes.tick_params(labelbottom=False)
     axes.set_xlim(0, mechanic.steps)
     axes.set_ylim(top=1.1 * losses[0])  # the fall from 4.6 in the first steps would hide the rest
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
 
 
 def draw_rates(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:

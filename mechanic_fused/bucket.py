@@ -78,6 +78,7 @@ class Bucket:
         self.rows = [member.row for member in members]
         self.groups = [member.group for member in members]
         self.strides = [x.stride() for x in self.weights]
+        self.shapes = [x.shape for x in self.weights]
         self.dense = all(is_dense(x) for x in self.weights)
         self.x_ref = [member.state["x_ref"] for member in members]
         self.delta = [member.state["delta"] for member in members]
@@ -152,33 +153,24 @@ class Bucket:
             self.hyper_stale = True
 
     def converted(self) -> bool:
-        """Return whether a weight has got another layout, dtype or device by ``p.data = …``."""
-        return any(
-            x.stride() != stride or x.dtype is not self.dtype or x.device != self.device
-            for x, stride, address in zip(
-                self.parameters, self.strides, self.addresses, strict=True
-            )
-            if x.data_ptr() != address
+        """Return whether ``p.data = …`` has given a weight another storage, shape or layout."""
+        return (
+            [x.data_ptr() for x in self.parameters] != self.addresses
+            or [x.shape for x in self.parameters] != self.shapes
+            or [x.stride() for x in self.parameters] != self.strides
         )
 
     def written(self) -> list[int]:
-        """Return the weights that somebody else has written or moved since ``remember``."""
-        return [
-            i
-            for i, x in enumerate(self.parameters)
-            if x._version != self.versions[i] or x.data_ptr() != self.addresses[i]
-        ]
+        """Return the weights that somebody else has written since ``remember``."""
+        versions = [x._version for x in self.parameters]
+        if versions == self.versions:
+            return []
+        pairs = zip(versions, self.versions, strict=True)
+        return [i for i, (now, then) in enumerate(pairs) if now != then]
 
     def remember(self) -> None:
         """Note the weights' versions after our own writes."""
         self.versions = [x._version for x in self.parameters]
-
-    def readdress(self) -> None:
-        """Take the weights' storages anew, after ``p.data = …`` has moved one."""
-        self.weights = [x.detach() for x in self.parameters]
-        self.tensors[:, 1] = torch.tensor([x.data_ptr() for x in self.weights])
-        self.addresses = self.tensors[:, 1].tolist()
-        self.tensors_stale = True
 
     def _tensor_table(self) -> Tensor:
         table = torch.zeros(len(self.parameters), len(TENSOR), dtype=torch.int64)

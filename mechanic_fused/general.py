@@ -41,6 +41,14 @@ def accumulate(
                 bucket.delta[i].add_(lent[i] - x.to(bucket.wide))
 
 
+def rehearse(
+    optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
+) -> None:
+    """Let the base step on copies that are thrown away, so that its state has all its entries."""
+    with _lent(optimizer, buckets):
+        base_step(optimizer)
+
+
 @contextmanager
 def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[None]:
     """Give the base copies of weights and gradients, and a state of only its own entries."""

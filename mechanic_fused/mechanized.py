@@ -55,8 +55,6 @@ class Mechanized(Optimizer):
         self._narrow_state = narrow_state
         self._forget()
         super().__init__(params, *args, **base_options)
-        if self.defaults.get("differentiable"):
-            raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
         # The tuner's state is in param_groups from the start: loaders look for it there.
         self._current_tuner()
 
@@ -65,6 +63,7 @@ class Mechanized(Optimizer):
         self._plan: StepPlan | None = None
         self._tuner: Tuner | None = None
         self._has_started: bool | None = None
+        self._rehearsed = False
 
     # The step
 
@@ -101,7 +100,10 @@ class Mechanized(Optimizer):
             return
         if not self._started:
             if not plan.informative():
+                self._rehearse(plan)
                 return
+            if self._rehearsed:
+                self.state.clear()
             plan.capture()
             self._has_started = True
         plan.load(self.param_groups, grad_scale, found_inf)
@@ -113,6 +115,17 @@ class Mechanized(Optimizer):
         plan.tune()
         plan.apply()
         self._log()
+
+    def _rehearse(self, plan: StepPlan) -> None:
+        """Let the base make its state in a dry step, as the fused road has done already.
+
+        Checkpoint loaders look for the entries that they are to fill. What the base has put there
+        is dropped at the first informative step, unless a checkpoint has taken its place.
+        """
+        if plan.base is None and not self.state:
+            plan.load(self.param_groups, None, None)
+            general.rehearse(self, plan.buckets, self._base_step())
+            self._rehearsed = True
 
     def _current_plan(self) -> StepPlan:
         base = self._fused_base()
@@ -259,6 +272,8 @@ class Mechanized(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its weights join the run where they stand."""
+        if param_group.get("differentiable", self.defaults.get("differentiable")):
+            raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
         for name, value in self._tuner_options.items():
             if param_group.setdefault(name, value) != value:
                 raise ValueError(
@@ -285,4 +300,7 @@ class Mechanized(Optimizer):
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
+        if self.defaults.get("fused"):
+            # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
+            self._step_supports_amp_scaling = True
         self._forget()

@@ -111,9 +111,8 @@ class StepPlan:
         return any(bool(g.any()) for g in grads)
 
     def capture(self) -> None:
-        """Let the run start here: x_ref takes x, wherever x lies by now."""
+        """Let the run start here: x_ref takes x."""
         for bucket in self.buckets:
-            bucket.readdress()
             for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
                 x_ref.copy_(x)
 
@@ -158,16 +157,14 @@ class StepPlan:
             everything: also look where no version counter has moved.
         """
         everything = everything or self.fresh
-        scale = self.tuner.scale()
         for bucket in self.buckets:
             written = bucket.written()
-            if written:
-                bucket.readdress()
+            if not (written or everything):
+                continue
+            scale = self.tuner.scale().to(bucket.device)
             for i in range(len(bucket.weights)) if everything else written:
-                reference.shift(bucket, i, scale.to(bucket.device))
-            if written or everything:
-                bucket.backend.prepare(bucket)
-                bucket.backend.measure(bucket)
+                reference.shift(bucket, i, scale)
+            bucket.backend.measure(bucket)
         self.fresh = False
 
     def accumulate(self) -> None:
@@ -239,9 +236,9 @@ def check_weights(weights: list[Tensor]) -> None:
 
 def check_apart(weights: list[Tensor]) -> None:
     """Raise ValueError if any byte belongs to two elements of weights whose spans overlap."""
-    if len(weights) == 1 and is_dense(weights[0]) or not weights:
+    if not weights or (len(weights) == 1 and is_dense(weights[0])):
         return
-    if len(weights) == 1 or not any(is_dense(p) for p in weights):
+    if not all(is_dense(p) for p in weights):
         # Interleaved views may be apart all the same; only their elements' addresses tell.
         addresses = []
         for p in weights:

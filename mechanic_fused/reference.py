@@ -54,14 +54,19 @@ def coefficients(hyper: list[float], step: float) -> Coefficients:
     )
 
 
+def plus(a: Tensor, c: float, x: Tensor) -> Tensor:
+    """a + c·x, or a where c = 0: a weight that is infinite then spoils nothing."""
+    return a + c * x if c else a
+
+
 def sgd(g: Tensor, x: Tensor, c: Coefficients) -> tuple[Tensor]:
     """u = −lr·(g + l2·x)."""
-    return (-(c.lr * (g + c.l2 * x)),)
+    return (-(c.lr * plus(g, c.l2, x)),)
 
 
 def momentum(g: Tensor, x: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
     """buffer = μ·buffer + (1 − dampening)·d, the first time d; u = −lr·buffer, or Nesterov's."""
-    d = g + c.l2 * x
+    d = plus(g, c.l2, x)
     buffer = c.beta1 * buffer + (1.0 if c.fresh else 1 - c.beta2) * d
     return -(c.lr * (d + c.beta1 * buffer if c.nesterov else buffer)), buffer
 
@@ -70,20 +75,19 @@ def adam(
     g: Tensor, x: Tensor, m: Tensor, v: Tensor, c: Coefficients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u = −(lr/(1−β₁ᵗ))·m / (√v/√(1−β₂ᵗ) + ε) − lr·decay·x, as torch's Adam and AdamW."""
-    g = g + c.l2 * x
+    g = plus(g, c.l2, x)
     m = c.beta1 * m + (1 - c.beta1) * g
     v = c.beta2 * v + (1 - c.beta2) * (g * g)
     # By way of float64, since torch's float32 square root is not always the nearest one on CPUs.
     root = v.double().sqrt().to(v.dtype)
     direction = (c.lr / c.correction1 * m) / (root * c.correction2 + c.eps)
-    return -direction - c.lr * c.decay * x, m, v
+    return plus(-direction, -(c.lr * c.decay), x), m, v
 
 
 def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
     """u = −lr·(sign(β₁·m + (1−β₁)·g) + decay·x); m = β₂·m + (1−β₂)·g. Source: arXiv 2302.06675."""
     direction = (c.beta1 * m + (1 - c.beta1) * g).sign()
-    u = -(c.lr * direction) - c.lr * c.decay * x
-    return u, c.beta2 * m + (1 - c.beta2) * g
+    return plus(-(c.lr * direction), -(c.lr * c.decay), x), c.beta2 * m + (1 - c.beta2) * g
 
 
 UPDATES: dict[str, Any] = {"sgd": sgd, "momentum": momentum, "adam": adam, "lion": lion}

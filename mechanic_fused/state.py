@@ -47,6 +47,11 @@ def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``old`` with x's layout and device and with ``dtype``; zeros where it is None."""
     if old is None:
         return torch.zeros_like(x, dtype=dtype, memory_format=torch.preserve_format)
+    if old.shape != x.shape:
+        raise ValueError(
+            f"a weight's state must have its shape, expected {tuple(x.shape)}, "
+            f"got {tuple(old.shape)}"
+        )
     same_layout = not is_dense(x) or old.stride() == x.stride()
     if old.dtype is dtype and old.device == x.device and same_layout:
         return old
@@ -103,11 +108,13 @@ def to_base(optimizer: Any, base: type[Any], kept: tuple[str, ...] | None) -> Op
             groups.append({**options, **rates, "params": part})
             weights += part
     plain = base(groups)
-    entries = {}
+    entries: dict[Any, Any] = {}
     for i, p in enumerate(weights):
         state = optimizer.state.get(p, {})
         names = [k for k in state if k not in OURS and (kept is None or k in kept)]
         if names:
             entries[i] = {k: state[k] for k in names}
+    # What an optimizer keeps beside its weights' state goes along as it is.
+    entries.update({k: v for k, v in optimizer.state.items() if not torch.is_tensor(k)})
     plain.load_state_dict({"state": entries, "param_groups": plain.state_dict()["param_groups"]})
     return plain

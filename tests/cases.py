@@ -1,4 +1,4 @@
-"""What tests share: optimizers on every road, gradients for them, and how far two results may differ."""
+"""What tests share: optimizers on every road, gradients for them, how far results may differ."""
 
 import copy
 
@@ -62,6 +62,12 @@ FEW = 5
 # Enough for most of the loss to be gone.
 LONG = 40
 
+# What is left of a loss that has been learned from, at most.
+LEARNED = 0.5
+
+SCALES = ("global", "group", "parameter")
+NARROW_TOO = (torch.float32, torch.bfloat16)
+
 # Nothing; one; less than, across and beyond a vector, a block of 1,024 and a chunk of 16,384.
 SIZES = (0, 1, 3, 63, 1025, 65537)
 SHAPES = ((3,), (5, 13), (1025,))
@@ -100,7 +106,7 @@ def gradients(params, t):
     found = []
     for p in params:
         i = torch.arange(p.numel()).reshape(p.shape)
-        g = (1 + i % 5) * (p.detach().double() - i.cos()) + 0.3 * noise(p, rng)
+        g = (1 + i % 5) * (p.detach().double() - i.double().cos()) + 0.3 * noise(p, rng)
         found.append(g.to(p.dtype))
     return found
 
@@ -115,7 +121,7 @@ def loss_of(params):
     total = 0.0
     for p in params:
         i = torch.arange(p.numel()).reshape(p.shape)
-        total += float(((1 + i % 5) * (p.detach().double() - i.cos()) ** 2).sum()) / 2
+        total += float(((1 + i % 5) * (p.detach().double() - i.double().cos()) ** 2).sum()) / 2
     return total
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parents[1]
-STEPS, CUT = 24, 7
+STEPS, CUT = 16, 7
 OPTIONS = ["--checkpoint=checkpoint", "--out=picture.png"]
 
 # The demo, with Ctrl-C pressed in the middle of a step.

@@ -111,7 +111,8 @@ def momentum(g, x, buffer, c):
 @triton.jit
 def adam(g, x, m, v, c):
     """u = −(lr/(1−β₁ᵗ))·m / (√v·1/√(1−β₂ᵗ) + ε) − lr·decay·x, as torch's Adam and AdamW."""
-    g = g + c.l2 * x
+    # Beside a decoupled decay x may be infinite, and 0 times it would spoil m and v.
+    g = tl.where(c.l2 != 0, g + c.l2 * x, g)
     m = c.beta1 * m + c.rest1 * g
     v = c.beta2 * v + c.rest2 * (g * g)
     direction = divide(c.rate * m, root(v) * c.correction2 + c.eps)
