@@ -44,9 +44,16 @@ def accumulate(
 def rehearse(
     optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
 ) -> None:
-    """Let the base step on copies that are thrown away, so that its state has all its entries."""
+    """Let the base step on copies that are thrown away, so that its state has all its entries.
+
+    What it counts in its param groups is put back.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
     with _lent(optimizer, buckets):
         base_step(optimizer)
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(before)
 
 
 @contextmanager

@@ -165,10 +165,20 @@ class Tuner:
         return reduce(torch.add, s.unbind(1)).clone()
 
     def set_options(self, options: dict[str, Any]) -> None:
-        """Take the options as they stand in a param group; writes to the device if they changed."""
+        """Take the options as they stand in a param group; writes to the device if they changed.
+
+        Raises:
+            ValueError: for a bad option, or another number of betas than the state has.
+        """
         now = tuple(options[name] for name in OPTIONS)
         if now == self.options:
             return
+        checked_options(**{name: options[name] for name in OPTIONS if name != "learning"})
+        if self.options and len(options["tuner_betas"]) != len(self._betas):
+            raise ValueError(
+                f"tuner_betas must stay {len(self._betas)} numbers in the course of a run, "
+                f"got {options['tuner_betas']}"
+            )
         variant = VARIANTS[options["variant"]]
         self.options = now
         self._variant = variant

@@ -133,6 +133,19 @@ def test_a_group_that_becomes_empty_leaves_the_others_alone(road, scale, emptied
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_the_count_of_bad_steps_outlives_the_weight_that_made_them(road, scale):
+    params = [make_weights(seed=0), make_weights(seed=1)]
+    opt = build(road, "adamw", [{"params": list(p)} for p in params], scale=scale, **QUICK)
+    set_gradients(params[0] + params[1], 0)
+    params[0][0].grad[0] = torch.nan
+    opt.step()
+    opt.param_groups[0]["params"].clear()
+    assert opt.nonfinite_steps == 1
+    run(opt, params[1], FEW)
+    assert opt.nonfinite_steps == 1
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_an_empty_group_from_the_start_is_as_none(road, scale):
     found = []
     for groups in ([0], [1, 0], [0, 1]):

@@ -21,6 +21,8 @@ from cases import (
 
 # An ε of the tuner that is lost beside all that it is added to.
 TINY_EPS = 1e-300
+# A scale at which S·Δ is lost beside x.
+LOST = 1e-30
 
 
 # Learning rates
@@ -125,3 +127,45 @@ def test_lr_may_be_traded_for_the_tuners_constants(backend, base):
         run(opt, params)
         found.append([*values(params), opt.scale * c])
     assert_same(found[1], found[0])
+
+
+# What somebody may do to a group between steps.
+CHANGES = {
+    "momentum comes": ("sgd", {}, {"momentum": 0.9, "dampening": 0.5}),
+    "momentum goes": ("sgd", {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.0}),
+    "nesterov": ("sgd", {"momentum": 0.9}, {"nesterov": True}),
+    "decay": ("sgd", {}, {"weight_decay": 0.5}),
+    "decay and eps": ("adam", {}, {"weight_decay": 0.5, "eps": 1e-2}),
+    "decoupled decay": ("adamw", {"weight_decay": 0.0}, {"weight_decay": 0.5}),
+    "betas": ("adamw", {}, {"betas": (0.5, 0.7)}),
+    "maximize": ("adamw", {}, {"maximize": True}),
+    "lion": ("lion", {}, {"betas": (0.5, 0.7), "weight_decay": 0.5}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_option_changed_between_steps_is_that_of_the_next_update(road, change):
+    """Changed, and changed back: Δ sums what the plain base would add with the same changes."""
+    base, options, changed = CHANGES[change]
+    ours, plains = make_weights(dtype=torch.float64), make_weights(dtype=torch.float64)
+    # A scale at which S·Δ is lost: ours stay where they are, and the plain ones are put back.
+    opt = build(road, base, ours, lr=0.5, s_init=LOST, **options)
+    opt.freeze_scale()
+    plain = PLAIN[base](plains, lr=0.5, **options)
+    start = values(plains)
+    total = [torch.zeros_like(x) for x in start]
+    original = {name: plain.param_groups[0][name] for name in changed}
+    for t in range(3 * FEW):
+        if t in (FEW, 2 * FEW):
+            for optimizer in (opt, plain):
+                optimizer.param_groups[0].update(changed if t == FEW else original)
+        for p, q, g in zip(ours, plains, gradients(start, t), strict=True):
+            p.grad, q.grad = g, g.clone()
+        opt.step()
+        plain.step()
+        for q, x, sum_ in zip(plains, start, total, strict=True):
+            sum_ += q.detach() - x
+            q.data.copy_(x)
+    for p, x, sum_ in zip(ours, start, total, strict=True):
+        size = float(sum_.abs().max() + x.abs().max())
+        assert_within(opt.state[p]["delta"], sum_, SUM_RTOL * size)

@@ -267,15 +267,18 @@ def test_to_base_before_the_first_step_is_a_fresh_base(road):
     run(plain, params, 1)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam", "adamw", "lion"])
-def test_a_plain_checkpoint_loads_into_ours_and_the_next_update_is_the_plain_ones(road, base):
+@pytest.mark.parametrize("case", ["sgd", "dampened", "adam", "adamw", "lion"])
+def test_a_plain_checkpoint_loads_into_ours_and_the_next_update_is_the_plain_ones(road, case):
+    base = "sgd" if case == "dampened" else case
+    # Undampened is only the first gradient, and that is long gone.
+    options = {**OPTIONS[base], **({"dampening": 0.5} if case == "dampened" else {})}
     plains = make_weights(dtype=torch.float64)
-    plain = PLAIN[base](plains, **{**OPTIONS[base], "lr": 0.01})
+    plain = PLAIN[base](plains, **{**options, "lr": 0.01})
     run(plain, plains, STEPS)
     params = [torch.nn.Parameter(p.detach().clone()) for p in plains]
-    opt = build(road, base, params, **QUICK, **OPTIONS[base])
+    opt = build(road, base, params, **QUICK, **options)
     opt.load_state_dict(plain.state_dict())
-    fresh = build(road, base, make_weights(), **QUICK, **OPTIONS[base])
+    fresh = build(road, base, make_weights(), **QUICK, **options)
     assert_same(opt.scale, fresh.scale)
     start = values(params)
     run(plain, plains, 1, first=STEPS)
@@ -284,7 +287,7 @@ def test_a_plain_checkpoint_loads_into_ours_and_the_next_update_is_the_plain_one
         assert_same(opt.state[p]["x_ref"], x)
         assert_within(opt.state[p]["delta"], q - x, SUM_RTOL * float(x.abs().max()))
     for group in opt.param_groups:
-        group["lr"] = OPTIONS[base]["lr"]
+        group["lr"] = options["lr"]
     loss = loss_of(params)
     run(opt, params, LONG, first=STEPS + 1)
     assert loss_of(params) < loss
