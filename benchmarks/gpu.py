@@ -27,10 +27,14 @@ COMPILED = ("124M", "124M-bf16", "1.5B", "1.5B-bf16")
 SANITIZERS = [(tool, name) for tool in ("memcheck", "racecheck") for name in ("cuda", "triton")]
 
 
+def reserved(run: Run) -> float:
+    return RESERVED if "bench" in run.chosen.parts else 0.0
+
+
 def build(run: Run) -> None:
     """Build in place, and make sure that the Triton half can be imported from here."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status = run.part("build", command, run.left(RESERVED))
+    status = run.part("build", command, run.left(reserved(run)))
     built = ROOT / "mechanic_fused" / "_build.txt"
     note = built.read_text().strip() if built.exists() else "no word of how it was built"
     run.record["conditions"]["extension"] = note
@@ -39,7 +43,7 @@ def build(run: Run) -> None:
     if importable(run, (0, 1)):
         return
     install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    limit = min(120, run.left(RESERVED))
+    limit = min(120, run.left(reserved(run)))
     run.part("install", [sys.executable, "-m", "pip", *install], limit, (0, 1))
     if not importable(run, (0, 1)):
         run.env.update(PYTHONSAFEPATH="1", PYTHONPATH=overlay(run))
@@ -75,12 +79,12 @@ def tests(run: Run) -> None:
     few = {"OMP_NUM_THREADS": "2"}
 
     def on_gpu() -> None:
-        run.part("tests gpu", [*command, "-m", "gpu"], run.left(RESERVED), well, **few)
+        run.part("tests gpu", [*command, "-m", "gpu"], run.left(reserved(run)), well, **few)
 
     with ThreadPoolExecutor() as pool:
         lane = pool.submit(on_gpu)
         command_cpu = [*command, "-m", "not gpu and not slow"]
-        run.part("tests cpu", command_cpu, run.left(RESERVED), **few)
+        run.part("tests cpu", command_cpu, run.left(reserved(run)), **few)
     lane.result()
 
 
@@ -101,7 +105,7 @@ def sanitize(run: Run) -> None:
         part = [sys.executable, "-m", "benchmarks.gpu_parts", "sanitize", backend, os.devnull]
         # Without torch's cache an access beyond a tensor is one beyond what was allocated.
         bare = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        limit = min(60, run.left(RESERVED))
+        limit = min(60, run.left(reserved(run)))
         run.part(f"{tool} {backend}", [found, *options, *part], limit, **bare)
 
 

@@ -22,9 +22,9 @@ struct Coefficients {
   T beta1, rest1;  // rest1 = 1 - beta1, or SGD's 1 - dampening
   T beta2, rest2;
   T eps, l2;
-  T rate;              // lr, for Adam over its first bias correction
-  T decay;             // lr * decoupled weight decay
-  T correction2;       // Adam's 1 / sqrt(1 - beta2^t)
+  T rate;         // lr, for Adam over its first bias correction
+  T decay;        // lr * decoupled weight decay
+  T correction2;  // Adam's 1 / sqrt(1 - beta2^t)
   bool nesterov;
 };
 

@@ -136,6 +136,7 @@ class Tuner:
         self.keys = keys
         self.device = device
         self.options: tuple[Any, ...] = ()
+        self._betas: tuple[float, ...] = ()
         self.constants = torch.empty(0)
         self.set_options(options)
         self.state = self._initial(len(keys))
@@ -174,7 +175,7 @@ class Tuner:
         if now == self.options:
             return
         checked_options(**{name: options[name] for name in OPTIONS if name != "learning"})
-        if self.options and len(options["tuner_betas"]) != len(self._betas):
+        if self._betas and len(options["tuner_betas"]) != len(self._betas):
             raise ValueError(
                 f"tuner_betas must stay {len(self._betas)} numbers in the course of a run, "
                 f"got {options['tuner_betas']}"

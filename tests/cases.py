@@ -57,6 +57,10 @@ OPTIONS = {
 # A start from which the weights move visibly within STEPS steps.
 QUICK = {"s_init": 0.1}
 STEPS = 20
+# A scale at which S·Δ is lost beside x: the weights stay where they are.
+LOST = 1e-30
+# An ε of the tuner that is lost beside all that it is added to.
+TINY_EPS = 1e-300
 # Enough steps for the tuner to have left its start.
 FEW = 5
 # Enough for most of the loss to be gone.

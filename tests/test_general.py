@@ -9,6 +9,7 @@ from cases import (
     FUSED,
     GENERAL,
     LONG,
+    LOST,
     OPTIONS,
     QUICK,
     STEPS,
@@ -74,8 +75,6 @@ BASES = {
     "Foreach": (Foreach, {}),
 }
 EXACT_CLASSES = ("SGD", "Adam", "AdamW")  # are fused
-# A scale at which S·Δ is lost beside x: the weights stay where they are.
-LOST = 1e-30
 
 
 def test_the_bases_asked_for_are_among_them():

@@ -10,6 +10,7 @@ from cases import (
     LONG,
     QUICK,
     STEPS,
+    TINY_EPS,
     SmallNet,
     assert_same,
     assert_within,
@@ -29,10 +30,6 @@ from cases import (
 from mechanic_fused import (
     MechanicAdamW,
 )
-
-# An ε of the tuner that is lost beside all that it is added to.
-TINY_EPS = 1e-300
-
 
 # GradScaler
 

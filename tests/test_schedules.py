@@ -5,11 +5,13 @@ import torch
 from cases import (
     FEW,
     FUSED,
+    LOST,
     OPTIONS,
     PLAIN,
     QUICK,
     STEPS,
     SUM_RTOL,
+    TINY_EPS,
     assert_same,
     assert_within,
     build,
@@ -18,12 +20,6 @@ from cases import (
     run,
     values,
 )
-
-# An ε of the tuner that is lost beside all that it is added to.
-TINY_EPS = 1e-300
-# A scale at which S·Δ is lost beside x.
-LOST = 1e-30
-
 
 # Learning rates
 

@@ -67,6 +67,14 @@ def test_scale_and_learned_lr_are_readable_at_any_time(road, scale):
     assert differs(opt.scale, s)
 
 
+def test_the_scale_is_the_readers_own_also_with_a_single_beta():
+    opt = MechanicAdamW(make_weights(), tuner_betas=(0.9,), **QUICK)
+    before = opt.scale
+    opt.scale.zero_()
+    assert_same(opt.scale, before)
+    assert before > 0
+
+
 def test_the_road_is_named_with_its_reason():
     expected = "cpp" if backends.resolve("auto", "cpu") == "cpp" else "reference"
     assert MechanicAdamW(make_weights()).road == f"fused: {expected}"

@@ -23,8 +23,9 @@ namespace mechanic::cpu {
 // wait for each other (x_ref + S delta, 36 M floats on one core: 12 ms by 128, 25 ms by 1,024).
 constexpr int kBlock = 128;
 
-// Elements that accumulate takes at a time: all its streams of them stay in the first cache, and its
-// loop has hardly a beginning and an end (13 ms against 14 ms by 128, 36 M floats on two cores).
+// Elements that accumulate takes at a time: all its streams of them stay in the first cache, and
+// its loop has hardly a beginning and an end (13 ms against 14 ms by 128, 36 M floats on two
+// cores).
 constexpr int kRun = 4 * kBlock;
 
 // Partial sums are kept in lanes by the element's number and folded in a fixed order, so that
@@ -178,8 +179,8 @@ MECHANIC_INLINE void apply_block(const X* __restrict x_ref, const Wide<X>* __res
 }
 
 template <class X>
-MECHANIC_CLONES void apply_run(const X* x_ref, const Wide<X>* delta, X* x, int64_t n,
-                               Wide<X> scale, bool streams, Lanes& out) {
+MECHANIC_CLONES void apply_run(const X* x_ref, const Wide<X>* delta, X* x, int64_t n, Wide<X> scale,
+                               bool streams, Lanes& out) {
   Lanes lanes = {};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {

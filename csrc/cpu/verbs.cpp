@@ -27,11 +27,10 @@ void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
   const auto* step = at<const float>(tensor.step, 0);
   const Hyper& hyper = bucket.hyper[tensor.group];
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
-  const Streams<X, S> streams = {at<X>(tensor.gradient, chunk.offset),
-                                 at<X>(tensor.weight, chunk.offset),
-                                 at<T>(tensor.delta, chunk.offset),
-                                 at<S>(tensor.state0, chunk.offset),
-                                 at<S>(tensor.state1, chunk.offset)};
+  const Streams<X, S> streams = {
+      at<X>(tensor.gradient, chunk.offset), at<X>(tensor.weight, chunk.offset),
+      at<T>(tensor.delta, chunk.offset), at<S>(tensor.state0, chunk.offset),
+      at<S>(tensor.state1, chunk.offset)};
   Lanes lanes;
   if (hyper.l2 != 0 || hyper.decay != 0) {
     accumulate_run<Base, true>(streams, chunk.length, c, lanes);
@@ -57,20 +56,28 @@ void apply_chunk(const Bucket& bucket, const Chunk& chunk, const double* scale, 
 template <class Run>
 void for_weight(DType dtype, Run run) {
   switch (dtype) {
-    case DType::kFloat: return run(float());
-    case DType::kDouble: return run(double());
-    case DType::kBFloat16: return run(BFloat16());
-    case DType::kHalf: return run(Half());
+    case DType::kFloat:
+      return run(float());
+    case DType::kDouble:
+      return run(double());
+    case DType::kBFloat16:
+      return run(BFloat16());
+    case DType::kHalf:
+      return run(Half());
   }
 }
 
 template <class Run>
 void for_kind(Kind kind, Run run) {
   switch (kind) {
-    case Kind::kSgd: return run(Sgd());
-    case Kind::kMomentum: return run(Momentum());
-    case Kind::kAdam: return run(Adam());
-    case Kind::kLion: return run(Lion());
+    case Kind::kSgd:
+      return run(Sgd());
+    case Kind::kMomentum:
+      return run(Momentum());
+    case Kind::kAdam:
+      return run(Adam());
+    case Kind::kLion:
+      return run(Lion());
   }
 }
 
