@@ -100,6 +100,11 @@ class Bucket:
         self.found_inf: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
+        self.held = [
+            (member.state, name, member.state[name])
+            for member in members
+            for name in ("delta", *member.names[:1])
+        ]
 
     def multiplier(self, i: int) -> float:
         """What weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale."""
@@ -111,6 +116,13 @@ class Bucket:
         for x, stride in zip(self.parameters, self.strides, strict=True):
             g = x.grad
             if g is not None:
+                if g.shape != x.shape or g.device != self.device or g.is_complex():
+                    raise ValueError(
+                        f"a gradient must be real and have its weight's shape and device, expected "
+                        f"{tuple(x.shape)} on {self.device}, got {tuple(g.shape)} of {g.dtype} "
+                        f"on {g.device}"
+                    )
+                g = g.resolve_neg()
                 if g.layout is not torch.strided:
                     raise ValueError(
                         f"gradients must be dense, got a gradient of layout {g.layout} "
@@ -153,11 +165,13 @@ class Bucket:
             self.hyper_stale = True
 
     def converted(self) -> bool:
-        """Return whether ``p.data = …`` has given a weight another storage, shape or layout."""
+        """Return whether a weight has another storage, shape or layout, or another state, than
+        the tables say."""
         return (
             [x.data_ptr() for x in self.parameters] != self.addresses
             or [x.shape for x in self.parameters] != self.shapes
             or [x.stride() for x in self.parameters] != self.strides
+            or not all(entries.get(name) is tensor for entries, name, tensor in self.held)
         )
 
     def written(self) -> list[int]:

@@ -48,7 +48,8 @@ def mechanize(
         eps: the tuner's ε.
         store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
         log_func: called with {"iter_count": int, "s": float}; by default the module's logger.
-        log_every: call ``log_func`` every so many steps, each a read of the device; 0: never.
+        log_every: call ``log_func`` every so many steps; 0: never. Otherwise each step reads the
+            device.
         variant: "optax", "paper" or "pytorch": which published form of the tuner.
         scale: "global", "group" or "parameter": which weights share a scale.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
@@ -77,6 +78,10 @@ def mechanize(
         raise TypeError(f"Base must be a plain optimizer, got {Base.__name__}, mechanized already")
     if issubclass(Base, torch.optim.LBFGS):
         raise TypeError("Base must step without a closure, got LBFGS, which evaluates it again")
+    if not isinstance(log_every, int) or log_every < 0:
+        raise ValueError(f"log_every must be a whole number, 0 or more, got {log_every!r}")
+    if log_func is not None and not callable(log_func):
+        raise ValueError(f"log_func must be callable, got {log_func!r}")
     options: dict[str, Any] = {
         "s_decay": s_decay,
         "tuner_betas": betas,

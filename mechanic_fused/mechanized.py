@@ -37,6 +37,10 @@ class Mechanized(Optimizer):
         narrow_state: bool = False,
         **base_options: Any,
     ) -> None:
+        if not hasattr(self, "_base"):
+            raise TypeError("Mechanized has no base of its own: use mechanize(Base)")
+        if not isinstance(narrow_state, bool):
+            raise ValueError(f"narrow_state must be True or False, got {narrow_state!r}")
         given = {
             "s_decay": s_decay,
             "tuner_betas": tuner_betas,
@@ -149,7 +153,6 @@ class Mechanized(Optimizer):
         device = torch.device("cpu") if device.type == "meta" else device
         if self._tuner is None or self._tuner.device != device:
             self._tuner = Tuner(scale_keys(groups, self._scale_kind), groups[0], device)
-            self._tuner.adopt(groups, self._scale_kind)
         self._tuner.follow(groups, self._scale_kind)
         self._tuner.set_options(groups[0])
         return self._tuner
@@ -252,18 +255,23 @@ class Mechanized(Optimizer):
     def reset_scale(self) -> None:
         """Start anew from the current weights: S as at the start, Δ = 0, x_ref = x.
 
-        The base's own state (momentum) is kept.
+        The base's own state (momentum) is kept; the count of non-finite steps starts at 0.
         """
         for bucket in self._current_plan().buckets:
             for delta in bucket.delta:
                 delta.zero_()
+        for entries in self.state.values():
+            # Also of weights that are frozen now.
+            if isinstance(entries, dict) and "delta" in entries:
+                entries["delta"].zero_()
         self._current_tuner().reset()
         self._forget()
 
     def to_base(self) -> Optimizer:
         """Return a plain base optimizer over the same weights, at the learned lr, with its state.
 
-        A scale for each weight makes a param group for each weight.
+        A scale for each weight makes a param group for each weight. The state is a copy; torch
+        keeps it in the weight's dtype.
         """
         base = self._fused_base()
         return state.to_base(self, self._base, base.keeps if base else None)
@@ -271,7 +279,11 @@ class Mechanized(Optimizer):
     # Being a torch optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its weights join the run where they stand."""
+        """Add a group; its weights join the run where they stand.
+
+        Raises:
+            ValueError: for tuner options that differ from the other groups', or differentiable.
+        """
         if param_group.get("differentiable", self.defaults.get("differentiable")):
             raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
         for name, value in self._tuner_options.items():
@@ -285,6 +297,9 @@ class Mechanized(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
 
+        As with every torch optimizer the saved hyperparameters come along: after loading a plain
+        base's checkpoint set ``lr`` (and a scheduler's ``initial_lr``) of each group back to 1.
+
         Raises:
             ValueError: for a checkpoint with another kind of scale, or other groups.
         """
@@ -292,7 +307,7 @@ class Mechanized(Optimizer):
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_tuner_options", "_scale_kind", "_backend", "_narrow_state")
+        kept = ("_tuner_options", "_scale_kind", "_backend", "_narrow_state", "_rehearsed")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -303,4 +318,6 @@ class Mechanized(Optimizer):
         if self.defaults.get("fused"):
             # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
             self._step_supports_amp_scaling = True
+        rehearsed = state.get("_rehearsed", False)
         self._forget()
+        self._rehearsed = rehearsed

@@ -7,9 +7,12 @@ from .lion import Lion
 
 _TUNED = """{formula}, with a learned scale: x = x_ref + S·Δ, and Δ sums what {base} would add.
 
-    Takes every argument of {base}, with ``lr=1.0`` meant for most runs, and by keyword the tuner's
-    own: ``s_decay``, ``tuner_betas``, ``s_init``, ``tuner_eps``, ``variant``, ``scale``,
-    ``backend``, ``narrow_state``: see :func:`mechanic_fused.mechanize`.
+    Args:
+        params: weights or param groups, of float32, bfloat16, float16 or float64, any shape.
+        lr, …: every argument of {base}; ``lr`` is the peak of a schedule and is meant to be 1.0.
+        s_decay, tuner_betas, s_init, tuner_eps, variant, scale, backend: the tuner's own, by
+            keyword: see :func:`mechanic_fused.mechanize`.
+        narrow_state: keep {base}'s state in the weights' dtype instead of float32.
 
     Raises:
         ValueError: for options out of range.

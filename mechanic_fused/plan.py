@@ -46,7 +46,7 @@ class StepPlan:
         narrow_state: bool,
         tuner: Tuner,
     ) -> None:
-        weights = [p for group in param_groups for p in group["params"]]
+        weights = [p for group in param_groups for p in group["params"] if p.requires_grad]
         check_weights(weights)
         self.signature = signature(param_groups, base)
         self.base = base
@@ -54,12 +54,15 @@ class StepPlan:
         members = self._sort(param_groups, scale, backend)
         for (kind, _, dtype, _), sorted_members in members.items():
             kept = dtype if narrow_state else wide(dtype)
-            for member in sorted_members:
-                member.state.update(states.get(member.parameter, {}))
-                state.ensure(member.state, member.parameter, kind, kept)
+            for i, member in enumerate(sorted_members):
+                p = member.parameter
+                member.state.update(states.get(p, {}))
+                state.ensure(member.state, p, kind, kept)
                 # On the general road a weight without a gradient so far keeps its entries here.
-                if kind != GENERAL or member.parameter in states:
-                    states[member.parameter].update(member.state)
+                if kind != GENERAL or p in states:
+                    states[p].update(member.state)
+                    sorted_members[i] = member._replace(state=states[p])
+        self.states, self.state_count = states, len(states)
         scales = len(tuner.keys)
         self.buckets = [
             Bucket(
@@ -97,8 +100,10 @@ class StepPlan:
 
     def fits(self, param_groups: list[Group], base: Base | None) -> bool:
         """Return whether nothing has changed but values, gradients and hyperparameters."""
-        return self.signature == signature(param_groups, base) and not any(
-            bucket.converted() for bucket in self.buckets
+        return (
+            self.signature == signature(param_groups, base)
+            and len(self.states) >= self.state_count
+            and not any(bucket.converted() for bucket in self.buckets)
         )
 
     def gather(self) -> bool:
@@ -119,7 +124,7 @@ class StepPlan:
     @property
     def on_device(self) -> bool:
         """Whether kernels read GradScaler's numbers and a tensor lr themselves, on the device."""
-        return all(
+        return self.base is not None and all(
             bucket.backend is not reference and bucket.device.type != "cpu"
             for bucket in self.buckets
         )
@@ -175,7 +180,7 @@ class StepPlan:
     def sums(self) -> Tensor:
         """Return the sums over all buckets, (scales, 4), on the tuner's device."""
         if len(self.buckets) == 1:
-            return self.buckets[0].sums
+            return self.buckets[0].sums.to(self.tuner.device)
         return torch.stack([bucket.sums.to(self.tuner.device) for bucket in self.buckets]).sum(0)
 
     def tune(self) -> None:
@@ -218,6 +223,13 @@ def check_weights(weights: list[Tensor]) -> None:
             raise ValueError(f"weights must be dense, got layout {p.layout}")
         if p.device.type == "meta":
             raise ValueError(f"weights must have storage, got device meta, shape {tuple(p.shape)}")
+        if p.numel() and p.data_ptr() == 0:
+            raise ValueError(
+                f"weights must be plain tensors with storage of their own, got a "
+                f"{type(p.data).__name__} of shape {tuple(p.shape)}"
+            )
+        if p.is_neg():
+            raise ValueError("weights must not be lazily negated views: call resolve_neg()")
         if p.numel():
             last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
             start = p.data_ptr()

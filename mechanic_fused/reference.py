@@ -194,7 +194,12 @@ def shift(bucket: Bucket, i: int, scale: Tensor) -> None:
 
     x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what apply wrote.
     """
-    x, x_ref = bucket.weights[i], bucket.x_ref[i]
+    x, x_ref, delta = bucket.weights[i], bucket.x_ref[i], bucket.delta[i]
+    # Where somebody has repaired a weight, a Δ that it had spoiled starts anew.
+    delta.copy_(torch.where(delta.isfinite() | ~x.isfinite(), delta, 0.0))
     written = blend(bucket, i, scale)
     moved = x_ref.to(bucket.wide) + (x.to(bucket.wide) - written.to(bucket.wide))
+    # Where x had overflowed there is no difference to go by, but x itself tells.
+    afresh = x.to(bucket.wide) - scale[bucket.rows[i]].to(bucket.wide) * delta
+    moved = torch.where(written.isfinite() & x_ref.isfinite(), moved, afresh)
     x_ref.copy_(torch.where(x == written, x_ref, moved.to(x_ref.dtype)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ def ensure(state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype) -> N
         dtype: the dtype of the base's entries.
     """
     names = STATES.get(kind, ())
+    if kind not in STATES:
+        # The base of the general road steps on copies in Δ's dtype, so its state has that too.
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
+                state[name] = value.to(wide(x.dtype))
     established = any(state.get(name) is not None for name in names)
     for name in names:
         state[name] = conform(state.get(name), x, dtype)
@@ -107,13 +114,22 @@ def to_base(optimizer: Any, base: type[Any], kept: tuple[str, ...] | None) -> Op
             rates = {k: float(options[k]) * scale for k in ("lr", "initial_lr") if k in options}
             groups.append({**options, **rates, "params": part})
             weights += part
-    plain = base(groups)
+    required = {
+        name: optimizer.defaults[name]
+        for name, parameter in inspect.signature(base).parameters.items()
+        if parameter.default is parameter.empty and name in optimizer.defaults
+    }
+    plain = base(groups, **required)
     entries: dict[Any, Any] = {}
     for i, p in enumerate(weights):
         state = optimizer.state.get(p, {})
         names = [k for k in state if k not in OURS and (kept is None or k in kept)]
         if names:
-            entries[i] = {k: state[k] for k in names}
+            entries[i] = {
+                k: copy.copy(v) if not torch.is_tensor(v) else v.clone()
+                for k, v in state.items()
+                if k in names
+            }
     # What an optimizer keeps beside its weights' state goes along as it is.
     entries.update({k: v for k, v in optimizer.state.items() if not torch.is_tensor(k)})
     plain.load_state_dict({"state": entries, "param_groups": plain.state_dict()["param_groups"]})

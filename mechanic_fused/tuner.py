@@ -62,8 +62,11 @@ def checked_options(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     s_init = VARIANTS[variant].s_init if s_init is None else s_init
-    betas = list(tuner_betas) if isinstance(tuner_betas, list | tuple) else []
-    if not betas or not all(_is_number(beta) and 0 < beta < 1 for beta in betas):
+    try:
+        betas = tuple(float(beta) for beta in tuner_betas)
+    except (TypeError, ValueError):
+        betas = ()
+    if not betas or not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {tuner_betas!r}")
     for name, value in (("s_init", s_init), ("tuner_eps", tuner_eps)):
         if not (_is_number(value) and value > 0):
@@ -74,7 +77,7 @@ def checked_options(
         "variant": variant,
         "s_init": float(s_init),
         "s_decay": float(s_decay),
-        "tuner_betas": tuple(map(float, betas)),
+        "tuner_betas": betas,
         "tuner_eps": float(tuner_eps),
         "learning": True,
     }
@@ -220,48 +223,55 @@ class Tuner:
         """Take over what stands in the groups, then keep in step with their number and members.
 
         ``param_groups`` is where checkpoints and sharding wrappers look, so what they have put
-        there in place of our own tensor is the truth. The numbers are copied: our address stays.
-        A row whose weight or group is still there is kept, a new one starts at the beginning.
+        there in place of our own tensor is the truth. Rows move with their group or weight, and a
+        new one starts at the beginning. The state keeps its address unless its size changes.
         """
-        for group, view in zip(param_groups, self._views, strict=False):
-            theirs = group.get(KEY)
-            if theirs is not view:
-                if theirs is not None and theirs.shape == view.shape:
-                    view.copy_(theirs)
-                group[KEY] = view
+        theirs = [group.get(KEY) for group in param_groups]
         keys = scale_keys(param_groups, scale)
-        if keys != self.keys:
-            self._rekey(keys)
-        elif len(self._views) == len(param_groups):
+        same = keys == self.keys and len(theirs) == len(self._views)
+        if same and all(mine is other for mine, other in zip(self._views, theirs, strict=True)):
             return
-        self._views = self._views_of(param_groups, scale)
+        width = self.state.shape[1]
+        if scale == "global":
+            for other in theirs:
+                if other is not None and other is not self.state and other.shape[1] == width:
+                    self.state.copy_(other)
+                    break
+            spans = [(0, 1)] * len(param_groups)
+        else:
+            sizes = [1 if scale == "group" else len(group["params"]) for group in param_groups]
+            ends = list(accumulate(sizes))
+            spans = list(zip([0, *ends[:-1]], ends, strict=True))
+            self._rearrange(keys, spans, theirs, scale)
+        # One tensor for all with a global scale: wrappers and checkpoints keep it one.
+        self._views = [self.state if scale == "global" else self.state[a:b] for a, b in spans]
         for group, view in zip(param_groups, self._views, strict=True):
             group[KEY] = view
 
-    def adopt(self, param_groups: list[dict[str, Any]], scale: str) -> None:
-        """Start from the state that a checkpoint has left in the groups."""
-        self._views = self._views_of(param_groups, scale)
-        self.follow(param_groups, scale)
-
-    def _rekey(self, keys: list[Hashable]) -> None:
+    def _rearrange(
+        self,
+        keys: list[Hashable],
+        spans: list[tuple[int, int]],
+        theirs: list[Tensor | None],
+        scale: str,
+    ) -> None:
+        """Lay the rows out anew: a group's as they stand in it, or else by weight."""
         old = {key: row for row, key in enumerate(self.keys)}
         state = self._initial(len(keys))
-        counters = self.counters[:1].clone()
-        for row, key in enumerate(keys):
-            if key in old:
-                state[row] = self.state[old[key]]
-        self.keys, self.state = keys, state
-        # The run's own counters stand in the first row, whichever that is.
-        self.counters[:1] = counters
-
-    def _views_of(self, param_groups: list[dict[str, Any]], scale: str) -> list[Tensor]:
-        """The rows of each group; all of them for each with a global scale."""
-        if scale == "global":
-            return [self.state] * len(param_groups)
-        ends = list(
-            accumulate(1 if scale == "group" else len(group["params"]) for group in param_groups)
-        )
-        return [self.state[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        for (a, b), rows in zip(spans, theirs, strict=True):
+            if rows is not None and rows.shape == state[a:b].shape:
+                state[a:b] = rows
+            elif scale == "parameter":
+                for row in range(a, b):
+                    if keys[row] in old:
+                        state[row] = self.state[old[keys[row]]]
+        if self._views:
+            # The run's own counters stand in the first row, whichever that is.
+            state[:1, 4 * len(self._betas) :] = self.counters[:1]
+        if keys == self.keys:
+            self.state.copy_(state)
+        else:
+            self.keys, self.state = keys, state
 
     def _initial(self, rows: int) -> Tensor:
         n = len(self._betas)

@@ -13,6 +13,7 @@
 // One binary serves every x86-64: the loader picks the widest clone that the processor has.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define MECHANIC_CLONES __attribute__((target_clones("avx512f", "avx2", "default"), noinline))
+#define MECHANIC_HAS_CLONES
 #else
 #define MECHANIC_CLONES __attribute__((noinline))
 #endif
@@ -187,6 +188,9 @@ MECHANIC_CLONES void apply_run(const X* x_ref, const Wide<X>* delta, X* x, int64
     apply_block<X>(x_ref ? x_ref + i : nullptr, delta + i, x + i, kBlock, scale, streams, lanes);
   }
   apply_block<X>(x_ref ? x_ref + i : nullptr, delta + i, x + i, int(n - i), scale, false, lanes);
+#if defined(__SSE2__)
+  if (streams) _mm_sfence();  // or another thread might read a weight before its store is done
+#endif
   out = lanes;
 }
 

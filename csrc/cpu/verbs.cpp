@@ -151,7 +151,7 @@ void measure(const Bucket& bucket, int threads) { write_and_measure(bucket, null
 void tune(const Sums* sums, const Tuner& tuner) { tune_rows(sums, tuner); }
 
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(MECHANIC_HAS_CLONES)
   if (__builtin_cpu_supports("avx512f")) return "avx512f";
   if (__builtin_cpu_supports("avx2")) return "avx2";
 #endif

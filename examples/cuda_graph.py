@@ -1,0 +1,87 @@
+"""A whole training step in one CUDA graph: forward, backward and the optimizer's step.
+
+    python examples/cuda_graph.py               # a few seconds on a GPU
+    python examples/cuda_graph.py --float-lr    # with a float lr, sent before each replay
+
+A small network learns a fixed function of random points. A replay runs no Python, so the loop only
+fills the graph's inputs, replays, and lets the scheduler move the learning rate. The rules are in
+docs/cuda-graphs.md.
+"""
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from mechanic_fused import MechanicAdamW
+
+WARM_UP = 3  # steps outside the graph; they train like any other
+BATCH, FEATURES = 256, 8
+
+
+def fill(x: Tensor, y: Tensor) -> None:
+    """Put a new batch where the graph reads it."""
+    x.normal_()
+    y.copy_(x.sin().sum(1, keepdim=True))
+
+
+def train(steps: int, float_lr: bool) -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(FEATURES, 256), nn.GELU(), nn.Linear(256, 1)).to(device)
+    # A tensor on the device is read anew at each replay; a float was copied there before it.
+    lr = 1.0 if float_lr else torch.tensor(1.0, device=device)
+    opt = MechanicAdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    if opt.road not in ("fused: cuda", "fused: triton"):
+        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.road}")
+    scheduler = CosineAnnealingLR(opt, T_max=steps)
+    x, y = torch.empty(BATCH, FEATURES, device=device), torch.empty(BATCH, 1, device=device)
+
+    def training_step() -> Tensor:
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            opt.zero_grad(set_to_none=True)
+            fill(x, y)
+            training_step()
+            scheduler.step()
+    torch.cuda.current_stream().wait_stream(side)
+
+    opt.refresh_hyperparameters()  # the scheduler has moved lr since the last step
+    opt.zero_grad(set_to_none=True)  # backward then makes gradients in the graph's own memory
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = training_step()  # recorded, not run
+
+    for t in range(WARM_UP, steps):
+        fill(x, y)
+        graph.replay()
+        if t == WARM_UP or (t + 1) % 100 == 0:  # reading the loss waits for the device
+            print(f"step {t:5}  loss {loss.item():.4f}  learned lr {opt.learned_lr()[0]:.3g}")
+        scheduler.step()
+        if float_lr:
+            opt.refresh_hyperparameters()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A whole training step in one CUDA graph.")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--float-lr", action="store_true", help="lr as a float, not a tensor")
+    args = parser.parse_args()
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps must be above {WARM_UP}, the steps before the capture")
+    if not torch.cuda.is_available():
+        sys.exit("cuda_graph.py needs a GPU: torch.cuda.is_available() is False")
+    train(args.steps, args.float_lr)
+
+
+if __name__ == "__main__":
+    main()
