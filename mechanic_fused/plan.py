@@ -108,7 +108,7 @@ class StepPlan:
 
     def gather(self) -> bool:
         """Look at every gradient before anything changes; True if there is any at all."""
-        return any([bucket.gather() for bucket in self.buckets])
+        return any([bucket.gather(self.fresh) for bucket in self.buckets])
 
     def informative(self) -> bool:
         """Return whether any gradient has an element that is not 0: a read by the host."""

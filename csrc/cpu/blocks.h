@@ -65,9 +65,17 @@ MECHANIC_INLINE bool in_range(const double*) { return true; }
 template <class T>
 MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restrict b, int n,
                                        Lanes& lanes) {
-  for (int i = 0; i < n; ++i) {
-    lanes.ab[i % kLanes] += double(a[i]) * double(b[i]);
-    lanes.aa[i % kLanes] += double(a[i]) * double(a[i]);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      lanes.ab[l] += double(a[i + l]) * double(b[i + l]);
+      lanes.aa[l] += double(a[i + l]) * double(a[i + l]);
+    }
+  }
+  for (int l = 0; i + l < n; ++l) {
+    lanes.ab[l] += double(a[i + l]) * double(b[i + l]);
+    lanes.aa[l] += double(a[i + l]) * double(a[i + l]);
   }
 }
 
