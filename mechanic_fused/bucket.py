@@ -111,7 +111,7 @@ class Bucket:
         """What weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale."""
         return self.hyper_rows[self.groups[i]][HYPER.index("gradient")]
 
-    def gather(self, fresh: bool) -> bool:
+    def gather(self, fresh: bool = True) -> bool:
         """Look at every gradient; raise for one that cannot be used; True if there is any.
 
         Args:
