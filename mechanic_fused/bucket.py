@@ -24,7 +24,9 @@ TENSOR = ("gradient", "weight", "x_ref", "delta", "state0", "state1", "step", "s
 CHUNK = 1 << 17
 """Elements of a chunk, unless a backend's CHUNKS says otherwise for the device: small enough that
 threads share a model evenly, large enough that starting to read its streams costs little (36 M
-floats on two cores: apply takes 8.5 ms by 2^14 elements, 6.5 ms by 2^18)."""
+floats on two cores: apply fell from 8.5 ms by 2^14 to 6.5 ms by 2^18 in one trial, and by less in
+others, when memory was slower).
+"""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -66,7 +66,7 @@ def accumulate(bucket: Bucket) -> None:
 def tune(sums: Tensor, tuner: Tuner) -> None:
     """Learn S from the sums, (scales, 4) float64; ``tuner.state`` changes in place."""
     if sums.device.type == "cuda":
-        scaler = _scaler(None, getattr(tuner, "found_inf", None))
+        scaler = _scaler(None, tuner.found_inf)
         _launch(_native.cuda.tune, sums.device, sums.data_ptr(), _tuner(tuner), scaler)
     else:
         _native.cpu.tune(sums.data_ptr(), _tuner(tuner))
