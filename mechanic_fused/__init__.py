@@ -1,5 +1,6 @@
 """Mechanic: PyTorch optimizers that find their own learning rate, fused."""
 
+from .distributed import step_together
 from .factory import is_mechanized, mechanize
 from .lion import Lion
 from .mechanized import Mechanized
@@ -16,4 +17,5 @@ __all__ = [
     "Mechanized",
     "is_mechanized",
     "mechanize",
+    "step_together",
 ]

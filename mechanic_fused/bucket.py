@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bases import HYPER, STEPPED
+from .distributed import Groups, like, local
 
 GD, XD, GG, XX = range(4)
 """The columns of the sums: g·Δ, x·Δ, g·g, x·x."""
@@ -48,7 +49,7 @@ def is_dense(x: Tensor) -> bool:
 
 class Member(NamedTuple):
     """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
-    state entries, and the names of its base's state."""
+    state entries, and the names of its base's state. Parameter and state may be DTensors."""
 
     parameter: Tensor
     group: int
@@ -58,7 +59,11 @@ class Member(NamedTuple):
 
 
 class Bucket:
-    """Weights of one device, dtype and update, which one call of a verb works on.
+    """Weights of one device, dtype, update and sharding, which one call of a verb works on.
+
+    ``parameters`` and ``ours`` (x_ref and Δ) are as users see them; all else is of plain tensors,
+    the rank's own parts of DTensors.
+    ``shards`` are the process groups over which these weights are spread.
 
     Attributes that backends read: ``kind`` (the update), ``wide`` (dtype of the arithmetic and of
     Δ), ``weights``, ``grads``, ``x_ref``, ``delta``, ``states``, ``steps`` (lists, one entry a
@@ -68,16 +73,24 @@ class Bucket:
     """
 
     def __init__(
-        self, backend: ModuleType, kind: str, members: list[Member], groups: int, scales: int
+        self,
+        backend: ModuleType,
+        kind: str,
+        members: list[Member],
+        groups: int,
+        scales: int,
+        shards: Groups,
     ) -> None:
         first = members[0].parameter
+        self.shards = shards
+        self.wrapped = local(first) is not first
         self.backend = backend
         self.kind = kind
         self.dtype = first.dtype
         self.device = first.device
         self.wide = wide(first.dtype)
         self.parameters = [member.parameter for member in members]
-        self.weights = [x.detach() for x in self.parameters]
+        self.weights = [x.detach() for x in self._parts()]
         self.rows = [member.row for member in members]
         self.groups = [member.group for member in members]
         self.strides = [x.stride() for x in self.weights]
@@ -86,9 +99,14 @@ class Bucket:
         self.permuted = [i for i, plain in enumerate(self.contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
         self.dense = all(is_dense(x) for x in self.weights)
-        self.x_ref = [member.state["x_ref"] for member in members]
-        self.delta = [member.state["delta"] for member in members]
-        self.states = [tuple(member.state[name] for name in member.names) for member in members]
+        self.ours = [
+            {name: member.state[name] for name in ("x_ref", "delta")} for member in members
+        ]
+        self.x_ref = [local(ours["x_ref"]) for ours in self.ours]
+        self.delta = [local(ours["delta"]) for ours in self.ours]
+        self.states = [
+            tuple(local(member.state[name]) for name in member.names) for member in members
+        ]
         self.steps = [member.state["step"] for member in members] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(members)
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
@@ -98,7 +116,7 @@ class Bucket:
         self.chunk = getattr(backend, "CHUNKS", {}).get(self.device.type, CHUNK)
         self.chunks = self._chunk_table()
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
-        self.versions = [x._version for x in self.parameters]
+        self.remember()
         self.addresses = self.tensors[:, 1].tolist()
         self.gradient_addresses: list[int] = []
         self.live_lr: dict[int, Tensor] = {}
@@ -121,6 +139,11 @@ class Bucket:
                 assigned, so they can differ only where the weight has changed since.
         """
         grads = [x.grad for x in self.parameters]
+        if self.wrapped:
+            grads = [
+                g if g is None else local(like(g, x))
+                for g, x in zip(grads, self.parameters, strict=True)
+            ]
         if not fresh and self._are_plain(grads):
             self.grads = grads
             return True
@@ -177,8 +200,9 @@ class Bucket:
         them on the device; empty and None where the host has read them already.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
-        # 0 means absent, and an empty gradient, whose address is never read, has it too.
-        addresses = [0 if g is None else g.data_ptr() or 1 for g in self.grads]
+        addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        if 0 in addresses:
+            addresses = [self._address(g) for g in self.grads]
         if addresses != self.gradient_addresses:
             self.gradient_addresses = addresses
             self.tensors[:, 0] = torch.tensor(addresses, dtype=torch.int64)
@@ -188,10 +212,23 @@ class Bucket:
             self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
             self.hyper_stale = True
 
+    def _address(self, g: Tensor | None) -> int:
+        """Return where g lies: 0 means absent, so an empty gradient, which nobody reads, gets 1."""
+        if g is not None and g.numel() and not g.data_ptr():
+            raise ValueError(
+                "gradients must be plain tensors with storage of their own for plain weights, "
+                f"got a {type(g).__name__} of shape {tuple(g.shape)}"
+            )
+        return 0 if g is None else g.data_ptr() or 1
+
+    def _parts(self) -> list[Tensor]:
+        """Return the weights as they are now, of DTensors what this rank holds."""
+        return [local(x) for x in self.parameters] if self.wrapped else self.parameters
+
     def converted(self) -> bool:
         """Return whether a weight has another storage, shape or layout, or another state, than
         the tables say."""
-        weights = self.parameters
+        weights = self._parts()
         return (
             [x.data_ptr() for x in weights] != self.addresses
             or [x.numel() for x in weights] != self.sizes
@@ -210,7 +247,7 @@ class Bucket:
 
     def written(self) -> list[int]:
         """Return the weights that somebody else has written since ``remember``."""
-        versions = [x._version for x in self.parameters]
+        versions = self._versions()
         if versions == self.versions:
             return []
         pairs = zip(versions, self.versions, strict=True)
@@ -218,10 +255,18 @@ class Bucket:
 
     def remember(self) -> None:
         """Note the weights' versions after our own writes."""
-        self.versions = [x._version for x in self.parameters]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        versions = [x._version for x in self.parameters]
+        if self.wrapped:
+            # Writes to a DTensor count there, writes to its part count in the part.
+            parts = self._parts()
+            versions = [v + part._version for v, part in zip(versions, parts, strict=True)]
+        return versions
 
     def _tensor_table(self) -> Tensor:
-        table = torch.zeros(len(self.parameters), len(TENSOR), dtype=torch.int64)
+        table = torch.zeros(len(self.weights), len(TENSOR), dtype=torch.int64)
         for i, x in enumerate(self.weights):
             states = [state.data_ptr() for state in self.states[i]]
             step = self.steps[i].data_ptr() if self.steps else 0

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import reference
 from .bucket import Bucket
+from .distributed import local, wrap
 from .state import OURS
 
 SCALER = ("grad_scale", "found_inf")
@@ -32,13 +33,13 @@ def accumulate(
     """
     for bucket in buckets:
         reference.inner_products(bucket)
-    with _lent(optimizer, buckets):
+    with _lent(optimizer, buckets) as lent:
         base_step(optimizer)
-        moved = [[p.detach() for p in bucket.parameters] for bucket in buckets]
-    for bucket, lent in zip(buckets, moved, strict=True):
+        moved = [[local(p.detach()) for p in lent_weights] for lent_weights in lent]
+    for bucket, parts in zip(buckets, moved, strict=True):
         for i, x in enumerate(bucket.weights):
             if bucket.grads[i] is not None:
-                bucket.delta[i].add_(lent[i] - x.to(bucket.wide))
+                bucket.delta[i].add_(parts[i] - x.to(bucket.wide))
 
 
 def rehearse(
@@ -57,36 +58,63 @@ def rehearse(
 
 
 @contextmanager
-def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[None]:
-    """Give the base copies of weights and gradients, and a state of only its own entries."""
+def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
+    """Give the base copies of weights and gradients, and a state of only its own entries.
+
+    A plain weight is lent by its ``data``. A DTensor keeps its part whatever its ``data`` is set
+    to, so another parameter stands in for it.
+    """
     # The base would apply GradScaler's scale a second time, to gradients that are unscaled here.
     entries = vars(optimizer)
     scaler = {name: entries.pop(name) for name in SCALER if name in entries}
     grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    members = [group["params"] for group in optimizer.param_groups]
+    stand_ins: dict[Tensor, Tensor] = {}
+    lent: list[list[Tensor]] = [[] for _ in buckets]
     stored = {p for p in grads if OURS[0] in optimizer.state.get(p, ())}
     try:
         for p in grads:
             # A frozen weight may still carry a gradient; torch's optimizers would move it.
             p.grad = None
-        for bucket in buckets:
+        for k, bucket in enumerate(buckets):
             for i, p in enumerate(bucket.parameters):
                 for name in OURS:
                     optimizer.state.get(p, {}).pop(name, None)
-                p.data = bucket.weights[i].to(bucket.wide, copy=True)
-                p.grad = _finite(bucket, i)
-        yield
+                x, g = bucket.weights[i].to(bucket.wide, copy=True), _finite(bucket, i)
+                if bucket.wrapped:
+                    stand_ins[p] = torch.nn.Parameter(wrap(x, p))
+                    _move(optimizer, p, stand_ins[p])
+                else:
+                    p.data = x
+                q = stand_ins.get(p, p)
+                q.grad = g if g is None else wrap(g, p)
+                lent[k].append(q)
+        for group, params in zip(optimizer.param_groups, members, strict=True):
+            group["params"] = [stand_ins.get(p, p) for p in params]
+        yield lent
     finally:
+        for group, params in zip(optimizer.param_groups, members, strict=True):
+            group["params"] = params
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
                 p.grad = None
-                p.data = bucket.weights[i]
+                if p in stand_ins:
+                    _move(optimizer, stand_ins[p], p)
+                elif not bucket.wrapped:
+                    p.data = bucket.weights[i]
                 # Not for a weight that has never had a gradient: an entry without the base's own
                 # beside it would look to the base like a state that it has made already.
                 if p in stored or bucket.grads[i] is not None:
-                    optimizer.state[p].update(x_ref=bucket.x_ref[i], delta=bucket.delta[i])
+                    optimizer.state[p].update(bucket.ours[i])
         for p, g in grads.items():
             p.grad = g
         entries.update(scaler)
+
+
+def _move(optimizer: Optimizer, source: Tensor, target: Tensor) -> None:
+    """Hand the state of one parameter on to another."""
+    if source in optimizer.state:
+        optimizer.state[target] = optimizer.state.pop(source)
 
 
 def _finite(bucket: Bucket, i: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, bases, general, state
+from .bucket import GG
+from .distributed import Rows, step_together
 from .plan import StepPlan
-from .tuner import KEY, OPTIONS, Tuner, check_saved, check_scale, checked_options, scale_keys
+from .steering import Steering
+from .tuner import OPTIONS, Tuner, check_saved, check_scale, checked_options, scale_keys
 
 
-class Mechanized(Optimizer):
+class Mechanized(Steering):
     """What mechanize(Base) puts in front of Base: x = x_ref + S·Δ with a learned scale S.
 
     Not made by itself: see :func:`mechanize`.
@@ -22,6 +26,7 @@ class Mechanized(Optimizer):
 
     _base: type[Optimizer]
     _class_options: dict[str, Any]
+    _reads_scaler = False
 
     def __init__(
         self,
@@ -35,6 +40,9 @@ class Mechanized(Optimizer):
         scale: str | None = None,
         backend: str | None = None,
         narrow_state: bool = False,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
         **base_options: Any,
     ) -> None:
         if not hasattr(self, "_base"):
@@ -57,6 +65,10 @@ class Mechanized(Optimizer):
         check_scale(self._scale_kind)
         backends.check(self._backend)
         self._narrow_state = narrow_state
+        self.max_grad_norm = check_norm(max_grad_norm)
+        self.reduce_group = reduce_group
+        self.extra_groups = tuple(extra_groups)
+        self._lost_groups = False
         self._forget()
         super().__init__(params, *args, **base_options)
         # The tuner's state is in param_groups from the start: loaders look for it there.
@@ -67,7 +79,8 @@ class Mechanized(Optimizer):
         self._plan: StepPlan | None = None
         self._tuner: Tuner | None = None
         self._has_started: bool | None = None
-        self._rehearsed = False
+        self._rehearsed = self._skips = False
+        self._squared_norm: Tensor | None = None
 
     # The step
 
@@ -75,7 +88,8 @@ class Mechanized(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step: g → Δ, then the scale, then x = x_ref + S·Δ.
 
-        Until the first step with a gradient element that is not 0, only state is made.
+        Until the first step with a gradient element that is not 0, only state is made. Where
+        weights are sharded, every rank must call it.
 
         Args:
             closure: evaluates the model again and returns the loss, which ``step`` returns.
@@ -87,38 +101,113 @@ class Mechanized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            plan = self._current_plan()
-            try:
-                self._advance(plan)
-            finally:
-                plan.release()
+        step_together([self])
         return loss
 
-    def _advance(self, plan: StepPlan) -> None:
-        if not plan.gather():
-            return
-        grad_scale = getattr(self, "grad_scale", None)
+    @torch.no_grad()
+    def prepare(self) -> bool:
+        """Look at the weights: the first part of a step, which containers take apart.
+
+        :func:`mechanic_fused.step_together` shows how the parts are called.
+
+        Returns:
+            Whether sums have to be added to those of other ranks.
+
+        Raises:
+            ValueError: for weights that cannot be trained.
+            RuntimeError: for a copy that has lost the process groups of its original.
+        """
+        if self._lost_groups and self.reduce_group is None and not self.extra_groups:
+            raise RuntimeError(
+                "process groups cannot be copied or pickled: set reduce_group or extra_groups of "
+                "the copy to what the original had"
+            )
+        return not self._current_plan().alone or bool(self.extra_groups)
+
+    @torch.no_grad()
+    def inspect(self, shared: bool = False) -> Rows:
+        """Look at the gradients before anything changes: the second part of a step.
+
+        Args:
+            shared: whether this is a part of a model, by ranks or by optimizers.
+
+        Returns:
+            {process groups: (2,) float64}: whether gradients are not all 0, and Σ g·g; nothing
+            where no question is open.
+
+        Raises:
+            ValueError: for gradients or weights that cannot be used.
+        """
+        plan = self._prepared()
+        if not plan.gather() and not shared:
+            return {}
         found_inf = getattr(self, "found_inf", None)
-        if not plan.on_device and bool(found_inf):
-            return
+        if shared and found_inf is not None:
+            found_inf = plan.agree(found_inf, self.extra_groups)
+        self._skips = not plan.on_device and bool(found_inf)
+        if self._skips:
+            return {}
+        plan.load(self.param_groups, getattr(self, "grad_scale", None), found_inf)
+        if self._started and self.max_grad_norm is None:
+            return {}
+        return plan.inspect(self._started, self.max_grad_norm is not None)
+
+    @torch.no_grad()
+    def accumulate(self, answers: Tensor | None = None, shared: bool = False) -> Rows:
+        """Take the sums and move the base's state and Δ on: the third part of a step.
+
+        Args:
+            answers: what ``inspect`` returned, summed over all parts; None if that was nothing.
+            shared: as for ``inspect``.
+
+        Returns:
+            {process groups: (scales, 4) float64}: this rank's g·Δ, x·Δ, g·g, x·x, with a further
+            row if shared; nothing if the step is skipped, and then ``apply`` is not to be called.
+        """
+        plan = self._prepared()
+        if self._skips or not (plan.present or shared):
+            return {}
         if not self._started:
-            if not plan.informative():
+            if answers is None or not answers[0]:
                 self._rehearse(plan)
-                return
+                return {}
             if self._rehearsed:
                 self.state.clear()
             plan.capture()
             self._has_started = True
-        plan.load(self.param_groups, grad_scale, found_inf)
+        if self.max_grad_norm is not None and answers is not None:
+            plan.clip(answers[1], self.max_grad_norm)
+            self._squared_norm = answers[1]
         plan.reconcile()
         if plan.base is None:
             general.accumulate(self, plan.buckets, self._base_step())
         else:
             plan.accumulate()
-        plan.tune()
+        return plan.sums(shared)
+
+    @torch.no_grad()
+    def apply(self, total: Tensor) -> None:
+        """Learn S and write the weights: the last part of a step.
+
+        Args:
+            total: what ``accumulate`` returned, summed over all parts.
+        """
+        plan = self._prepared()
+        if self.max_grad_norm is None:
+            self._squared_norm = total[: len(plan.tuner.keys), GG]
+        plan.tune(total)
         plan.apply()
         self._log()
+
+    def release(self) -> None:
+        """Let go of the gradients, or they would outlive the next zero_grad."""
+        if self._plan is not None:
+            self._plan.release()
+
+    def _prepared(self) -> StepPlan:
+        if self._plan is None:
+            raise RuntimeError("prepare() must come first: see mechanic_fused.step_together")
+        return self._plan
 
     def _rehearse(self, plan: StepPlan) -> None:
         """Let the base make its state in a dry step, as the fused road has done already.
@@ -143,6 +232,7 @@ class Mechanized(Optimizer):
                 self._scale_kind,
                 self._narrow_state,
                 tuner,
+                self.reduce_group,
             )
         return self._plan
 
@@ -188,94 +278,6 @@ class Mechanized(Optimizer):
         if steps % every == 0:
             self._class_options["log_func"]({"iter_count": steps, "s": float(self.scale.sum())})
 
-    def refresh_hyperparameters(self) -> None:
-        """Send changed hyperparameters to the device, before replaying a captured step.
-
-        A replay runs no Python, so a float lr that a scheduler has changed must be sent so; an lr
-        that is a tensor on the device is live by itself.
-        """
-        if self._started:
-            plan = self._current_plan()
-            plan.load(self.param_groups, None, None)
-
-    # What users read and steer
-
-    @property
-    def scale(self) -> Tensor:
-        """S = Σ s now: a new float64 tensor (scales,) on the weights' device."""
-        return self._current_tuner().scale()
-
-    def learned_lr(self) -> list[float]:
-        """Return S·lr of each param group, as floats: what to log. Reads the device.
-
-        With ``scale="parameter"`` it is the mean over the group's weights.
-        """
-        return [
-            sum(scales) / len(scales) * float(group["lr"]) if scales else 0.0
-            for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
-        ]
-
-    def group_scales(self) -> list[list[float]]:
-        """Return S of each param group, as floats: one, or one for each of its weights."""
-        tuner = self._current_tuner()
-        return [tuner.scale(group[KEY]).tolist() for group in self.param_groups]
-
-    @property
-    def road(self) -> str:
-        """The road in use, and why: "fused: cpp", "general: RAdam has no fused update"."""
-        refusal = self._refusal()
-        if refusal:
-            return f"general: {refusal}"
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        return f"fused: {', '.join(sorted(backends.resolve(self._backend, d) for d in devices))}"
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """How many steps met a NaN or an infinity in their sums, and were survived."""
-        return int(self._current_tuner().counters[:1, 1].sum())
-
-    @torch.no_grad()
-    def shift_reference(self) -> None:
-        """Accept the weights as they stand: x_ref moves by what was written since the last step.
-
-        Needed only after writes that torch cannot see (through ``.data`` or numpy); all others
-        are noticed by themselves.
-        """
-        if self._started:
-            plan = self._current_plan()
-            plan.load(self.param_groups, None, None)
-            plan.reconcile(everything=True)
-
-    def freeze_scale(self, frozen: bool = True) -> None:
-        """Stop learning S (or, with False, learn on): the weights go on moving by S·u."""
-        for group in self.param_groups:
-            group["learning"] = not frozen
-
-    @torch.no_grad()
-    def reset_scale(self) -> None:
-        """Start anew from the current weights: S as at the start, Δ = 0, x_ref = x.
-
-        The base's own state (momentum) is kept; the count of non-finite steps starts at 0.
-        """
-        for bucket in self._current_plan().buckets:
-            for delta in bucket.delta:
-                delta.zero_()
-        for entries in self.state.values():
-            # Also of weights that are frozen now.
-            if isinstance(entries, dict) and "delta" in entries:
-                entries["delta"].zero_()
-        self._current_tuner().reset()
-        self._forget()
-
-    def to_base(self) -> Optimizer:
-        """Return a plain base optimizer over the same weights, at the learned lr, with its state.
-
-        A scale for each weight makes a param group for each weight. The state is a copy; torch
-        keeps it in the weight's dtype.
-        """
-        base = self._fused_base()
-        return state.to_base(self, self._base, base.keeps if base else None)
-
     # Being a torch optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -294,6 +296,16 @@ class Mechanized(Optimizer):
                 )
         super().add_param_group(param_group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler may leave its numbers to us. Not where plain weights are sharded:
+        torch then takes found_inf from this rank alone."""
+        return self._reads_scaler and self.reduce_group is None
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, supports: bool) -> None:
+        self._reads_scaler = supports
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
 
@@ -307,8 +319,10 @@ class Mechanized(Optimizer):
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_tuner_options", "_scale_kind", "_backend", "_narrow_state", "_rehearsed")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = "_tuner_options _scale_kind _backend _narrow_state max_grad_norm _rehearsed".split()
+        lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
+        ours = {name: getattr(self, name) for name in kept}
+        return {**super().__getstate__(), **ours, "_lost_groups": lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -319,5 +333,18 @@ class Mechanized(Optimizer):
             # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
             self._step_supports_amp_scaling = True
         rehearsed = state.get("_rehearsed", False)
+        if "reduce_group" not in vars(self):
+            self.reduce_group, self.extra_groups = None, ()
         self._forget()
         self._rehearsed = rehearsed
+
+
+def check_norm(max_grad_norm: float | None) -> float | None:
+    """Return the bound on the gradients' norm, or raise ValueError."""
+    if max_grad_norm is not None and not (
+        isinstance(max_grad_norm, int | float) and 0 < max_grad_norm < math.inf
+    ):
+        raise ValueError(
+            f"max_grad_norm must be None or a finite number above 0, got {max_grad_norm!r}"
+        )
+    return max_grad_norm

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, reference, state
+from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
-from .bucket import Bucket, Member, is_dense, wide
+from .bucket import GG, Bucket, Member, is_dense, wide
+from .distributed import Groups, Rows, local, shards
 from .tuner import Tuner
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -19,8 +20,19 @@ GENERAL = "general"
 """The kind of a bucket whose update the base optimizer makes itself."""
 
 
+class Sort(NamedTuple):
+    """What the weights of a bucket have in common."""
+
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    shards: Groups
+    wrapped: bool
+
+
 class StepPlan:
-    """Buckets of the weights that require gradients, by device, dtype and update.
+    """Buckets of the weights that require gradients, by device, dtype, update and sharding.
 
     Args:
         param_groups: the optimizer's own.
@@ -30,6 +42,7 @@ class StepPlan:
         scale: which weights share a scale: "global", "group" or "parameter".
         narrow_state: keep the base's state in the weight's dtype instead of float32.
         tuner: gets a row for each scale.
+        reduce_group: the process group over which plain weights are sharded, or None.
 
     Raises:
         ValueError: for weights that no road can train: complex, overlapping or sharing memory, or
@@ -45,15 +58,17 @@ class StepPlan:
         scale: str,
         narrow_state: bool,
         tuner: Tuner,
+        reduce_group: Any = None,
     ) -> None:
         weights = [p for group in param_groups for p in group["params"] if p.requires_grad]
-        check_weights(weights)
+        check_weights([local(p) for p in weights])
         self.signature = signature(param_groups, base)
         self.base = base
         self.tuner = tuner
-        members = self._sort(param_groups, scale, backend)
-        for (kind, _, dtype, _), sorted_members in members.items():
-            kept = dtype if narrow_state else wide(dtype)
+        members = self._sort(param_groups, scale, backend, reduce_group)
+        for sort, sorted_members in members.items():
+            kind = sort.kind
+            kept = sort.dtype if narrow_state else wide(sort.dtype)
             for i, member in enumerate(sorted_members):
                 p = member.parameter
                 member.state.update(states.get(p, {}))
@@ -66,20 +81,28 @@ class StepPlan:
         scales = len(tuner.keys)
         self.buckets = [
             Bucket(
-                backends.MODULES[name](),
-                kind,
+                backends.MODULES[sort.backend](),
+                sort.kind,
                 sorted_members,
                 len(param_groups),
                 scales,
+                sort.shards,
             )
-            for (kind, _, _, name), sorted_members in members.items()
+            for sort, sorted_members in members.items()
         ]
+        self.groups = {sort.shards: None for sort in members} | (
+            {} if reduce_group is None else {(reduce_group,): None}
+        )
+        self.alone = not any(self.groups)
+        near = (bucket.backend for bucket in self.buckets if bucket.device == tuner.device)
+        name = backends.resolve(backend, tuner.device.type)
+        self.tuning = next(near, backends.MODULES[name]())
         self.fresh = True
 
     def _sort(
-        self, param_groups: list[Group], scale: str, backend: str
-    ) -> dict[tuple[str, torch.device, torch.dtype, str], list[Member]]:
-        members: dict[tuple[str, torch.device, torch.dtype, str], list[Member]] = {}
+        self, param_groups: list[Group], scale: str, backend: str, reduce_group: Any
+    ) -> dict[Sort, list[Member]]:
+        members: dict[Sort, list[Member]] = {}
         row = 0
         for number, group in enumerate(param_groups):
             kind = GENERAL if self.base is None else self.base.kind(group)
@@ -90,11 +113,12 @@ class StepPlan:
                     name = backends.resolve(backend, p.device.type)
                     # Kernels walk flat storage, which a weight with gaps has not, and know the
                     # four usual dtypes.
-                    if not is_dense(p) or p.dtype not in KERNEL_DTYPES:
+                    if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
                         name = "reference"
-                    key = (kind, p.device, p.dtype, name)
+                    groups = shards(p, reduce_group)
+                    sort = Sort(kind, p.device, p.dtype, name, groups, local(p) is not p)
                     member = Member(p, number, row, {}, STATES.get(kind, ()))
-                    members.setdefault(key, []).append(member)
+                    members.setdefault(sort, []).append(member)
                 row += scale == "parameter"
         return members
 
@@ -108,12 +132,45 @@ class StepPlan:
 
     def gather(self) -> bool:
         """Look at every gradient before anything changes; True if there is any at all."""
-        return any([bucket.gather(self.fresh) for bucket in self.buckets])
+        self.present = any([bucket.gather(self.fresh) for bucket in self.buckets])
+        return self.present
 
-    def informative(self) -> bool:
-        """Return whether any gradient has an element that is not 0: a read by the host."""
-        grads = [g for bucket in self.buckets for g in bucket.grads if g is not None]
-        return any(bool(g.any()) for g in grads)
+    def agree(self, found_inf: Tensor | float, extra_groups: Sequence[Any]) -> Tensor:
+        """Return found_inf as all ranks see it: torch reduces it over one mesh only."""
+        flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
+        rows = {groups: flag.reshape(1) for groups in self.groups}
+        return distributed.reduce(rows, extra_groups).to(torch.float32)
+
+    def rows(self, of: Callable[[Bucket], Tensor], shape: tuple[int, ...]) -> Rows:
+        """Return sums of the buckets, added up by what these are sharded over.
+
+        Args:
+            of: takes a bucket's sums, of ``shape``.
+            shape: also of the zeros that a rank without weights has to give.
+        """
+        device = self.tuner.device
+        found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
+        nothing = torch.zeros(shape, dtype=torch.float64, device=device)
+        return {groups: found.get(groups, nothing) for groups in self.groups}
+
+    def inspect(self, started: bool, norms: bool) -> Rows:
+        """Return (2,): whether any gradient has an element that is not 0, and N² = Σ g·g.
+
+        Args:
+            started: the first answer is known to be yes; otherwise the host reads the device.
+            norms: whether N² is wanted, the squared norm of the finite elements.
+        """
+
+        def look(bucket: Bucket) -> Tensor:
+            informative = started or any(g is not None and bool(g.any()) for g in bucket.grads)
+            row = bucket.sums.new_full((2,), float(informative))
+            row[1] = 0.0
+            if norms:
+                bucket.backend.norm(bucket)
+                row[1] = bucket.sums[:, GG].sum()
+            return row
+
+        return self.rows(look, (2,))
 
     def capture(self) -> None:
         """Let the run start here: x_ref takes x."""
@@ -124,7 +181,9 @@ class StepPlan:
     @property
     def on_device(self) -> bool:
         """Whether kernels read GradScaler's numbers and a tensor lr themselves, on the device."""
-        return self.base is not None and all(
+        if self.base is None or self.tuner.device.type == "cpu":
+            return False
+        return all(
             bucket.backend is not reference and bucket.device.type != "cpu"
             for bucket in self.buckets
         )
@@ -172,22 +231,49 @@ class StepPlan:
             bucket.backend.measure(bucket)
         self.fresh = False
 
+    def clip(self, squared_norm: Tensor, max_norm: float) -> None:
+        """Let ``accumulate`` scale gradients down to ``max_norm`` where their norm is above it."""
+        clip = torch.stack([squared_norm, squared_norm.new_full((), max_norm)])
+        for bucket in self.buckets:
+            bucket.clip = clip.to(bucket.device)
+
     def accumulate(self) -> None:
         """Take the sums with the old Δ and move Δ on, in every bucket."""
         for bucket in self.buckets:
             bucket.backend.accumulate(bucket)
 
-    def sums(self) -> Tensor:
-        """Return the sums over all buckets, (scales, 4), on the tuner's device."""
-        if len(self.buckets) == 1:
-            return self.buckets[0].sums.to(self.tuner.device)
-        return torch.stack([bucket.sums.to(self.tuner.device) for bucket in self.buckets]).sum(0)
+    def sums(self, shared: bool) -> Rows:
+        """Return (scales, 4), the sums over all buckets.
 
-    def tune(self) -> None:
-        """Let the tuner learn from the sums over all buckets, on its own device."""
-        sums = self.sums()
-        near = (b.backend for b in self.buckets if b.device == self.tuner.device)
-        next(near, reference).tune(sums, self.tuner)
+        Args:
+            shared: adds a row that tells whether this rank has any gradient.
+        """
+        scales = len(self.tuner.keys)
+        if not shared:
+            return self.rows(lambda bucket: bucket.sums, (scales, 4))
+
+        def with_presence(bucket: Bucket) -> Tensor:
+            present = any(g is not None for g in bucket.grads)
+            return torch.cat([bucket.sums, bucket.sums.new_full((1, 4), float(present))])
+
+        return self.rows(with_presence, (scales + 1, 4))
+
+    def tune(self, total: Tensor) -> None:
+        """Let the tuner learn from the sums over all weights, on its own device.
+
+        Without a gradient on any rank it learns nothing, as a single process that returns early.
+        """
+        scales = len(self.tuner.keys)
+        if len(total) > scales:
+            absent = total[scales, 0] == 0
+            if not self.on_device:
+                if absent:
+                    return
+            else:
+                found = self.tuner.found_inf
+                skip = absent.to(torch.float32)
+                self.tuner.found_inf = skip if found is None else torch.maximum(skip, found)
+        self.tuning.tune(total[:scales], self.tuner)
 
     def apply(self) -> None:
         """Write the weights; the last bucket first, since its Δ is the likeliest to be in cache."""

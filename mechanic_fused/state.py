@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .bases import STATES, STEPPED
 from .bucket import is_dense, wide
+from .distributed import dtensor, like, local
 from .tuner import KEY, OPTIONS
 
 OURS = ("x_ref", "delta")
@@ -59,7 +60,14 @@ def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
             f"a weight's state must have its shape, expected {tuple(x.shape)}, "
             f"got {tuple(old.shape)}"
         )
-    same_layout = not is_dense(x) or old.stride() == x.stride()
+    if isinstance(x, dtensor()) and not isinstance(old, dtensor()):
+        # A state dict of a single process holds whole tensors; each rank takes its part.
+        from torch.distributed.tensor import distribute_tensor
+
+        old = distribute_tensor(old.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
+    old = like(old, x)
+    mine, theirs = local(x), local(old)
+    same_layout = not is_dense(mine) or theirs.stride() == mine.stride()
     if old.dtype is dtype and old.device == x.device and same_layout:
         return old
     return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format).copy_(old)

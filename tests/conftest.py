@@ -7,6 +7,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from pool import Pool  # noqa: E402
 
 from mechanic_fused import backends  # noqa: E402
 
@@ -58,3 +59,34 @@ def road(request):
     if request.param != "general":
         skip_unless_available(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def pools():
+    made = {}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+@pytest.fixture
+def ranks(pools):
+    """ranks(n): n processes in one gloo group, made at their first use and kept for all tests."""
+    return lambda size: Kept(pools, size)
+
+
+class Kept:
+    """A pool that stays until a test has failed in it."""
+
+    def __init__(self, pools, size):
+        self.pools, self.size = pools, size
+        if size not in pools:
+            pools[size] = Pool(size)
+
+    def run(self, function, *args, **options):
+        try:
+            return self.pools[self.size].run(function, *args, **options)
+        except BaseException:
+            # Its ranks may be at different collectives now.
+            self.pools.pop(self.size).close()
+            raise
