@@ -82,6 +82,7 @@ class Bucket:
         shards: Groups,
     ) -> None:
         first = members[0].parameter
+        self.members = members
         self.shards = shards
         self.wrapped = local(first) is not first
         self.backend = backend
@@ -126,6 +127,12 @@ class Bucket:
         self.handle: Any = None
         self.places = [(m.state, name) for m in members for name in ("delta", *m.names[:1])]
         self.held = [state[name] for state, name in self.places]
+
+    def part(self, i: int) -> Bucket:
+        """Return a bucket of weight i alone, with the same state."""
+        return Bucket(
+            self.backend, self.kind, [self.members[i]], len(self.hyper), len(self.sums), self.shards
+        )
 
     def multiplier(self, i: int) -> float:
         """What weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale."""

@@ -181,4 +181,4 @@ def step_together(optimizers: Sequence[Any]) -> None:
                     opt.apply(total)
     finally:
         for opt in optimizers:
-            opt.release()
+            opt.finish()

@@ -14,6 +14,7 @@ from . import backends, bases, general, state
 from .bucket import GG
 from .distributed import Rows, step_together
 from .plan import StepPlan
+from .release import GradientRelease, check_releasable
 from .steering import Steering
 from .tuner import OPTIONS, Tuner, check_saved, check_scale, checked_options, scale_keys
 
@@ -69,6 +70,7 @@ class Mechanized(Steering):
         self.reduce_group = reduce_group
         self.extra_groups = tuple(extra_groups)
         self._lost_groups = False
+        self._release: GradientRelease | None = None
         self._forget()
         super().__init__(params, *args, **base_options)
         # The tuner's state is in param_groups from the start: loaders look for it there.
@@ -139,9 +141,12 @@ class Mechanized(Steering):
             ValueError: for gradients or weights that cannot be used.
         """
         plan = self._prepared()
+        found_inf = getattr(self, "found_inf", None)
+        if self._release is not None:
+            self._release.check(plan, scaled=found_inf is not None)
+            plan.release = self._release
         if not plan.gather() and not shared:
             return {}
-        found_inf = getattr(self, "found_inf", None)
         if shared and found_inf is not None:
             found_inf = plan.agree(found_inf, self.extra_groups)
         self._skips = not plan.on_device and bool(found_inf)
@@ -199,10 +204,30 @@ class Mechanized(Steering):
         plan.apply()
         self._log()
 
-    def release(self) -> None:
+    def finish(self) -> None:
         """Let go of the gradients, or they would outlive the next zero_grad."""
         if self._plan is not None:
-            self._plan.release()
+            self._plan.finish()
+
+    def release_gradients(self, reduced: bool = False) -> None:
+        """Take each weight's part of a step in the backward pass, and drop its gradient there.
+
+        Only one gradient or a few are then in memory at a time; ``step()`` learns S and writes the
+        weights. The numbers are those of the ordinary step, but for the order of the sums. From
+        the second informative step on; calling it again changes nothing.
+
+        Args:
+            reduced: that gradients of plain weights need no reduction over ranks after the
+                backward pass (DistributedDataParallel does one, ``fully_shard`` does not).
+
+        Raises:
+            ValueError: on the general road, with ``max_grad_norm``, or for plain weights in a world
+                of several ranks. What cannot be seen here: clipping by torch finds no gradients, a
+                second backward pass before ``step()`` and GradScaler raise RuntimeError.
+        """
+        check_releasable(self, reduced)
+        if self._release is None:
+            self._release = GradientRelease(self)
 
     def _prepared(self) -> StepPlan:
         if self._plan is None:
@@ -295,6 +320,8 @@ class Mechanized(Steering):
                     f"got {param_group[name]}"
                 )
         super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.watch(self.param_groups[-1]["params"])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -335,6 +362,7 @@ class Mechanized(Steering):
         rehearsed = state.get("_rehearsed", False)
         if "reduce_group" not in vars(self):
             self.reduce_group, self.extra_groups = None, ()
+            self._release = None
         self._forget()
         self._rehearsed = rehearsed
 

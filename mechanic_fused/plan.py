@@ -98,6 +98,9 @@ class StepPlan:
         name = backends.resolve(backend, tuner.device.type)
         self.tuning = next(near, backends.MODULES[name]())
         self.fresh = True
+        self.present = False
+        self.release: Any = None
+        """The hooks that take gradients in the backward pass, if there are any."""
 
     def _sort(
         self, param_groups: list[Group], scale: str, backend: str, reduce_group: Any
@@ -132,7 +135,8 @@ class StepPlan:
 
     def gather(self) -> bool:
         """Look at every gradient before anything changes; True if there is any at all."""
-        self.present = any([bucket.gather(self.fresh) for bucket in self.buckets])
+        found = any([bucket.gather(self.fresh) for bucket in self.buckets])
+        self.present = found or bool(self.release and self.release.taken)
         return self.present
 
     def agree(self, found_inf: Tensor | float, extra_groups: Sequence[Any]) -> Tensor:
@@ -241,6 +245,8 @@ class StepPlan:
         """Take the sums with the old Δ and move Δ on, in every bucket."""
         for bucket in self.buckets:
             bucket.backend.accumulate(bucket)
+            if self.release:
+                self.release.add(bucket)
 
     def sums(self, shared: bool) -> Rows:
         """Return (scales, 4), the sums over all buckets.
@@ -253,8 +259,7 @@ class StepPlan:
             return self.rows(lambda bucket: bucket.sums, (scales, 4))
 
         def with_presence(bucket: Bucket) -> Tensor:
-            present = any(g is not None for g in bucket.grads)
-            return torch.cat([bucket.sums, bucket.sums.new_full((1, 4), float(present))])
+            return torch.cat([bucket.sums, bucket.sums.new_full((1, 4), float(self.present))])
 
         return self.rows(with_presence, (scales + 1, 4))
 
@@ -281,8 +286,10 @@ class StepPlan:
             bucket.backend.apply(bucket, self.tuner.to(bucket.device))
             bucket.remember()
 
-    def release(self) -> None:
+    def finish(self) -> None:
         """Let go of the gradients, or they would outlive the next zero_grad."""
+        if self.release:
+            self.release.done()
         for bucket in self.buckets:
             bucket.grads = [None] * len(bucket.weights)
 

@@ -203,10 +203,21 @@ def train(net, opt, first, steps, own_batches=False, change=None):
         opt.step()
 
 
-def run(layout, base, steps, own_batches=False, change=None, dtype=torch.float32, **options):
+def run(
+    layout,
+    base,
+    steps,
+    own_batches=False,
+    change=None,
+    dtype=torch.float32,
+    released=False,
+    **options,
+):
     """Train on this rank; return whole weights, S and the number of steps with NaNs."""
     net, needed = LAYOUTS[layout](model(dtype))
     opt = optimizer(base, layout, net.parameters(), **needed, **options)
+    if released:
+        opt.release_gradients()
     train(net, opt, 0, steps, own_batches, CHANGES[change])
     inner = getattr(opt, "optim", opt)
     return {
@@ -232,6 +243,18 @@ def single(base, steps, ranks=1, change=None, dtype=torch.float32, **options):
         "scale": opt.scale,
         "nonfinite": opt.nonfinite_steps,
     }
+
+
+def refuse_release():
+    net, _ = ddp(model())
+    opt = optimizer("adamw", "ddp", net.parameters())
+    try:
+        opt.release_gradients()
+    except ValueError as error:
+        assert "plain weights in a world of 2 ranks" in str(error)
+    else:
+        raise AssertionError("plain weights were taken")
+    opt.release_gradients(reduced=True)
 
 
 def count_collectives(layout, **options):
