@@ -142,6 +142,8 @@ class StepPlan:
     def agree(self, found_inf: Tensor | float, extra_groups: Sequence[Any]) -> Tensor:
         """Return found_inf as all ranks see it: torch reduces it over one mesh only."""
         flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
+        if len(self.groups) == 1 and not extra_groups:
+            return flag.to(torch.float32)
         rows = {groups: flag.reshape(1) for groups in self.groups}
         return distributed.reduce(rows, extra_groups).to(torch.float32)
 
