@@ -47,10 +47,11 @@ void define_cuda(py::module_ m) {
            }),
            py::kw_only(), py::arg("spans"), py::arg("tickets"));
   py::class_<Scaler>(m, "Scaler")
-      .def(py::init([](int64_t grad_scale, int64_t found_inf) {
-             return Scaler{pointer<const float>(grad_scale), pointer<const float>(found_inf)};
+      .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip) {
+             return Scaler{pointer<const float>(grad_scale), pointer<const float>(found_inf),
+                           pointer<const double>(clip)};
            }),
-           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"));
+           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip") = 0);
   m.def("ticket_count", &ticket_count, py::arg("chunk_count"), py::arg("scale_count"));
 
   const auto released = py::call_guard<py::gil_scoped_release>();
@@ -58,6 +59,12 @@ void define_cuda(py::module_ m) {
       "accumulate",
       [](const Bucket& bucket, const Folding& folding, const Scaler& scaler, int64_t stream) {
         accumulate(bucket, folding, scaler, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
+  m.def(
+      "norm",
+      [](const Bucket& bucket, const Folding& folding, const Scaler& scaler, int64_t stream) {
+        norm(bucket, folding, scaler, pointer<CUstream_st>(stream));
       },
       py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
   m.def(
@@ -96,7 +103,13 @@ PYBIND11_MODULE(_native, m) {
 
   const auto released = py::call_guard<py::gil_scoped_release>();
   auto cpu = m.def_submodule("cpu", "The verbs on the processor.");
-  cpu.def("accumulate", &cpu::accumulate, py::arg("bucket"), py::arg("threads"), released);
+  cpu.def(
+      "accumulate",
+      [](const Bucket& bucket, int64_t clip, int threads) {
+        cpu::accumulate(bucket, pointer<const double>(clip), threads);
+      },
+      py::arg("bucket"), py::arg("clip"), py::arg("threads"), released);
+  cpu.def("norm", &cpu::norm, py::arg("bucket"), py::arg("threads"), released);
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
   cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);
   cpu.def(

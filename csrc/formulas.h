@@ -15,10 +15,24 @@
 
 namespace mechanic {
 
+// c = min(1, max_norm / (N + 1e-6)) with clip = (N^2, max_norm), as torch's clip_grad_norm_.
+MECHANIC_INLINE double clip_coefficient(const double* clip) {
+  const double c = clip[1] / (std::sqrt(clip[0]) + 1e-6);
+  return c < 1 ? c : 1;
+}
+
+// What multiplies a gradient: -1 to maximize, over GradScaler's scale, times c; null: without it.
+MECHANIC_INLINE double multiplier(const Hyper& h, const float* grad_scale, const double* clip) {
+  double gradient = h.gradient;
+  if (grad_scale != nullptr) gradient /= double(*grad_scale);
+  if (clip != nullptr) gradient *= clip_coefficient(clip);
+  return gradient;
+}
+
 // What an update needs beside registers, made in double once a chunk.
 template <class T>
 struct Coefficients {
-  T gradient;      // multiplies g: -1 to maximize, over GradScaler's scale
+  T gradient;      // multiplies g: see multiplier
   T beta1, rest1;  // rest1 = 1 - beta1, or SGD's 1 - dampening
   T beta2, rest2;
   T eps, l2;

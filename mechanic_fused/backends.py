@@ -28,7 +28,7 @@ MODULES = {
     "triton": _module("triton_kernels"),
     "reference": _module("reference"),
 }
-"""Backend → its module. All have the same functions: prepare, accumulate, tune, apply, measure."""
+"""Backend → its module. All have the same six functions; CONTRIBUTING.md lists them."""
 
 AUTO = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Device → the backends that "auto" tries, in this order."""

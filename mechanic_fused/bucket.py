@@ -123,6 +123,7 @@ class Bucket:
         self.live_lr: dict[int, Tensor] = {}
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        self.clip: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
         self.places = [(m.state, name) for m in members for name in ("delta", *m.names[:1])]
@@ -133,10 +134,6 @@ class Bucket:
         return Bucket(
             self.backend, self.kind, [self.members[i]], len(self.hyper), len(self.sums), self.shards
         )
-
-    def multiplier(self, i: int) -> float:
-        """What weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale."""
-        return self.hyper_rows[self.groups[i]][HYPER.index("gradient")]
 
     def gather(self, fresh: bool = True) -> bool:
         """Look at every gradient; raise for one that cannot be used; True if there is any.
@@ -199,14 +196,18 @@ class Bucket:
         live_lr: dict[int, Tensor],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        clip: Tensor | None = None,
     ) -> None:
         """Write this step's addresses and hyperparameters into the tables.
 
         What a backend on a GPU must upload again shows in ``tensors_stale`` and ``hyper_stale``.
         ``live_lr`` (group → tensor), ``grad_scale`` and ``found_inf`` are for kernels that read
-        them on the device; empty and None where the host has read them already.
+        them on the device; empty and None where the host has read them already. ``clip``, (2,)
+        float64 on the bucket's device, is (N², max_norm), which ``accumulate`` clips gradients by;
+        its numbers may come later, from the sums of ``norm``.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
+        self.clip = clip
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
         if 0 in addresses:
             addresses = [self._address(g) for g in self.grads]

@@ -23,8 +23,6 @@ class DeviceTables:
         hyper: (groups, 8) float64, a row of bases.HYPER a param group.
         spans: (scales, 4) int64: first chunk, chunks, first tensor and tensors of each scale.
             Weights come in the order of their groups, so what belongs to a scale lies together.
-        tickets: (scales,) int32, all 0 between launches: how many chunks of a scale are done. The
-            program that draws a scale's last ticket folds its partial sums and puts 0 back.
 
     Args:
         bucket: on a CPU (Triton's interpreter) its own tables are used in place.
@@ -34,7 +32,6 @@ class DeviceTables:
         device = bucket.device
         self.pinned = device.type == "cuda"
         self.spans = _spans(bucket).to(device)
-        self.tickets = torch.zeros(len(bucket.sums), dtype=torch.int32, device=device)
         self.chunks = bucket.chunks.to(device)
         self.tensors = bucket.tensors.to(device)
         self.hyper = bucket.hyper.to(device)

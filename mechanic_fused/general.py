@@ -121,6 +121,6 @@ def _finite(bucket: Bucket, i: int) -> Tensor | None:
     g = bucket.grads[i]
     if g is None:
         return None
-    unscale = abs(bucket.multiplier(i))
+    unscale = abs(reference.multiplier(bucket, i))
     g = g.to(bucket.wide) * unscale
     return torch.where(g.isfinite(), g, 0.0)

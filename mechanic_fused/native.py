@@ -57,10 +57,21 @@ def accumulate(bucket: Bucket) -> None:
     """Take g·Δ and g·g with the old Δ; move the base's state and Δ on by one update."""
     if bucket.device.type == "cuda":
         seen = bucket.handle
-        scaler = _scaler(bucket.grad_scale, bucket.found_inf)
+        scaler = _scaler(bucket.grad_scale, bucket.found_inf, bucket.clip)
         _launch(_native.cuda.accumulate, bucket.device, seen.table, seen.folding, scaler)
     else:
-        _native.cpu.accumulate(bucket.handle, torch.get_num_threads())
+        clip = _number(bucket.clip, torch.float64)
+        _native.cpu.accumulate(bucket.handle, clip, torch.get_num_threads())
+
+
+def norm(bucket: Bucket) -> None:
+    """Take g·g over the elements that are finite, before any clipping."""
+    if bucket.device.type == "cuda":
+        seen = bucket.handle
+        scaler = _scaler(bucket.grad_scale, bucket.found_inf)
+        _launch(_native.cuda.norm, bucket.device, seen.table, seen.folding, scaler)
+    else:
+        _native.cpu.norm(bucket.handle, torch.get_num_threads())
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
@@ -124,14 +135,19 @@ def _tuner(tuner: Tuner) -> Any:
     )
 
 
-def _scaler(grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
-    return _native.cuda.Scaler(grad_scale=_number(grad_scale), found_inf=_number(found_inf))
+def _scaler(grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None) -> Any:
+    return _native.cuda.Scaler(
+        grad_scale=_number(grad_scale, torch.float32),
+        found_inf=_number(found_inf, torch.float32),
+        clip=_number(clip, torch.float64),
+    )
 
 
-def _number(number: Tensor | None) -> int:
-    """Return the address of one of GradScaler's numbers, which are float32 on the device."""
+def _number(number: Tensor | None, dtype: torch.dtype) -> int:
+    """Return the address of numbers that kernels read: GradScaler's are float32, clip's float64."""
     if not torch.is_tensor(number):
         return 0
-    if number.dtype is not torch.float32:
-        raise TypeError(f"grad_scale and found_inf must be float32, got {number.dtype}")
+    if number.dtype is not dtype:
+        names = "clip" if dtype is torch.float64 else "grad_scale and found_inf"
+        raise TypeError(f"{names} must be {dtype}, got {number.dtype}")
     return number.data_ptr()

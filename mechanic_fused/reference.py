@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bases import HYPER
 from .bucket import GD, GG, XD, XX, Bucket
 from .tuner import Tuner
 
@@ -97,12 +98,38 @@ def prepare(bucket: Bucket) -> None:
     """Nothing: this backend reads the tensors themselves, not the tables."""
 
 
+def clip_coefficient(clip: Tensor) -> float:
+    """Return min(1, max_norm/(N + 1e-6)) of (N², max_norm), as torch's clip_grad_norm_ does."""
+    squares, max_norm = clip.tolist()
+    c = max_norm / (math.sqrt(squares) + 1e-6)
+    return c if c < 1 else 1.0
+
+
+def multiplier(bucket: Bucket, i: int, clips: bool = True) -> float:
+    """Return what weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale,
+    times the coefficient of clipping."""
+    gradient = bucket.hyper_rows[bucket.groups[i]][HYPER.index("gradient")]
+    if clips and bucket.clip is not None:
+        gradient *= clip_coefficient(bucket.clip)
+    return gradient
+
+
+def norm(bucket: Bucket) -> None:
+    """sums[:, 2] = g·g over the elements that are finite, one row a scale, before any clipping."""
+    bucket.sums[:, GG] = 0
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = g.to(bucket.wide) * multiplier(bucket, i, clips=False)
+            g = torch.where(g.isfinite(), g, 0.0).double()
+            bucket.sums[bucket.rows[i], GG] += (g * g).sum()
+
+
 def inner_products(bucket: Bucket) -> None:
     """sums[:, 0] = g·Δ and sums[:, 2] = g·g, one row a scale, g as it is (NaN and inf included)."""
     bucket.sums[:, [GD, GG]] = 0
     for i, g in enumerate(bucket.grads):
         if g is not None:
-            g = (g.to(bucket.wide) * bucket.multiplier(i)).double()
+            g = (g.to(bucket.wide) * multiplier(bucket, i)).double()
             row = bucket.sums[bucket.rows[i]]
             row[GD] += (g * bucket.delta[i].double()).sum()
             row[GG] += (g * g).sum()
@@ -119,7 +146,7 @@ def accumulate(bucket: Bucket) -> None:
         if g is None:
             continue
         x = bucket.weights[i].to(bucket.wide)
-        g = g.to(bucket.wide) * bucket.multiplier(i)
+        g = g.to(bucket.wide) * multiplier(bucket, i)
         g = torch.where(g.isfinite(), g, 0.0)
         states = bucket.states[i]
         c = coefficients(

@@ -19,7 +19,7 @@ from lockstep import FLOAT_SUM_RTOL, assert_lockstep, random_gradient, share_sca
 
 from mechanic_fused import backends, bases, reference
 
-VERBS = ("prepare", "accumulate", "tune", "apply", "measure")
+VERBS = ("prepare", "norm", "accumulate", "tune", "apply", "measure")
 
 CASES = {
     "sgd": ("sgd", {"lr": 0.05}),

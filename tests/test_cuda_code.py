@@ -68,6 +68,8 @@ def test_main_path_moves_16_bytes_at_a_time(disassembler, arch):
         "apply_kernelILb1EfE": (2, 1),
         "apply_kernelILb1ENS_8BFloat16EE": (3, 1),
         "apply_kernelILb0EfE": (2, 0),
+        "norm_kernelIfE": (1, 0),
+        "norm_kernelINS_8BFloat16EE": (1, 0),
     }
     for part, (loads, stores) in expected.items():
         name = next(name for name in widths if part in name)

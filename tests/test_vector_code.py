@@ -15,7 +15,8 @@ from conftest import skip_unless_available
 REGISTERS = {"avx512f": "[yz]mm", "avx2": "ymm"}
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 KERNEL = re.compile(
-    r"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|apply_run<.*>)\(.* \[clone \.(\w+)\]"
+    r"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:apply|norm)_run<.*>)"
+    r"\(.* \[clone \.(\w+)\]"
 )
 # Packed: …ps or …pd, never …ss or …sd.
 PACKED = {
@@ -61,7 +62,9 @@ def test_every_kernel_has_every_clone(kernels):
                 for state in {weight, "double" if weight == "double" else "float"}:
                     key = f"accumulate_run<mechanic::{base}, {reads_x}, {weight}, {state}>"
                     assert clones.pop(key, None), key
-    assert clones.keys() == {f"apply_run<{weight}>" for weight in WEIGHTS}
+    assert clones.keys() == {
+        f"{verb}_run<{weight}>" for verb in ("apply", "norm") for weight in WEIGHTS
+    }
 
 
 @pytest.mark.parametrize("clone", REGISTERS)

@@ -4,17 +4,18 @@ Same functions as reference.py; elementwise results agree with it to the bit.
 """
 
 from mechanic_fused.bucket import Bucket
-from mechanic_fused.device_tables import DeviceTables
 
 from .accumulate import accumulate
 from .apply import apply, measure
+from .norm import norm
+from .sums import Tables
 from .tune import tune
 
-__all__ = ["accumulate", "apply", "measure", "prepare", "tune"]
+__all__ = ["accumulate", "apply", "measure", "norm", "prepare", "tune"]
 
 
 def prepare(bucket: Bucket) -> None:
     """Bring the tables on the device up to date."""
     if bucket.handle is None:
-        bucket.handle = DeviceTables(bucket)
+        bucket.handle = Tables(bucket)
     bucket.handle.upload(bucket)

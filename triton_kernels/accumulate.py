@@ -14,7 +14,6 @@ from .storage import (
     DTYPES,
     GRADIENT,
     GROUP,
-    OPTIONS,
     SCALE,
     STATE0,
     STATE1,
@@ -24,12 +23,10 @@ from .storage import (
     aligned_at,
     at,
     narrow,
-    on,
     read,
-    sizes,
     widen,
 )
-from .sums import FOLD, draw_ticket, fold
+from .sums import FOLD, draw_ticket, fold, launch
 
 
 @triton.jit
@@ -88,6 +85,7 @@ def accumulate_kernel(
     sums,
     grad_scale,
     found_inf,
+    clip,
     chunk_count,
     KIND: tl.constexpr,
     X: tl.constexpr,
@@ -119,7 +117,7 @@ def accumulate_kernel(
         row = tl.load(tensor + SCALE)
         h = hyper + tl.load(tensor + GROUP) * 8
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
-        c = coefficients(h, grad_scale, step, KIND, T)
+        c = coefficients(h, grad_scale, clip, step, KIND, T)
         reads_x = (tl.load(h + 4) != 0) | (tl.load(h + 5) != 0)
 
         # An absent gradient has no elements.
@@ -185,24 +183,14 @@ def accumulate_kernel(
 
 def accumulate(bucket: Bucket) -> None:
     """Take g·Δ and g·g with the old Δ; move the base's state and Δ on by one update."""
-    tables = bucket.handle
     state = bucket.states[0][0].dtype if bucket.states[0] else bucket.wide
-    with on(bucket.device):
-        accumulate_kernel[(len(tables.chunks) + len(bucket.sums),)](
-            tables.tensors,
-            tables.chunks,
-            tables.hyper,
-            tables.spans,
-            tables.tickets,
-            bucket.partials,
-            bucket.sums,
-            bucket.grad_scale,
-            bucket.found_inf,
-            len(tables.chunks),
-            KIND=bucket.kind,
-            X=DTYPES[bucket.dtype],
-            T=DTYPES[bucket.wide],
-            S=DTYPES[state],
-            **sizes(bucket.dtype),
-            **OPTIONS,
-        )
+    launch(
+        accumulate_kernel,
+        bucket,
+        hyper=bucket.handle.hyper,
+        grad_scale=bucket.grad_scale,
+        found_inf=bucket.found_inf,
+        clip=bucket.clip,
+        KIND=bucket.kind,
+        S=DTYPES[state],
+    )

@@ -12,8 +12,6 @@ from mechanic_fused.tuner import Tuner
 from .storage import (
     CHUNK_COLUMNS,
     DELTA,
-    DTYPES,
-    OPTIONS,
     SCALE,
     TENSOR_COLUMNS,
     WEIGHT,
@@ -21,12 +19,10 @@ from .storage import (
     aligned_at,
     at,
     narrow,
-    on,
     read,
-    sizes,
     widen,
 )
-from .sums import draw_ticket, fold
+from .sums import draw_ticket, fold, launch
 
 
 @triton.jit
@@ -151,32 +147,17 @@ def apply_kernel(
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
     """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
-    _launch(bucket, tuner)
+    launch(
+        apply_kernel,
+        bucket,
+        tuner=tuner.state,
+        found_inf=bucket.found_inf,
+        BETAS=len(tuner.betas),
+    )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.parameters)
 
 
 def measure(bucket: Bucket) -> None:
     """Take x·Δ and x·x from x as it stands."""
-    _launch(bucket, None)
-
-
-def _launch(bucket: Bucket, tuner: Tuner | None) -> None:
-    tables = bucket.handle
-    with on(bucket.device):
-        apply_kernel[(len(tables.chunks) + len(bucket.sums),)](
-            tables.tensors,
-            tables.chunks,
-            tables.spans,
-            tables.tickets,
-            bucket.partials,
-            bucket.sums,
-            tuner.state if tuner else None,
-            bucket.found_inf if tuner else None,
-            len(tables.chunks),
-            BETAS=len(tuner.betas) if tuner else 0,
-            X=DTYPES[bucket.dtype],
-            T=DTYPES[bucket.wide],
-            **sizes(bucket.dtype),
-            **OPTIONS,
-        )
+    launch(apply_kernel, bucket, tuner=None, found_inf=None, BETAS=0)

@@ -45,7 +45,7 @@ def power(base, exponent):
 class Coefficients(NamedTuple):
     """What an update needs beside registers: made in float64 once a chunk, in Δ's dtype here."""
 
-    gradient: tl.tensor  # multiplies g: -1 to maximize, over GradScaler's scale
+    gradient: tl.tensor  # multiplies g: see multiplier
     beta1: tl.tensor
     rest1: tl.tensor  # 1 - beta1, or SGD's 1 - dampening
     beta2: tl.tensor
@@ -59,7 +59,25 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def coefficients(hyper, grad_scale, step, KIND: tl.constexpr, T: tl.constexpr):
+def clip_coefficient(clip):
+    """min(1, max_norm / (N + 1e-6)) of clip = (N², max_norm), as torch's clip_grad_norm_."""
+    c = tl.load(clip + 1) / (tl.sqrt(tl.load(clip)) + 1e-6)
+    return tl.where(c < 1.0, c, 1.0)
+
+
+@triton.jit
+def multiplier(hyper, grad_scale, clip):
+    """What multiplies a gradient, float64: −1 to maximize, over GradScaler's scale, clipped."""
+    gradient = tl.load(hyper + 7)
+    if grad_scale is not None:
+        gradient = gradient * (1.0 / tl.load(grad_scale).to(tl.float64))
+    if clip is not None:
+        gradient = gradient * clip_coefficient(clip)
+    return gradient
+
+
+@triton.jit
+def coefficients(hyper, grad_scale, clip, step, KIND: tl.constexpr, T: tl.constexpr):
     """The coefficients of update number step + 1, from a row of hyperparameters."""
     lr = tl.load(hyper)
     beta1 = tl.load(hyper + 1)
@@ -68,9 +86,6 @@ def coefficients(hyper, grad_scale, step, KIND: tl.constexpr, T: tl.constexpr):
     l2 = tl.load(hyper + 4)
     decay = lr * tl.load(hyper + 5)
     nesterov = tl.load(hyper + 6) != 0
-    gradient = tl.load(hyper + 7)
-    if grad_scale is not None:
-        gradient = gradient * (1.0 / tl.load(grad_scale).to(tl.float64))
     rest1 = 1.0 - beta1
     rate = lr
     correction2 = lr
@@ -80,7 +95,7 @@ def coefficients(hyper, grad_scale, step, KIND: tl.constexpr, T: tl.constexpr):
         rate = lr / (1.0 - power(beta1, step + 1))
         correction2 = 1.0 / tl.sqrt(1.0 - power(beta2, step + 1))
     return Coefficients(
-        gradient.to(T),
+        multiplier(hyper, grad_scale, clip).to(T),
         beta1.to(T),
         rest1.to(T),
         beta2.to(T),

@@ -100,7 +100,7 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
             sums,
             tuner.state,
             tuner.constants,
-            getattr(tuner, "found_inf", None),
+            tuner.found_inf,
             len(tuner.keys),
             BETAS=n,
             COLUMNS=triton.next_power_of_2(n),

@@ -151,6 +151,23 @@ MECHANIC_CLONES void accumulate_run(const Streams<X, S>& at, int64_t n,
   out = lanes;
 }
 
+// lanes.aa += g.g over the elements that are finite; lanes.ab is left to anything.
+template <class X>
+MECHANIC_INLINE void norm_block(const X* __restrict g, int n, Wide<X> multiplier, Lanes& lanes) {
+  alignas(64) Wide<X> gradient[kBlock];
+  for (int i = 0; i < n; ++i) gradient[i] = finite_or_zero(widen(g[i]) * multiplier);
+  add_products(gradient, gradient, n, lanes);
+}
+
+template <class X>
+MECHANIC_CLONES void norm_run(const X* g, int64_t n, Wide<X> multiplier, Lanes& out) {
+  Lanes lanes = {};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) norm_block(g + i, kBlock, multiplier, lanes);
+  norm_block(g + i, int(n - i), multiplier, lanes);
+  out = lanes;
+}
+
 // Store one block past the caches if so wished.
 template <class X>
 MECHANIC_INLINE void put_block(const X* fresh, X* x, int n, bool streams) {

@@ -19,13 +19,14 @@ T* at(int64_t address, int64_t offset) {
 }
 
 template <class Base, class X, class S>
-void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
+void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, const double* clip, Sums& partial) {
   using T = Wide<X>;
   const Tensor& tensor = bucket.tensors[chunk.tensor];
   partial.gd = partial.gg = 0;
   if (tensor.gradient == 0) return;
   const auto* step = at<const float>(tensor.step, 0);
-  const Hyper& hyper = bucket.hyper[tensor.group];
+  Hyper hyper = bucket.hyper[tensor.group];
+  hyper.gradient = multiplier(hyper, nullptr, clip);
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
   const Streams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset), at<X>(tensor.weight, chunk.offset),
@@ -38,6 +39,17 @@ void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
     accumulate_run<Base, false>(streams, chunk.length, c, lanes);
   }
   partial.gd = fold(lanes.ab);
+  partial.gg = fold(lanes.aa);
+}
+
+template <class X>
+void norm_chunk(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
+  const Tensor& tensor = bucket.tensors[chunk.tensor];
+  partial.gg = 0;
+  if (tensor.gradient == 0) return;
+  const auto by = Wide<X>(multiplier(bucket.hyper[tensor.group], nullptr, nullptr));
+  Lanes lanes;
+  norm_run<X>(at<const X>(tensor.gradient, chunk.offset), chunk.length, by, lanes);
   partial.gg = fold(lanes.aa);
 }
 
@@ -92,6 +104,16 @@ void for_chunks(const Bucket& bucket, int threads, bool backwards, Work work) {
   }
 }
 
+// Sums of these columns, chunk by chunk.
+template <class... Column>
+void fold_partials(const Bucket& bucket, Column... column) {
+  for (int64_t i = 0; i < bucket.scale_count; ++i) ((bucket.sums[i].*column = 0), ...);
+  for (int64_t i = 0; i < bucket.chunk_count; ++i) {
+    Sums& sums = bucket.sums[bucket.tensors[bucket.chunks[i].tensor].scale];
+    ((sums.*column += bucket.partials[i].*column), ...);
+  }
+}
+
 void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
   const int64_t width = tuner ? 4 * tuner->betas + 2 : 0;
   for_weight(bucket.weight, [&](auto weight) {
@@ -105,41 +127,41 @@ void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
       apply_chunk<decltype(weight)>(bucket, chunk, tuner ? &scale : nullptr, partial);
     });
   });
-  for (int64_t i = 0; i < bucket.scale_count; ++i) bucket.sums[i].xd = bucket.sums[i].xx = 0;
-  for (int64_t i = 0; i < bucket.chunk_count; ++i) {
-    Sums& sums = bucket.sums[bucket.tensors[bucket.chunks[i].tensor].scale];
-    sums.xd += bucket.partials[i].xd;
-    sums.xx += bucket.partials[i].xx;
-  }
+  fold_partials(bucket, &Sums::xd, &Sums::xx);
 }
 
 }  // namespace
 
-void accumulate(const Bucket& bucket, int threads) {
+void accumulate(const Bucket& bucket, const double* clip, int threads) {
   for_kind(bucket.kind, [&](auto base) {
     for_weight(bucket.weight, [&](auto weight) {
       using X = decltype(weight);
       const bool narrow = bucket.state == bucket.weight;
       for_chunks(bucket, threads, false, [&](const Chunk& chunk, Sums& partial) {
         if (narrow) {
-          accumulate_chunk<decltype(base), X, X>(bucket, chunk, partial);
+          accumulate_chunk<decltype(base), X, X>(bucket, chunk, clip, partial);
         } else {
-          accumulate_chunk<decltype(base), X, Wide<X>>(bucket, chunk, partial);
+          accumulate_chunk<decltype(base), X, Wide<X>>(bucket, chunk, clip, partial);
         }
       });
     });
   });
-  for (int64_t i = 0; i < bucket.scale_count; ++i) bucket.sums[i].gd = bucket.sums[i].gg = 0;
-  for (int64_t i = 0; i < bucket.chunk_count; ++i) {
-    Sums& sums = bucket.sums[bucket.tensors[bucket.chunks[i].tensor].scale];
-    sums.gd += bucket.partials[i].gd;
-    sums.gg += bucket.partials[i].gg;
-  }
+  fold_partials(bucket, &Sums::gd, &Sums::gg);
   // Only now, when no chunk reads the count any more.
   for (int64_t i = 0; i < bucket.tensor_count; ++i) {
     const Tensor& tensor = bucket.tensors[i];
     if (tensor.gradient != 0 && tensor.step != 0) *at<float>(tensor.step, 0) += 1;
   }
+}
+
+void norm(const Bucket& bucket, int threads) {
+  for_weight(bucket.weight, [&](auto weight) {
+    // Backwards, since accumulate starts at the end that is then left in the cache.
+    for_chunks(bucket, threads, true, [&](const Chunk& chunk, Sums& partial) {
+      norm_chunk<decltype(weight)>(bucket, chunk, partial);
+    });
+  });
+  fold_partials(bucket, &Sums::gg);
 }
 
 void apply(const Bucket& bucket, const Tuner& tuner, int threads) {

@@ -51,14 +51,14 @@ __device__ __forceinline__ Pair accumulate_span(const Streams<X, S>& at, int beg
 
 template <class Base, class X, class S>
 __device__ __forceinline__ Pair accumulate_chunk(const Bucket& bucket, const Tensor& tensor,
-                                                 const Chunk& chunk, const float* grad_scale) {
+                                                 const Chunk& chunk, const Scaler& scaler) {
   using T = Wide<X>;
   // The bias corrections take two powers in double: once a chunk, not once a thread.
   __shared__ Coefficients<T> shared;
   const Hyper& hyper = bucket.hyper[tensor.group];
   if (threadIdx.x == 0) {
     Hyper scaled = hyper;
-    if (grad_scale != nullptr) scaled.gradient /= double(*grad_scale);
+    scaled.gradient = multiplier(hyper, scaler.grad_scale, scaler.clip);
     const double step = tensor.step != 0 ? double(*address<const float>(tensor.step, 0)) : 0;
     shared = Base::template coefficients<T>(scaled, step);
   }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
   const Tensor& tensor = bucket.tensors[chunk.tensor];
   Pair sum = {0, 0};
   if (tensor.gradient != 0) {
-    sum = accumulate_chunk<Base, X, S>(bucket, tensor, chunk, scaler.grad_scale);
+    sum = accumulate_chunk<Base, X, S>(bucket, tensor, chunk, scaler);
     sum = block_total(sum);
   }
   if (Folded::hand_in(bucket, folding, blockIdx.x, tensor.scale, sum)) {

@@ -26,15 +26,17 @@ inline int64_t ticket_count(int64_t chunk_count, int64_t scale_count) {
   return chunk_count / kGroup + 2 * scale_count;
 }
 
-// GradScaler's numbers on the device, or null.
+// Numbers on the device that decide about a step's gradients, or null: GradScaler's and clipping's.
 struct Scaler {
   const float* grad_scale;  // what the gradients have been multiplied by
   const float* found_inf;   // not 0: nothing changes in this step
+  const double* clip;       // (N^2, max_norm)
 };
 
 // Errors are std::runtime_error with the verb's and the CUDA call's name.
 void accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
                 CUstream_st* stream);
+void norm(const Bucket& bucket, const Folding& folding, const Scaler& scaler, CUstream_st* stream);
 void apply(const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
            CUstream_st* stream);
 void measure(const Bucket& bucket, const Folding& folding, CUstream_st* stream);

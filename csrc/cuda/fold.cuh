@@ -60,17 +60,19 @@ __device__ __forceinline__ void for_empty_scales(const Bucket& bucket, const Fol
   }
 }
 
-// Two columns of the sums.
-template <double Sums::* kFirst, double Sums::* kSecond>
+// Two columns of the sums, or one: then the second of a pair means nothing.
+template <double Sums::* kFirst, double Sums::* kSecond = nullptr>
 struct Columns {
   static __device__ void write(Sums* row, Pair sum) {
     row->*kFirst = sum.first;
-    row->*kSecond = sum.second;
+    if constexpr (kSecond != nullptr) row->*kSecond = sum.second;
   }
 
   // Past the first-level cache, which knows nothing of what other blocks write.
   static __device__ Pair read(const Sums* row) {
-    return {__ldcg(&(row->*kFirst)), __ldcg(&(row->*kSecond))};
+    Pair sum = {__ldcg(&(row->*kFirst)), 0};
+    if constexpr (kSecond != nullptr) sum.second = __ldcg(&(row->*kSecond));
+    return sum;
   }
 
   // Total of `count` rows that are `stride` apart.
