@@ -37,6 +37,7 @@ def make(layout, base="adamw", **options):
 
 
 def result(net, opt):
+    opt = getattr(opt, "optim", opt)
     return {
         "weights": full_weights(net),
         "scale": opt.scale,
@@ -91,7 +92,7 @@ def clipped_run(layout, steps, max_norm, inside, change=None, **options):
             norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), max_norm)))
         opt.step()
         if inside:
-            norms.append(float(opt.grad_norm))
+            norms.append(float(getattr(opt, "optim", opt).grad_norm))
     return {**result(net, opt), "norms": norms}
 
 

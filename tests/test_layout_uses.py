@@ -3,8 +3,7 @@
 import layout_uses
 import layouts
 import pytest
-import torch
-from test_layouts import TOLERANCE, assert_agrees
+from test_layouts import assert_agrees
 
 STEPS = 8
 
