@@ -2,16 +2,21 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
-from cases import FUSED, OPTIONS, QUICK, SIZES, make_weights, set_gradients
+from cases import FUSED, OPTIONS, QUICK, make_weights, set_gradients
+from conftest import skip_unless_available
 
 from mechanic_fused import MechanicAdamW, mechanize
 
 STEPS = 6
 RTOL = 2e-6
 """clip_grad_norm_ rounds its norm and its product to float32 once more than ours does."""
+
+SUM = 8 * 2**-24
+"""The processor adds 8 products in float32 before it goes on in float64."""
 
 
 def make(road, base, **options):
@@ -25,11 +30,14 @@ def unscaled_norm(params):
     return torch.cat([g.flatten() for g in grads]).norm()
 
 
-@pytest.mark.parametrize("base", FUSED)
+@pytest.mark.parametrize(
+    "road, base",
+    [*itertools.product(["reference", "cpp"], FUSED), ("general", "radam")],
+)
 @pytest.mark.parametrize("max_norm", [1.0, 1e6])
 def test_the_same_as_clipping_before_the_step(road, base, max_norm):
-    if road == "general" and base != "adamw":
-        pytest.skip("the general road has no fused base")
+    if road == "cpp":
+        skip_unless_available("cpp")
     params, others = make_weights(seed=0), make_weights(seed=0)
     inside = make(road, base, max_grad_norm=max_norm)(params)
     before = make(road, base)(others)
@@ -55,7 +63,7 @@ def test_the_norm_is_readable_without_clipping(backend):
         set_gradients(params, t)
         expected = unscaled_norm(params)
         opt.step()
-        assert float(opt.grad_norm) == pytest.approx(float(expected), rel=1e-9)
+        assert float(opt.grad_norm) == pytest.approx(float(expected), rel=SUM)
 
 
 def test_infinities_are_left_out_of_the_norm(road):
@@ -68,7 +76,7 @@ def test_infinities_are_left_out_of_the_norm(road):
             expected = unscaled_norm(params)
             params[0].grad.view(-1)[0] = float("inf")
         opt.step()
-    assert float(opt.grad_norm) == pytest.approx(float(expected), rel=1e-9)
+    assert float(opt.grad_norm) == pytest.approx(float(expected), rel=SUM)
     assert opt.nonfinite_steps == 1
 
 
@@ -88,7 +96,7 @@ def test_a_grad_scaler_is_divided_out_first(backend, fused):
         scaler.step(scaled)
         scaler.update()
         plain.step()
-        assert float(scaled.grad_norm) == pytest.approx(float(plain.grad_norm), rel=1e-9)
+        assert float(scaled.grad_norm) == pytest.approx(float(plain.grad_norm), rel=SUM)
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
 
@@ -100,7 +108,7 @@ def test_the_bound_can_change_and_is_copied_along():
     opt.max_grad_norm = None
     set_gradients(params, 0)
     opt.step()
-    assert len(SIZES) and float(opt.grad_norm) == pytest.approx(float(unscaled_norm(params)))
+    assert float(opt.grad_norm) == pytest.approx(float(unscaled_norm(params)), rel=SUM)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "1"])
