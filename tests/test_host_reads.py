@@ -25,6 +25,9 @@ from triton_lockstep import (
 from mechanic_fused import mechanize
 from mechanic_fused.plan import StepPlan
 
+# What torch says of its own prototype, the sync debug mode.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Synchronization debug mode:UserWarning")
+
 SKIPPED = 7  # the step that GradScaler skips
 LOSS_SCALE = 1024.0
 
@@ -135,11 +138,7 @@ def test_the_guard_lets_work_on_the_device_pass():
 
 
 class TestSteps:
-    pytestmark = [
-        *on_kernels,
-        # What torch says of its own prototype, the sync debug mode.
-        pytest.mark.filterwarnings("ignore:.*Synchronization debug mode:UserWarning"),
-    ]
+    pytestmark = on_kernels
 
     @pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
     def backend(self, request, monkeypatch):

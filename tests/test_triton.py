@@ -33,7 +33,7 @@ POWER_RTOL = 20 * 2.0**-53 / (1 - 0.999)
 GUARD = 7.0
 
 # The files with tests of Triton's kernels that need no GPU.
-INTERPRETABLE = ("test_triton.py", "test_triton_verbs.py", "test_host_reads.py")
+INTERPRETABLE = ("triton", "triton_verbs", "host_reads", "far_elements")
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def lockstep(monkeypatch):
     "selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
 )  # fmt: skip
 def test_in_the_interpreter(selection):
-    files = [str(Path(__file__).with_name(name)) for name in INTERPRETABLE]
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in INTERPRETABLE]
     command = [sys.executable, "-m", "pytest", "-q", "-m", selection, *files]
-    # A plugin that happens to be installed may warn, of what this process does for instance, and
-    # warnings are errors.
+    # Of a plugin that happens to be installed nothing is needed here; it may warn of another one,
+    # as pytest-benchmark does of xdist, and warnings are errors.
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
