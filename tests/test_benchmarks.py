@@ -141,6 +141,13 @@ def test_the_roofline_predicts_every_case_from_its_bytes(benchmarks, tmp_path, c
             assert row["predicted_s"] == pytest.approx(row["bytes"] / copy)
 
 
+@pytest.mark.parametrize("copy", ["0", "-1", "nan", "inf"])
+def test_the_roofline_refuses_a_speed_that_is_none(benchmarks, capsys, copy):
+    with pytest.raises(SystemExit):
+        benchmarks.roofline.main(["--copy", copy])
+    assert f"above 0, got {float(copy)}" in capsys.readouterr().err
+
+
 def test_the_roofline_counts_the_state_that_is_there(benchmarks):
     """Momentum in 2 bytes instead of 4, read and written; everything in 8."""
     roofline, contenders = benchmarks.roofline, benchmarks.contenders

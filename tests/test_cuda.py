@@ -137,6 +137,22 @@ def test_misaligned_weights(lockstep, dtype):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_gradients(lockstep, dtype):
+    """Beside weights that are aligned: NaN before and after would show in the sums."""
+
+    def shifted(p, t, i):
+        room = torch.full((p.numel() + 2,), torch.nan, dtype=dtype, device=p.device)
+        room[1:-1].copy_(gradient(p, t, i))
+        return room[1:-1]
+
+    pairs = twins("adamw", SIZES, dtype, weight_decay=0.1)
+    for t in range(FEW):
+        step_all(pairs, t, shifted)
+        assert_equal(pairs)
+
+
+@on_gpu
 @pytest.mark.parametrize("chunk", [1 << 8, 1 << 13])
 @pytest.mark.parametrize("scale", ["global", "group", "parameter"])
 def test_scales(lockstep, monkeypatch, scale, chunk):

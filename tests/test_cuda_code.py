@@ -63,6 +63,14 @@ def test_names_are_read_as_the_compiler_mangles_them():
     assert of("_ZN4none4mineEv") is None
 
 
+def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
+    """A block's threads fold as many chunks as there are threads, and a fold takes a ticket."""
+    skip_unless_available("cuda")
+    native = importlib.import_module("mechanic_fused._native")
+    chunks = 1 << 20
+    assert native.cuda.ticket_count(chunks, 0) * codegen.codegen_cuda.THREADS == chunks
+
+
 def test_an_error_names_the_verb_and_the_call():
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")

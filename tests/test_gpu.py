@@ -74,8 +74,8 @@ def test_three_launches_a_step(backend):
     if not kernels:
         pytest.skip("the profiler sees no kernels here")
     verbs = ["accumulate_kernel", "tune_kernel", "apply_kernel"]
-    assert len(kernels) == len(verbs)
-    assert all(verb in kernel for verb, kernel in zip(verbs, kernels, strict=True))
+    assert len(kernels) == len(verbs), kernels
+    assert all(sum(verb in kernel for kernel in kernels) == 1 for verb in verbs), kernels
 
 
 @pytest.fixture
