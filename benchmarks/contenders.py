@@ -73,10 +73,20 @@ def adamw(backend: str = "auto", decay: float = DECAY) -> Contender:
     )
 
 
-def sgd() -> Contender:
+def sgd(backend: str = "auto") -> Contender:
     return Contender(
         "MechanicSGD momentum",
-        lambda weights: mechanic_fused.MechanicSGD(weights, lr=1.0, momentum=0.9),
+        lambda weights: mechanic_fused.MechanicSGD(weights, lr=1.0, momentum=0.9, backend=backend),
+        ours=True,
+    )
+
+
+def lion(backend: str = "auto", decay: float = DECAY) -> Contender:
+    return Contender(
+        f"MechanicLion wd={decay:g}",
+        lambda weights: mechanic_fused.MechanicLion(
+            weights, lr=1.0, weight_decay=decay, backend=backend
+        ),
         ours=True,
     )
 

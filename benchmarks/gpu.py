@@ -68,7 +68,8 @@ def tests(run: Run) -> None:
     """The tests that need a GPU, and beside them the tests that need none."""
     # Warnings are no errors here: the versions are not the ones that the tests are pinned to.
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default"]
-    command += ["-p", "no:cacheprovider", "-o", "minversion=0"]
+    # Where pytest-benchmark is installed it warns of xdist, and no test here uses it.
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "minversion=0"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, (os.cpu_count() or 2) // 3))]
     if run.chosen.dry_run:

@@ -10,6 +10,8 @@ docs/cuda-graphs.md.
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +23,41 @@ WARM_UP = 3  # steps outside the graph; they train like any other
 BATCH, FEATURES = 256, 8
 
 
+class Seen(NamedTuple):
+    """What stands on the device after a step, until the next one overwrites it."""
+
+    x: Tensor
+    y: Tensor
+    loss: Tensor
+
+
+def network(device: str = "cuda") -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 256), nn.GELU(), nn.Linear(256, 1)).to(device)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x), y)
+
+
 def fill(x: Tensor, y: Tensor) -> None:
     """Put a new batch where the graph reads it."""
     x.normal_()
     y.copy_(x.sin().sum(1, keepdim=True))
 
 
-def train(steps: int, float_lr: bool) -> None:
-    device = torch.device("cuda")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES, 256), nn.GELU(), nn.Linear(256, 1)).to(device)
-    # A tensor on the device is read anew at each replay; a float was copied there before it.
-    lr = 1.0 if float_lr else torch.tensor(1.0, device=device)
-    opt = MechanicAdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    if opt.road not in ("fused: cuda", "fused: triton"):
-        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.road}")
+def train(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    steps: int,
+    show: Callable[[int, Seen], None] = lambda t, seen: None,
+) -> None:
+    """Train a network, but for the first steps in a graph; ``show`` is called after each step."""
+    device = next(model.parameters()).device
     scheduler = CosineAnnealingLR(opt, T_max=steps)
     x, y = torch.empty(BATCH, FEATURES, device=device), torch.empty(BATCH, 1, device=device)
 
     def training_step() -> Tensor:
-        loss = nn.functional.mse_loss(model(x), y)
+        loss = loss_of(model, x, y)
         loss.backward()
         opt.step()
         return loss.detach()
@@ -48,10 +65,10 @@ def train(steps: int, float_lr: bool) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
+        for t in range(WARM_UP):
             opt.zero_grad(set_to_none=True)
             fill(x, y)
-            training_step()
+            show(t, Seen(x, y, training_step()))
             scheduler.step()
     torch.cuda.current_stream().wait_stream(side)
 
@@ -64,10 +81,9 @@ def train(steps: int, float_lr: bool) -> None:
     for t in range(WARM_UP, steps):
         fill(x, y)
         graph.replay()
-        if t == WARM_UP or (t + 1) % 100 == 0:  # reading the loss waits for the device
-            print(f"step {t:5}  loss {loss.item():.4f}  learned lr {opt.learned_lr()[0]:.3g}")
+        show(t, Seen(x, y, loss))
         scheduler.step()
-        if float_lr:
+        if not torch.is_tensor(opt.param_groups[0]["lr"]):
             opt.refresh_hyperparameters()
 
 
@@ -80,7 +96,20 @@ def main() -> None:
         parser.error(f"--steps must be above {WARM_UP}, the steps before the capture")
     if not torch.cuda.is_available():
         sys.exit("cuda_graph.py needs a GPU: torch.cuda.is_available() is False")
-    train(args.steps, args.float_lr)
+    torch.manual_seed(0)
+    model = network()
+    # A tensor on the device is read anew at each replay; a float was copied there before it.
+    lr = 1.0 if args.float_lr else torch.tensor(1.0, device="cuda")
+    opt = MechanicAdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    if opt.road not in ("fused: cuda", "fused: triton"):
+        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.road}")
+
+    def show(t: int, seen: Seen) -> None:
+        if t == WARM_UP or (t + 1) % 100 == 0:  # reading the loss waits for the device
+            rate = opt.learned_lr()[0]
+            print(f"step {t:5}  loss {seen.loss.item():.4f}  learned lr {rate:.3g}")
+
+    train(model, opt, args.steps, show)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from mechanic_fused import MechanicLion
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Bytes a parameter and step, by hand from what is read and written.
 FLOOR = {"fused": 28, "decayed": 44, "plain": 40, "sgd": 32, "sgd fused": 20}
 BF16_FLOOR = {"fused": 14, "decayed": 36}
+FLOORS = {
+    torch.float32: {
+        "MechanicAdamW wd=0.01": FLOOR["decayed"],
+        "MechanicAdamW wd=0": FLOOR["plain"],
+        "MechanicSGD momentum": FLOOR["sgd"],
+        "MechanicLion wd=0.01": 36,
+    },
+    torch.bfloat16: {
+        "MechanicAdamW wd=0.01": BF16_FLOOR["decayed"],
+        "MechanicAdamW wd=0": 34,
+        "MechanicSGD momentum": 26,
+        "MechanicLion wd=0.01": 28,
+    },
+}
 
 
 @pytest.fixture
@@ -21,6 +37,7 @@ def benchmarks(monkeypatch):
     """The package as a module: it is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
     import benchmarks.contenders
+    import benchmarks.roofline
     import benchmarks.step
     import benchmarks.tables
 
@@ -103,6 +120,49 @@ def test_bytes_a_parameter(benchmarks):
         optimizer = contender.make(weights)
         optimizer.step()
         assert contender.bytes_per_parameter(optimizer, 68, dtype) == expected
+
+
+def test_the_roofline_predicts_every_case_from_its_bytes(benchmarks, tmp_path, capsys):
+    copy = 1e12
+    out = tmp_path / "roofline.json"
+    benchmarks.roofline.main(["--copy", str(copy), "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert "prediction" in record["kind"] and "predicted ms at 1 TB/s" in capsys.readouterr().out
+    found = {(row["case"], row["optimizer"]): row for row in record["rows"]}
+    cases = benchmarks.roofline.cases
+    listed = {case.name: case for case in (*cases.GPU, *cases.CPU)}
+    assert {case for case, _ in found} == set(listed) and len(found) == 4 * len(listed)
+    for name, case in listed.items():
+        floors = FLOORS[case.dtype]
+        for optimizer, floor in floors.items():
+            row = found[name, optimizer]
+            assert row["bytes_per_parameter"] == floor
+            assert row["bytes"] == floor * case.parameters
+            assert row["predicted_s"] == pytest.approx(row["bytes"] / copy)
+
+
+@pytest.mark.parametrize("copy", ["0", "-1", "nan", "inf"])
+def test_the_roofline_refuses_a_speed_that_is_none(benchmarks, capsys, copy):
+    with pytest.raises(SystemExit):
+        benchmarks.roofline.main(["--copy", copy])
+    assert f"above 0, got {float(copy)}" in capsys.readouterr().err
+
+
+def test_the_roofline_counts_the_state_that_is_there(benchmarks):
+    """Momentum in 2 bytes instead of 4, read and written; everything in 8."""
+    roofline, contenders = benchmarks.roofline, benchmarks.contenders
+    case = benchmarks.roofline.cases.Case("two", ((3, 5), (7,)), torch.bfloat16)
+    plain = contenders.lion("reference")
+    narrow = contenders.Contender(
+        "narrow",
+        lambda weights: MechanicLion(weights, weight_decay=0.1, narrow_state=True),
+        ours=True,
+    )
+    expected = FLOORS[torch.bfloat16][plain.name]
+    assert roofline.bytes_per_parameter(plain, case) == expected
+    assert roofline.bytes_per_parameter(narrow, case) == expected - 2 * 2
+    double = roofline.cases.replace(case, dtype=torch.float64)
+    assert roofline.bytes_per_parameter(plain, double) == 2 * FLOORS[torch.float32][plain.name]
 
 
 def test_requirement_is_judged_by_its_row(benchmarks):

@@ -1,68 +1,130 @@
 """The kernels compile for every architecture, into what the benchmarks' bounds allow; no GPU."""
 
 import os
+import re
 
 import pytest
 import torch
 
+from mechanic_fused.bases import KINDS
+
 pytest.importorskip("triton")
 codegen = pytest.importorskip("benchmarks.codegen")
+bounds = pytest.importorskip("benchmarks.codegen_bounds")
+machine_code = pytest.importorskip("benchmarks.machine_code")
 
-pytestmark = pytest.mark.skipif(
+KERNELS = bounds.KERNELS
+
+compiles = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
 
-@pytest.mark.parametrize("architecture", codegen.ARCHITECTURES)
-@pytest.mark.parametrize("kernel", [*codegen.KINDS, "apply", "measure"])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.bfloat16,
-        pytest.param(torch.float16, marks=pytest.mark.slow),
-        pytest.param(torch.float64, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+def of_dtypes(*main):
+    slow = [dtype for dtype in bounds.DTYPES if dtype not in main]
+    marked = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in slow]
+    return pytest.mark.parametrize("dtype", [*main, *marked], ids=str)
+
+
+@compiles
+@pytest.mark.parametrize("architecture", bounds.ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@of_dtypes(*bounds.MAIN)
 def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
-    row = codegen.triton_row(kernel, dtype, architecture)
-    assert not row.broken, codegen.line(row)
-    assert row.registers > 0 and row.threads >= 128
+    for narrow in bounds.variants(kernel, dtype):
+        row = codegen.codegen_triton.row(kernel, dtype, architecture, narrow)
+        assert not row.broken, codegen.line(row)
+        assert row.registers > 0 and row.threads >= 128
 
 
-@pytest.mark.parametrize("architecture", codegen.ARCHITECTURES)
+@compiles
+@pytest.mark.parametrize("architecture", bounds.ARCHITECTURES)
 def test_the_tuner_compiles(architecture):
-    assert codegen.triton_row("tune", torch.float64, architecture).registers > 0
+    assert codegen.codegen_triton.row("tune", torch.float64, architecture).registers > 0
 
 
+@compiles
 def test_products_and_sums_are_not_fused():
     """a·b + c rounded once would differ from the reference."""
-    from mechanic_fused.triton_kernels import storage
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile as triton_compile
-
     for kernel, dtype in (
         ("adam", torch.float32),
         ("lion", torch.float64),
         ("apply", torch.bfloat16),
     ):
-        source = codegen.triton_source(kernel, dtype)
-        target = GPUTarget("cuda", 90, 32)
-        ptx = triton_compile(source, target=target, options=storage.OPTIONS).asm["ptx"]
+        ptx = codegen.codegen_triton.compiled(kernel, dtype, 90)["ptx"]
         assert "mul" in ptx and "fma.rn.f" not in ptx and ".ftz" not in ptx
         assert ".approx" not in ptx and "div.full" not in ptx
 
 
-def test_a_kernel_that_breaks_its_bounds_is_named():
-    bad = {"REG": 200, "STACK": 8, "LOCAL": 0}
-    row = codegen.checked("triton", "adam", torch.float32, 90, bad, 1, 3, 128)
-    assert len(row.broken) == 4 and "spills" in codegen.line(row)
+@compiles
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_offsets_into_weights_have_64_bits(kernel):
+    """What is added to an address out of the table, or a weight of 2³¹ elements would wrap."""
+    ttir = codegen.codegen_triton.compiled(kernel, torch.float32, 90)["ttir"]
+    arrays = re.findall(r"(%\S+) = tt\.int_to_ptr %\S+ : i64 -> !tt\.ptr<f32>", ttir)
+    assert len(arrays) >= 2
+    indexed = 0
+    for array in arrays:
+        for offset in re.findall(rf"tt\.addptr {array}, %\S+ : !tt\.ptr<f32>, (\S+)", ttir):
+            assert offset == "i64", ttir
+            indexed += 1
+    streams = sum(bounds.traffic(kernel, torch.float32)) - (kernel in KINDS)
+    assert indexed >= (streams + 1) // 2
+
+
+CLEAN = {"registers": 40, "stack": 0, "local": 0, "shared": 0}
+CLEAN |= {"loads": 5, "stores": 3, "local_accesses": 0}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"registers": 200}, "more than"),
+        ({"stack": 8}, "spills"),
+        ({"local": 8}, "spills"),
+        ({"local_accesses": 1}, "spills"),
+        ({"loads": 4}, "fewer than 5"),
+        ({"stores": 2}, "5 [+] 3"),
+        ({"registers": 255}, "in flight"),
+        ({"shared": 100_000}, "in flight"),
+    ],
+)
+@pytest.mark.parametrize("backend", bounds.JUDGED)
+def test_a_kernel_that_breaks_a_bound_is_named(backend, fault, said):
+    code = machine_code.Code(**CLEAN)
+    assert not bounds.checked(backend, "adam", torch.float32, 90, code, 128).broken
+    row = bounds.checked(backend, "adam", torch.float32, 90, code._replace(**fault), 128)
+    assert re.search(said, codegen.line(row))
+
+
+def test_the_command_fails_for_a_broken_bound_and_for_a_backend_that_it_cannot_see(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(codegen.records, "RESULTS", tmp_path)
+    good = bounds.checked("cuda", "adam", torch.float32, 90, machine_code.Code(**CLEAN), 128)
+
+    def run(why, *rows):
+        sources = {"cuda": (lambda: why, lambda: iter(rows))}
+        monkeypatch.setattr(codegen, "SOURCES", sources)
+        return codegen.main()
+
+    assert run("", good) == 0
+    assert run("", good, good._replace(broken=["spills"])) == 1
+    assert run("not built", good) == 1
+    assert "not built" in capsys.readouterr().out
+
+
+def test_numbers_are_read_as_cuobjdump_prints_them():
+    usage = "REG:64 STACK:8 SHARED:1193 LOCAL:16 CONSTANT[0]:656 TEXTURE:0"
+    sass = "LDG.E.128 R4 ; LDG.E.EF.128 R8 ; LDG.E.64 R2 ; LDL.128 R1 ; STG.E.128.STRONG.GPU [R2]"
+    expected = machine_code.Code(64, 8, 16, 1193, loads=2, stores=1, local_accesses=1)
+    assert machine_code.parse(usage, sass) == expected
 
 
 def test_traffic_is_what_the_step_must_move():
     """Adam in float32: g, x, Δ, m, v in; Δ, m, v out. In bf16 Δ, m and v are twice as wide."""
-    assert codegen.traffic("adam", torch.float32) == (5, 3)
-    assert codegen.traffic("adam", torch.bfloat16) == (8, 6)
-    assert codegen.traffic("sgd", torch.float64) == (3, 1)
-    assert codegen.traffic("apply", torch.bfloat16) == (3, 1)
+    assert bounds.traffic("adam", torch.float32) == (5, 3)
+    assert bounds.traffic("adam", torch.bfloat16) == (8, 6)
+    assert bounds.traffic("adam", torch.bfloat16, narrow=True) == (6, 4)
+    assert bounds.traffic("sgd", torch.float64) == (3, 1)
+    assert bounds.traffic("apply", torch.bfloat16) == (3, 1)

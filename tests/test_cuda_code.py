@@ -1,79 +1,73 @@
 """The machine code of the CUDA backend, as far as it can be judged without a GPU."""
 
 import importlib
-import re
-import shutil
-import subprocess
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import skip_unless_available
 
-TOOL = "triton/backends/nvidia/bin/cuobjdump"
+codegen = pytest.importorskip("benchmarks.codegen")
+bounds = pytest.importorskip("benchmarks.codegen_bounds")
 
 
-@pytest.fixture(scope="module")
-def disassembler():
-    """cuobjdump with the path of the compiled module."""
+@pytest.fixture(scope="module", params=bounds.ARCHITECTURES)
+def rows(request):
+    """The rows of one architecture."""
+    skip_unless_available("cuda")
+    why = codegen.codegen_cuda.absent()
+    if why:
+        pytest.skip(why)
+    found = list(codegen.codegen_cuda.rows((request.param,)))
+    if not found:
+        pytest.skip(f"not built for sm_{request.param}")
+    return found
+
+
+def test_every_kernel_is_there_for_every_dtype(rows):
+    expected = [
+        (kernel, dtype, narrow)
+        for dtype in bounds.DTYPES
+        for kernel in bounds.KERNELS
+        for narrow in bounds.variants(kernel, dtype)
+    ]
+    names = [str(dtype).removeprefix("torch.") for _, dtype, _ in expected]
+    kernels = [kernel for kernel, _, _ in expected]
+    assert sorted((row.kernel, row.dtype) for row in rows) == sorted(
+        [*zip(kernels, names, strict=True), ("tune", "float64")]
+    )
+
+
+def test_the_kernels_keep_the_bounds(rows):
+    """Registers, no spills, no local memory, 128-bit accesses, bytes in flight; in every dtype."""
+    assert not [codegen.line(row) for row in rows if row.broken]
+
+
+def test_the_main_path_moves_16_bytes_at_a_time_and_nothing_twice(rows):
+    for row in rows:
+        dtype = getattr(torch, row.dtype)
+        narrow = row.state not in ("", str(bounds.wide(dtype)).removeprefix("torch."))
+        wanted = bounds.traffic(row.kernel, dtype, narrow)
+        assert (row.loads, row.stores) == wanted, codegen.line(row)
+
+
+def test_names_are_read_as_the_compiler_mangles_them():
+    part = "_ZN8mechanic4cuda17accumulate_kernelINS_"
+    of = codegen.codegen_cuda.kernel_of
+    assert of(f"{part}4AdamEffEEvNS_6BucketE") == ("adam", torch.float32, False)
+    assert of(f"{part}3SgdENS_8BFloat16EfEEv") == ("sgd", torch.bfloat16, False)
+    assert of(f"{part}4LionENS_4HalfES3_EEv") == ("lion", torch.float16, True)
+    assert of("12apply_kernelILb0EdEEv") == ("measure", torch.float64, False)
+    assert of("11norm_kernelINS_4HalfEEEv") == ("norm", torch.float16, False)
+    assert of("12apply_kernelILb1ENS_8BFloat16EEEv") == ("apply", torch.bfloat16, False)
+    assert of("_ZN4none4mineEv") is None
+
+
+def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
+    """A block's threads fold as many chunks as there are threads, and a fold takes a ticket."""
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")
-    beside_torch = Path(torch.__file__).parent.parent / TOOL
-    tool = shutil.which("cuobjdump") or (beside_torch.exists() and str(beside_torch))
-    if not tool:
-        pytest.skip("cuobjdump is not installed (it comes with nvcc and with triton)")
-
-    def run(*options):
-        # It looks for nvdisasm on the path.
-        path = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}
-        done = subprocess.run([tool, *options, native.__file__], capture_output=True, env=path)
-        return done.stdout.decode()
-
-    return run
-
-
-def bound(name):
-    """Registers that leave room for the blocks which accumulate.cuh counts on."""
-    return 80 if "4AdamE" in name and "4AdamEff" not in name else 64
-
-
-def test_registers_and_no_spills(disassembler):
-    usage = disassembler("-res-usage")
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert sum("accumulate_kernel" in name for name, *_ in found) >= 22
-    for name, registers, stack, local in found:
-        assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= bound(name), name
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_main_path_moves_16_bytes_at_a_time(disassembler, arch):
-    """Every stream of float32 and bfloat16 weights; Δ and wide state beside bfloat16 take two."""
-    sass = disassembler("-sass", "-arch", arch)
-    if not sass:
-        pytest.skip(f"not built for {arch}")
-    widths = {}
-    for text in sass.split("Function : ")[1:]:
-        moves = re.findall(r"\b(LDG|STG)\.E(?:\.\w+)*?\.(?:\w+\.)*?128\b", text)
-        widths[text.split("\n", 1)[0].strip()] = Counter(moves)
-        assert not re.search(r"\b(LDL|STL)\b", text)
-    bfloat16 = "NS_8BFloat16E"
-    expected = {
-        "4AdamEffE": (5, 3),  # g, Δ, m, v, x; Δ, m, v
-        "3SgdEffE": (3, 1),
-        "4LionEffE": (4, 2),
-        f"4AdamE{bfloat16}fE": (8, 6),
-        f"4AdamE{bfloat16}S3_E": (6, 4),
-        "apply_kernelILb1EfE": (2, 1),
-        "apply_kernelILb1ENS_8BFloat16EE": (3, 1),
-        "apply_kernelILb0EfE": (2, 0),
-        "norm_kernelIfE": (1, 0),
-        "norm_kernelINS_8BFloat16EE": (1, 0),
-    }
-    for part, (loads, stores) in expected.items():
-        name = next(name for name in widths if part in name)
-        assert widths[name] == Counter({"LDG": loads, "STG": stores}), name
+    chunks = 1 << 20
+    assert native.cuda.ticket_count(chunks, 0) * codegen.codegen_cuda.THREADS == chunks
 
 
 def test_an_error_names_the_verb_and_the_call():

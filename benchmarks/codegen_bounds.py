@@ -1,0 +1,145 @@
+"""The bounds that compiled kernels must keep, and the row of the table that says how they do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mechanic_fused.bases import KINDS, STATES
+from mechanic_fused.bucket import wide
+
+from .machine_code import Code
+
+ARCHITECTURES = (80, 90, 100)
+MAIN = (torch.float32, torch.bfloat16)
+DTYPES = (*MAIN, torch.float16, torch.float64)
+NARROW = (torch.bfloat16, torch.float16)
+"""The dtypes in which an option keeps the base's state, too."""
+
+KERNELS = (*KINDS, "apply", "measure", "norm")
+"""Those that walk over chunks; "tune" does not."""
+
+JUDGED = {"triton": MAIN, "cuda": DTYPES}
+"""The dtypes whose kernels must keep the bounds. CUDA's keep them in all."""
+
+# Registers of an SM, and the most threads that it holds, are the same on these architectures.
+SM_REGISTERS = 65536
+SM_THREADS = 2048
+SM_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+IN_FLIGHT = 24 * 1024
+"""Bytes that the loads of an SM's threads must cover at once: an H200's 4.8 TB/s over 132 SMs for
+the 0.65 µs that a load takes."""
+
+
+class Row(NamedTuple):
+    """A kernel compiled for a dtype and an architecture."""
+
+    backend: str
+    kernel: str
+    dtype: str
+    state: str  # dtype of the base's state, or "" where the kernel has none
+    architecture: int
+    registers: int
+    stack: int  # bytes of spills and local arrays a thread
+    local: int
+    shared: int  # bytes a block; from sm_90 on the system takes 1024 of them
+    loads: int  # 128-bit ones; the rest serve scalars and the ends of chunks
+    stores: int
+    threads: int  # resident on an SM, as far as registers and shared memory allow
+    occupancy: float  # these threads as a part of the most that an SM holds
+    in_flight: int  # bytes that these threads load at once
+    broken: list[str]
+
+
+class Traffic(NamedTuple):
+    """Bytes of a block that a thread must load and store, in accesses of 16 bytes."""
+
+    loads: int
+    stores: int
+
+
+def variants(kernel: str, dtype: torch.dtype) -> tuple[bool, ...]:
+    """Return whether a kernel's state may be wide, narrow, or both."""
+    return (False, True) if STATES.get(kernel) and dtype in NARROW else (False,)
+
+
+def traffic(kernel: str, dtype: torch.dtype, narrow: bool = False) -> Traffic:
+    """Return what a kernel moves for the elements in 16 bytes of weights."""
+    share = 16 // dtype.itemsize
+    delta = share * wide(dtype).itemsize // 16
+    if kernel in KINDS:
+        each = 1 if narrow else delta
+        moved = delta + each * len(STATES[kernel])
+        return Traffic(2 + moved, moved)  # g, x, Δ and the states
+    if kernel == "apply":
+        return Traffic(1 + delta, 1)
+    if kernel == "measure":
+        return Traffic(1 + delta, 0)
+    if kernel == "norm":
+        return Traffic(1, 0)
+    return Traffic(0, 0)
+
+
+def most_registers(backend: str, kernel: str, dtype: torch.dtype) -> int:
+    """Return how many registers a thread may take.
+
+    A 16-bit block gives each thread of Triton 8 elements, not 4. In CUDA it is what leaves room
+    for the blocks that accumulate.cuh counts on, and in the other kernels for a thousand threads.
+    """
+    if backend == "triton":
+        return {torch.float32: 104, torch.bfloat16: 160}[dtype]
+    if kernel in KINDS:
+        blocks = (3 if kernel == "adam" else 4) + (dtype is torch.float32)
+        return SM_REGISTERS // (blocks * 256) // 8 * 8
+    return 64
+
+
+def checked(
+    backend: str,
+    kernel: str,
+    dtype: torch.dtype,
+    architecture: int,
+    code: Code,
+    block_threads: int,
+    narrow: bool = False,
+) -> Row:
+    """Return a kernel's row with the bounds that it breaks, if its dtype is JUDGED."""
+    # A warp's registers are handed out by 256, eight a thread.
+    blocks = SM_REGISTERS // ((code.registers + 7) // 8 * 8 * block_threads)
+    blocks = min(blocks, SM_SHARED[architecture] // max(code.shared, 1))
+    threads = min(blocks * block_threads, SM_THREADS)
+    wanted = traffic(kernel, dtype, narrow)
+    # Without weight decay accumulate leaves x alone.
+    in_flight = threads * 16 * (wanted.loads - (kernel in KINDS))
+    broken = []
+    if dtype in JUDGED[backend]:
+        most = most_registers(backend, kernel, dtype)
+        if code.stack or code.local or code.local_accesses:
+            broken.append("spills or local memory")
+        if code.registers > most:
+            broken.append(f"more than {most} registers")
+        if code.loads < wanted.loads or code.stores < wanted.stores:
+            broken.append(f"fewer than {wanted.loads} + {wanted.stores} accesses of 128 bits")
+        # The tuner works on a few hundred numbers.
+        if in_flight < IN_FLIGHT and kernel != "tune":
+            broken.append(f"less than {IN_FLIGHT} bytes in flight")
+    state = "" if not STATES.get(kernel) else dtype if narrow else wide(dtype)
+    return Row(
+        backend,
+        kernel,
+        str(dtype).removeprefix("torch."),
+        str(state).removeprefix("torch."),
+        architecture,
+        code.registers,
+        code.stack,
+        code.local,
+        code.shared,
+        code.loads,
+        code.stores,
+        threads,
+        threads / SM_THREADS,
+        in_flight,
+        broken,
+    )
