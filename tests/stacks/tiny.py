@@ -42,7 +42,8 @@ def import_stack(name):
 
 
 def start(program, *arguments, launcher=()):
-    """Start a program of this folder as a process group of its own."""
+    """Start a program of this folder; where psutil is missing, which `kill` needs, skip instead."""
+    import_stack("psutil")
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -51,13 +52,16 @@ def start(program, *arguments, launcher=()):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
 def finish(process, timeout=120):
     """Wait for a program and expect it to end well."""
-    printed, _ = process.communicate(timeout=timeout)
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
     assert process.returncode == 0, printed
 
 
@@ -66,9 +70,20 @@ def kill_once(process, ready, patience=120):
     end = time.monotonic() + patience
     while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill(process)
     printed, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL and ready(), printed
+
+
+def kill(process):
+    """SIGKILL a program and all that it has started: torchrun's ranks are sessions of their own."""
+    psutil = import_stack("psutil")
+    try:
+        programs = [psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        return
+    for program in [*programs, *programs[0].children(recursive=True)]:
+        program.kill()
 
 
 def seed(number):
