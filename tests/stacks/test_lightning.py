@@ -135,6 +135,7 @@ def test_each_option_reaches_the_weights(trainer, module, options):
     assert differs(run.state_dict(), plain.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_checkpoint_of_mid_epoch_goes_on_to_the_bit(lightning, trainer, module, tmp_path):
     """With batches that are all the same: Lightning begins an epoch's data anew."""
     rows = [list(range(BATCH))] * STEPS_AN_EPOCH
