@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: learns, and goes on from its checkpoints to the bit, also after a kill."""
+"""Hugging Face's Trainer: learns, and goes on from its checkpoints to the bit, also when killed."""
 
 import json
 
@@ -69,7 +69,9 @@ def test_trainer_goes_on_from_a_checkpoint_to_the_bit(runs, whole):
     assert_same(runs.saved(trainer), expected)
     checkpoint = folder / f"checkpoint-{runs.SAVED_AT}" / "optimizer.pt"
     middle = torch.load(checkpoint, weights_only=True)
-    assert differs(middle["param_groups"][0]["mechanic"], trainer.optimizer.param_groups[0]["mechanic"])
+    assert differs(
+        middle["param_groups"][0]["mechanic"], trainer.optimizer.param_groups[0]["mechanic"]
+    )
 
 
 def test_trainer_accumulates_and_clips_and_resumes(runs, tmp_path):
