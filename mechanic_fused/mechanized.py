@@ -359,6 +359,9 @@ class Mechanized(Steering):
         if self.defaults.get("fused"):
             # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
             self._step_supports_amp_scaling = True
+        # Another of the constructor's marks: without it a base of the general road asks each group
+        # whether it is capturable, and not every base knows that option.
+        self._warned_capturable_if_run_uncaptured = True
         rehearsed = state.get("_rehearsed", False)
         if "reduce_group" not in vars(self):
             self.reduce_group, self.extra_groups = None, ()

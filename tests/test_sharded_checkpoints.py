@@ -23,7 +23,7 @@ def test_saved_on_two_ranks_resumed_elsewhere(ranks, tmp_path, expected, layout,
     assert_agrees(ranks(size).run("sharded_runs.resume", *load), expected)
 
 
-@pytest.mark.filterwarnings("default:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("form", ["sharded", "flattened", "full"])
 def test_saved_on_two_ranks_resumed_by_one_process(ranks, tmp_path, expected, form):
     ranks(2).run("sharded_runs.save", "fsdp2", "adamw", str(tmp_path), form, HALF)
