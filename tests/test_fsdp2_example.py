@@ -1,4 +1,4 @@
-"""The sharded example as a user runs it: killed after its first checkpoint, it goes on by itself."""
+"""The sharded example as users run it: cut short after its first checkpoint, it goes on."""
 
 import os
 import subprocess
