@@ -95,7 +95,8 @@ class Bystanders:
             return None
         user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy - time.process_time()
+        # Ours are those of this process and of the children that have ended.
+        return busy - sum(os.times()[:4])
 
 
 def write(path: Path, record: Row) -> None:

@@ -188,8 +188,8 @@ def part_table(parts: list[Row]) -> str:
     return table(["part", "", "s", "status", "last line"], lines)
 
 
-def report(record: Row) -> str:
-    """Return everything that a reader of the terminal should see at the end."""
+def heading(record: Row) -> list[str]:
+    """Return the lines that come before any table: the conditions, and what speaks against them."""
     conditions = record["conditions"]
     lines = [f"{key:<26} {value}" for key, value in conditions.items()]
     if (conditions.get("cores busy with other work") or 0) > DISTURBED:
@@ -197,6 +197,12 @@ def report(record: Row) -> str:
         lines += ["optimizers that split their work evenly among threads suffer more than ours."]
     if record.get("quick"):
         lines += ["", "Miniature cases: the figures mean nothing."]
+    return lines
+
+
+def report(record: Row) -> str:
+    """Return everything that a reader of the terminal should see at the end."""
+    lines = heading(record)
     if record.get("rows"):
         lines += ["", step_table(record["rows"])]
     if record.get("facts"):

@@ -157,10 +157,12 @@ def peak_extra(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    return max(_allocator_peak(step), _resident_peak(step))
+    before, peak = resident(step)
+    return max(allocator_peak(step), peak - before)
 
 
-def _allocator_peak(step: Step) -> int:
+def allocator_peak(step: Step) -> int:
+    """Return by how much torch's CPU allocator, which counts no other library's, grew in a step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
@@ -173,8 +175,9 @@ def _allocator_peak(step: Step) -> int:
     return peak
 
 
-def _resident_peak(step: Step) -> int:
-    """Return by how much the process grew during a step; 0 where the kernel does not tell."""
+def resident(step: Step) -> tuple[int, int]:
+    """Return the memory of this process before a step, and its peak in it; zeros where the kernel
+    does not tell."""
     status = Path("/proc/self/status")
 
     def read(key: str) -> int:
@@ -185,6 +188,6 @@ def _resident_peak(step: Step) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = read("VmRSS:")
         step()
-        return max(0, read("VmHWM:") - before)
+        return before, max(before, read("VmHWM:"))
     except (OSError, StopIteration):
-        return 0
+        return 0, 0
