@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .bases import HYPER, STEPPED
-from .distributed import Groups, like, local
+from .distributed import Groups, local, local_gradients
 
 GD, XD, GG, XX = range(4)
 """The columns of the sums: g·Δ, x·Δ, g·g, x·x."""
@@ -91,7 +91,7 @@ class Bucket:
         self.device = first.device
         self.wide = wide(first.dtype)
         self.parameters = [member.parameter for member in members]
-        self.weights = [x.detach() for x in self._parts()]
+        self.weights = [local(x).detach() for x in self.parameters]
         self.rows = [member.row for member in members]
         self.groups = [member.group for member in members]
         self.strides = [x.stride() for x in self.weights]
@@ -142,12 +142,9 @@ class Bucket:
             fresh: whether the plan is new. Torch compares shapes and devices when a gradient is
                 assigned, so they can differ only where the weight has changed since.
         """
-        grads = [x.grad for x in self.parameters]
-        if self.wrapped:
-            grads = [
-                g if g is None else local(like(g, x))
-                for g, x in zip(grads, self.parameters, strict=True)
-            ]
+        grads = (
+            local_gradients(self.parameters) if self.wrapped else [x.grad for x in self.parameters]
+        )
         if not fresh and self._are_plain(grads):
             self.grads = grads
             return True
@@ -231,7 +228,9 @@ class Bucket:
 
     def _parts(self) -> list[Tensor]:
         """Return the weights as they are now, of DTensors what this rank holds."""
-        return [local(x) for x in self.parameters] if self.wrapped else self.parameters
+        if not self.wrapped:
+            return self.parameters
+        return [x._local_tensor for x in self.parameters]  # type: ignore[attr-defined]
 
     def converted(self) -> bool:
         """Return whether a weight has another storage, shape or layout, or another state, than

@@ -59,6 +59,25 @@ def like(t: Tensor, weight: Tensor) -> Tensor:
     return t
 
 
+def local_gradients(weights: list[Any]) -> list[Tensor | None]:
+    """Return this rank's parts of the gradients of DTensors, sharded as their weights are.
+
+    The usual case, a gradient that FSDP has made by its weight's own specification, is told by
+    identity: a thousand comparisons of placements would take as long as their step.
+    """
+    grads = [weight.grad for weight in weights]
+    try:
+        if all([g._spec is weight._spec for g, weight in zip(grads, weights, strict=True)]):
+            parts = [g._local_tensor for g in grads]
+            if all([type(part) is Tensor for part in parts]):
+                return parts
+    except AttributeError:  # None and plain tensors have no specification
+        pass
+    return [
+        g if g is None else local(like(g, weight)) for g, weight in zip(grads, weights, strict=True)
+    ]
+
+
 def wrap(part: Tensor, weight: Tensor) -> Tensor:
     """Return this rank's part as a tensor of the weight's kind, sharded as the weight is."""
     if not isinstance(weight, dtensor()):

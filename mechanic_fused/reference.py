@@ -20,6 +20,9 @@ from .bases import HYPER
 from .bucket import GD, GG, XD, XX, Bucket
 from .tuner import Tuner
 
+PIECE = 1 << 22
+"""Elements that ``shift`` works on at a time."""
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -193,17 +196,17 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
     tuner.counters[0, 1] += (~finite).any()
 
 
-def blend(bucket: Bucket, i: int, scale: Tensor) -> Tensor:
-    """Return round(x_ref + S·Δ) in the weight's dtype."""
-    step = scale[bucket.rows[i]].to(bucket.wide) * bucket.delta[i]
-    return (bucket.x_ref[i].to(bucket.wide) + step).to(bucket.weights[i].dtype)
+def blend(x_ref: Tensor, delta: Tensor, s: Tensor) -> Tensor:
+    """Return round(x_ref + S·Δ) in the weight's dtype; ``s`` is S in Δ's dtype."""
+    return (x_ref.to(delta.dtype) + s * delta).to(x_ref.dtype)
 
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
     """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
     scale = tuner.scale().to(bucket.device)
     for i, x in enumerate(bucket.weights):
-        x.copy_(blend(bucket, i, scale))
+        s = scale[bucket.rows[i]].to(bucket.wide)
+        x.copy_(blend(bucket.x_ref[i], bucket.delta[i], s))
     measure(bucket)
 
 
@@ -221,12 +224,24 @@ def shift(bucket: Bucket, i: int, scale: Tensor) -> None:
 
     x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what apply wrote.
     """
-    x, x_ref, delta = bucket.weights[i], bucket.x_ref[i], bucket.delta[i]
+    s = scale[bucket.rows[i]].to(bucket.wide)
+    tensors = bucket.weights[i], bucket.x_ref[i], bucket.delta[i]
+    if all(t.is_contiguous() for t in tensors):
+        # The temporaries of a large embedding would be several times its own size.
+        pieces = [t.view(-1).split(PIECE) for t in tensors]
+        for x, x_ref, delta in zip(*pieces, strict=True):
+            _shift(x, x_ref, delta, s)
+    else:
+        _shift(*tensors, s)
+
+
+def _shift(x: Tensor, x_ref: Tensor, delta: Tensor, s: Tensor) -> None:
+    wide = delta.dtype
     # Where somebody has repaired a weight, a Δ that it had spoiled starts anew.
     delta.copy_(torch.where(delta.isfinite() | ~x.isfinite(), delta, 0.0))
-    written = blend(bucket, i, scale)
-    moved = x_ref.to(bucket.wide) + (x.to(bucket.wide) - written.to(bucket.wide))
+    written = blend(x_ref, delta, s)
+    moved = x_ref.to(wide) + (x.to(wide) - written.to(wide))
     # Where x had overflowed there is no difference to go by, but x itself tells.
-    afresh = x.to(bucket.wide) - scale[bucket.rows[i]].to(bucket.wide) * delta
+    afresh = x.to(wide) - s * delta
     moved = torch.where(written.isfinite() & x_ref.isfinite(), moved, afresh)
     x_ref.copy_(torch.where(x == written, x_ref, moved.to(x_ref.dtype)))

@@ -26,6 +26,8 @@ from cases import (
     values,
 )
 
+from mechanic_fused import reference
+
 # Of x_ref, of x and, in float64, of the two sums that are expected here.
 ROUNDINGS = 4
 
@@ -160,7 +162,9 @@ def test_a_model_loaded_in_mid_run_is_not_undone(road):
     check_next_step_starts_here(opt, list(model.parameters()))
 
 
-def test_data_written_where_torch_cannot_see_it_needs_one_call(road):
+@pytest.mark.parametrize("piece", [reference.PIECE, 4], ids=["whole", "in pieces"])
+def test_data_written_where_torch_cannot_see_it_needs_one_call(road, piece, monkeypatch):
+    monkeypatch.setattr(reference, "PIECE", piece)
     params = make_weights()
     opt = build(road, "adamw", params, **QUICK)
     run(opt, params, STEPS)
