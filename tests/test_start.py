@@ -79,7 +79,7 @@ def test_a_warm_up_does_not_inflate_the_start(first):
         params = make_weights()
         opt = MechanicSGD(params, lr=0.5, s_init="auto")
         schedule = LAMBDA(opt, lambda t, factor=factor: max(factor, min(1.0, t / 5)))
-        for t in range(3):
+        for _ in range(3):
             set_gradients(params, 0)
             opt.step()
             schedule.step()
