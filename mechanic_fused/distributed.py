@@ -194,6 +194,11 @@ def step_together(optimizers: Sequence[Any]) -> None:
         answers = reduce(questions, extra) if questions else None
         rows = [opt.accumulate(answers, shared) for opt in optimizers]
         if any(rows):
+            norms = merge([opt.measure_start() for opt in optimizers])
+            if norms:
+                start = reduce(norms, extra)
+                for opt in optimizers:
+                    opt.start(start)
             total = reduce(merge(rows), extra)
             for opt, own in zip(optimizers, rows, strict=True):
                 if own:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import backends
 from .mechanized import Mechanized
-from .tuner import BETAS, OPTIONS, check_scale, checked_options
+from .tuner import BETAS, CHECKED, check_scale, checked_options
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -25,7 +25,7 @@ def mechanize(
     Base: type[Optimizer],
     s_decay: float = 0.01,
     betas: Sequence[float] = BETAS,
-    s_init: float | None = None,
+    s_init: float | str | None = None,
     eps: float = 1e-8,
     store_delta: bool = True,
     log_func: Log | None = None,
@@ -44,13 +44,16 @@ def mechanize(
         Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
         s_decay: λ, 0 or more.
         betas: the tuner's betas (not Base's), each in (0, 1).
-        s_init: the scale to start from; by default the variant's own.
+        s_init: the scale to start from; by default the variant's own. "auto": c·‖x‖/‖lr₀·d₁‖ with
+            c = 1e-3, the base's first direction d₁ and the schedule's peak lr₀.
         eps: the tuner's ε.
         store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
         log_func: called with {"iter_count": int, "s": float}; by default the module's logger.
         log_every: call ``log_func`` every so many steps; 0: never. Otherwise each step reads the
             device.
-        variant: "optax", "paper" or "pytorch": which published form of the tuner.
+        variant: "optax", "paper" or "pytorch", the published forms of the tuner, or "scaled": ours,
+            which is optax's with s_init="auto" and with λ and ε per unit of lr₀, so that the base's
+            lr does not matter.
         scale: "global", "group" or "parameter": which weights share a scale.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
 
@@ -93,7 +96,7 @@ def mechanize(
         "log_func": log_func or _log_scale,
         "log_every": log_every,
     }
-    checked = checked_options(**{k: options[k] for k in OPTIONS if k != "learning"})
+    checked = checked_options(**{k: options[k] for k in CHECKED})
     options["tuner_betas"] = checked["tuner_betas"]
     check_scale(scale)
     backends.check(backend)

@@ -14,7 +14,7 @@ from . import backends, bases, state
 from .plan import StepPlan
 from .release import GradientRelease
 from .stepping import Stepping
-from .tuner import OPTIONS, Tuner, check_saved, check_scale, checked_options, scale_keys
+from .tuner import CHECKED, STARTED, Tuner, check_saved, check_scale, checked_options, scale_keys
 
 
 class Mechanized(Stepping):
@@ -33,7 +33,7 @@ class Mechanized(Stepping):
         *args: Any,
         s_decay: float | None = None,
         tuner_betas: Sequence[float] | None = None,
-        s_init: float | None = None,
+        s_init: float | str | None = None,
         tuner_eps: float | None = None,
         variant: str | None = None,
         scale: str | None = None,
@@ -58,7 +58,7 @@ class Mechanized(Stepping):
             "backend": backend,
         }
         chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
-        self._tuner_options = checked_options(**{k: chosen[k] for k in OPTIONS if k != "learning"})
+        self._tuner_options = checked_options(**{k: chosen[k] for k in CHECKED})
         self._scale_kind = chosen["scale"]
         self._backend = chosen["backend"]
         check_scale(self._scale_kind)
@@ -142,7 +142,10 @@ class Mechanized(Stepping):
         """
         if param_group.get("differentiable", self.defaults.get("differentiable")):
             raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
+        now = self.param_groups[0] if self.param_groups else {}
         for name, value in self._tuner_options.items():
+            if name in STARTED:
+                value = now.get(name, value)
             if param_group.setdefault(name, value) != value:
                 raise ValueError(
                     f"{name} must be the same in all groups: expected {value}, "

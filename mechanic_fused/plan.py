@@ -12,7 +12,7 @@ from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
 from .bucket import GG, Bucket, Member, is_dense, wide
 from .distributed import Groups, Rows, local, shards
-from .tuner import Tuner
+from .tuner import Tuner, peak_lr
 from .weights import check_weights
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -250,6 +250,26 @@ class StepPlan:
             bucket.backend.accumulate(bucket)
             if self.release:
                 self.release.add(bucket)
+
+    def start_norms(self, param_groups: list[Group]) -> Rows:
+        """Return (3,): x·x, d·d and the number of weights, where d = Δ·lr₀/lr after the first step.
+
+        Groups whose lr is 0 do not count.
+        """
+        ratios = [
+            peak_lr(group) / lr if (lr := float(group["lr"])) else 0.0 for group in param_groups
+        ]
+
+        def norms(bucket: Bucket) -> Tensor:
+            row = bucket.sums.new_zeros(3)
+            for i, group in enumerate(bucket.groups):
+                if ratios[group]:
+                    row[0] += bucket.weights[i].double().square().sum()
+                    row[1] += bucket.delta[i].double().square().sum() * ratios[group] ** 2
+                    row[2] += bucket.sizes[i]
+            return row
+
+        return self.rows(norms, (3,))
 
     def sums(self, shared: bool) -> Rows:
         """Return (scales, 4), the sums over all buckets.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, state
-from .tuner import KEY
+from .tuner import KEY, STARTED
 
 
 class Steering(Optimizer):
@@ -19,6 +19,7 @@ class Steering(Optimizer):
     _base: type[Optimizer]
     _backend: str
     _squared_norm: Tensor | None
+    _tuner_options: dict[str, Any]
     _current_plan: Any
     _current_tuner: Any
     _forget: Any
@@ -101,6 +102,8 @@ class Steering(Optimizer):
             # Also of weights that are frozen now.
             if isinstance(entries, dict) and "delta" in entries:
                 entries["delta"].zero_()
+        for group in self.param_groups:
+            group.update({name: self._tuner_options[name] for name in STARTED})
         self._current_tuner().reset()
         self._forget()
 

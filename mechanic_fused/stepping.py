@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from .distributed import Rows, step_together
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .steering import Steering
+from .tuner import ZERO_WEIGHT, needs_start, start
 
 
 class Stepping(Steering):
@@ -139,6 +141,33 @@ class Stepping(Steering):
         else:
             plan.accumulate()
         return plan.sums(shared)
+
+    @torch.no_grad()
+    def measure_start(self) -> Rows:
+        """Return what s_init="auto" is taken from, after ``accumulate``: x·x, d·d and a count.
+
+        Returns:
+            {process groups: (3,) float64}, d being what the base adds to Δ at the peak lr; nothing
+            where s_init is known.
+        """
+        if not needs_start(self.param_groups):
+            return {}
+        return self._prepared().start_norms(self.param_groups)
+
+    def start(self, norms: Tensor) -> None:
+        """Set s_init from the sums of ``measure_start`` over all parts; reads the device.
+
+        Until a step has moved Δ (a warm-up may begin with lr = 0) there is nothing to go by.
+        """
+        if not needs_start(self.param_groups):
+            return
+        x_norm, d_norm = norms[:2].sqrt().tolist()
+        if 0 < d_norm < math.inf and x_norm < math.inf:
+            plan = self._prepared()
+            # Weights that are all 0 tell no size.
+            x_norm = x_norm or ZERO_WEIGHT * math.sqrt(norms[2].item())
+            start(self.param_groups, x_norm, d_norm)
+            plan.tuner.set_options(self.param_groups[0])
 
     @torch.no_grad()
     def apply(self, total: Tensor) -> None:

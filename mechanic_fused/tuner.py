@@ -31,29 +31,52 @@ class Variant:
         eps_in_m: m = max(β·m, |h| + ε) instead of max(β·m, |h|).
         clamps_h: the reward sees clamp(h, −m_prev, +m_prev) instead of h.
         floors_r: r is stored as max(0, r).
+        per_rate: λ and ε are per unit of the peak lr, so that the lr does not matter at all.
     """
 
-    s_init: float
+    s_init: float | str
     s_starts_at_init: bool
     m_start: float
     eps_in_m: bool
     clamps_h: bool
     floors_r: bool
+    per_rate: bool = False
 
+
+AUTO = "auto"
+"""The s_init that is taken from norms at the first step that moves Δ."""
 
 VARIANTS = {
     "optax": Variant(1e-6, True, 0.0, True, True, False),
     "paper": Variant(1e-8, False, 0.0, False, False, True),
     "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
+    # Ours: optax's constants, but for a start that does not depend on the units of lr.
+    "scaled": Variant(AUTO, True, 0.0, True, True, False, True),
 }
 
-OPTIONS = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps", "learning")
-"""The tuner's options as they stand in every param group, so that a checkpoint carries them."""
+START = 1e-3
+"""What s_init="auto" lets the first update at the peak lr be, in norms of the weights."""
+
+ZERO_WEIGHT = 1e-2
+"""The root mean square that stands for the weights' where they are all 0."""
+
+UNCALIBRATED = 1e-6
+"""The s_init until there is a Δ to take it from; nothing has been learned by then."""
+
+CHECKED = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
+"""The options that users give."""
+
+OPTIONS = (*CHECKED, "learning", "rate")
+"""The tuner's options as they stand in every param group, so that a checkpoint carries them.
+``rate`` is what λ and ε are per unit of: 1, but for a variant that is per_rate."""
+
+STARTED = ("s_init", "rate")
+"""The options that a run's start replaces."""
 
 
 def checked_options(
     variant: str,
-    s_init: float | None,
+    s_init: float | str | None,
     s_decay: float,
     tuner_betas: Sequence[float],
     tuner_eps: float,
@@ -68,19 +91,46 @@ def checked_options(
         betas = ()
     if not betas or not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {tuner_betas!r}")
-    for name, value in (("s_init", s_init), ("tuner_eps", tuner_eps)):
-        if not (_is_number(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    if s_init != AUTO and not (_is_number(s_init) and float(s_init) > 0):
+        raise ValueError(f's_init must be "auto" or a finite number above 0, got {s_init!r}')
+    if not (_is_number(tuner_eps) and tuner_eps > 0):
+        raise ValueError(f"tuner_eps must be a finite number above 0, got {tuner_eps!r}")
     if not (_is_number(s_decay) and s_decay >= 0):
         raise ValueError(f"s_decay must be a finite number, 0 or more, got {s_decay!r}")
     return {
         "variant": variant,
-        "s_init": float(s_init),
+        "s_init": s_init if s_init == AUTO else float(s_init),
         "s_decay": float(s_decay),
         "tuner_betas": betas,
         "tuner_eps": float(tuner_eps),
         "learning": True,
+        "rate": 1.0,
     }
+
+
+def needs_start(param_groups: list[dict[str, Any]]) -> bool:
+    """Return whether ``start`` has still to be called: no step has moved Δ so far."""
+    return any(group["s_init"] == AUTO for group in param_groups)
+
+
+def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> None:
+    """Set s_init = c·‖x‖/‖lr₀·d₁‖ in every group, and the rate that λ and ε are per unit of.
+
+    Args:
+        param_groups: the optimizer's own.
+        x_norm: of all weights.
+        d_norm: of what the base adds to Δ in a step at the peak lr, at S = 1.
+    """
+    rate = max(peak_lr(group) for group in param_groups)
+    for group in param_groups:
+        group["s_init"] = START * x_norm / d_norm
+        if VARIANTS[group["variant"]].per_rate:
+            group["rate"] = rate
+
+
+def peak_lr(group: dict[str, Any]) -> float:
+    """Return the largest lr that a group is going to have, as far as its schedule tells."""
+    return max(float(group[name]) for name in ("lr", "initial_lr", "max_lr") if name in group)
 
 
 def check_scale(scale: str) -> None:
@@ -177,7 +227,7 @@ class Tuner:
         now = tuple(options[name] for name in OPTIONS)
         if now == self.options:
             return
-        checked_options(**{name: options[name] for name in OPTIONS if name != "learning"})
+        checked_options(**{name: options[name] for name in CHECKED})
         if self._betas and len(options["tuner_betas"]) != len(self._betas):
             raise ValueError(
                 f"tuner_betas must stay {len(self._betas)} numbers in the course of a run, "
@@ -186,12 +236,13 @@ class Tuner:
         variant = VARIANTS[options["variant"]]
         self.options = now
         self._variant = variant
-        self._s_init = options["s_init"]
+        self._s_init = UNCALIBRATED if options["s_init"] == AUTO else options["s_init"]
+        rate = options["rate"]
         self._betas = tuple(options["tuner_betas"])
         numbers = [
-            options["s_decay"],
-            options["s_init"],
-            options["tuner_eps"],
+            options["s_decay"] * rate,
+            self._s_init,
+            options["tuner_eps"] * rate,
             variant.eps_in_m,
             variant.clamps_h,
             variant.floors_r,

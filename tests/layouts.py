@@ -160,9 +160,9 @@ def optimizer(base, layout, params, **options):
 
         group = torch.distributed.group.WORLD
         return ZeroRedundancyOptimizer(
-            params, functools.partial(make, reduce_group=group, **OPTIONS, **options)
+            params, functools.partial(make, reduce_group=group, **{**OPTIONS, **options})
         )
-    return make(params, **OPTIONS, **options)
+    return make(params, **{**OPTIONS, **options})
 
 
 def average_plain_gradients(net):
@@ -230,7 +230,7 @@ def run(
 def single(base, steps, ranks=1, change=None, dtype=torch.float32, **options):
     """The same run in one process; with ``ranks``, on the batches of so many ranks."""
     net = model(dtype)
-    opt = BASES[base](net.parameters(), **OPTIONS, **options)
+    opt = BASES[base](net.parameters(), **{**OPTIONS, **options})
     for t in range(steps):
         opt.zero_grad()
         for rank in range(ranks):

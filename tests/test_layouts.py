@@ -79,6 +79,14 @@ def test_a_scale_for_each_group_or_weight(ranks, layout, size, scale):
     assert_agrees(results, layouts.single("adamw", STEPS, scale=scale))
 
 
+@named("fsdp2", "fsdp2 with plain weights", "fsdp2 x tp", "zero1")
+def test_an_automatic_start(ranks, layout, size):
+    """Norms are of all weights of all ranks."""
+    options = {"s_init": "auto", "variant": "scaled"}
+    results = ranks(size).run("layouts.run", layout, "adamw", STEPS, **options)
+    assert_agrees(results, layouts.single("adamw", STEPS, **options))
+
+
 @pytest.mark.parametrize(
     "layout, size, calls",
     [
