@@ -2,6 +2,8 @@
 # .venv with pinned packages, the compiled module, an editable install. ARGS goes to the program
 # that a verb runs: make test ARGS="-k plan", make demo ARGS=--compare.
 PYTHON ?= python3
+# How many processes run tests side by side; the tests of a file stay together.
+JOBS ?= 2
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -22,10 +24,10 @@ report:
 build: build/native.done .venv/editable.done
 
 test: build
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-all: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 demo: build
 	$(PY) examples/char_lm.py $(ARGS)

@@ -91,7 +91,8 @@ GPU = (
 def plan_bytes(optimizer: Any) -> int:
     """Return the bytes that a step of ours must read and write, from the tables of its plan.
 
-    accumulate reads g, Δ, the base's state and, for a decay, x; writes Δ and the state. apply reads
+    norm, where gradients are clipped, reads g. accumulate reads g, Δ, the base's state and, for a
+    decay, x; writes Δ and the state. apply reads
     x_ref and Δ, writes x. ``optimizer`` must have made a step.
     """
     total = 0
@@ -103,7 +104,8 @@ def plan_bytes(optimizer: Any) -> int:
             moved = delta + sum(state.nbytes for state in bucket.states[i])
             reads_x = bool(hyper[l2] or hyper[decay])
             if bucket.tensors[i, 0]:
-                total += x.nbytes + 2 * moved + reads_x * x.nbytes
+                clips = optimizer.max_grad_norm is not None
+                total += (1 + clips) * x.nbytes + 2 * moved + reads_x * x.nbytes
             total += bucket.x_ref[i].nbytes + delta + x.nbytes
     return total
 

@@ -96,6 +96,25 @@ def clipped_run(layout, steps, max_norm, inside, change=None, **options):
     return {**result(net, opt), "norms": norms}
 
 
+def accumulated_run(layout, steps, passes=2):
+    """Train on the gradients of several passes, which are reduced over ranks after the last."""
+    net, opt = make(layout)
+    for t in range(steps):
+        opt.zero_grad()
+        for k in range(passes):
+            last = k == passes - 1
+            loss = functools.partial(loss_of, net, batch(passes * t + k))
+            if layout == "ddp" and not last:
+                with net.no_sync():
+                    (loss() / passes).backward()
+            else:
+                if layout in ("fsdp2", "hsdp"):
+                    net.set_requires_gradient_sync(last)
+                (loss() / passes).backward()
+        opt.step()
+    return result(net, opt)
+
+
 def pipeline_stage(steps, **options):
     """Each rank trains its half of the weights; the other half is the other rank's stage."""
     net = model()

@@ -50,6 +50,18 @@ def test_clipping_inside(ranks, layout, size, max_norm):
     assert all(clipped) or not any(clipped)
 
 
+@pytest.mark.parametrize("layout, size", [("fsdp2", 2), ("hsdp", 4), ("ddp", 2)])
+def test_clipping_by_torch(ranks, layout, size):
+    results = ranks(size).run("layout_uses.clipped_run", layout, STEPS, 0.5, inside=False)
+    assert_agrees(results, layout_uses.clipped_run("single", STEPS, 0.5, inside=False))
+
+
+@pytest.mark.parametrize("layout, size", [("fsdp2", 2), ("hsdp", 4), ("ddp", 2)])
+def test_several_passes_a_step(ranks, layout, size):
+    results = ranks(size).run("layout_uses.accumulated_run", layout, STEPS)
+    assert_agrees(results, layout_uses.accumulated_run("single", STEPS))
+
+
 def test_a_nan_does_not_spoil_the_norm(ranks):
     run = ("layout_uses.clipped_run", "fsdp2", STEPS, 0.5, True, "nan")
     results = ranks(2).run(*run)
