@@ -112,7 +112,7 @@ def sanitize(run: Run) -> None:
 
 def bench(run: Run) -> None:
     """The step times; what a requirement names first, what must be compiled last."""
-    run.child("machine", limit=min(60, run.left()))
+    run.child("machine", limit=min(180, run.left()))
     for case in cases.GPU:
         if case.name in run.chosen.cases:
             run.child("case", case.name, limit=min(100, run.left()))
