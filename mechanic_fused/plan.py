@@ -236,6 +236,8 @@ class StepPlan:
             for i in range(len(bucket.weights)) if everything else written:
                 reference.shift(bucket, i, scale)
             bucket.backend.measure(bucket)
+            # Gradient release comes by here again before the weights are written.
+            bucket.remember()
         self.fresh = False
 
     def clip(self, squared_norm: Tensor, max_norm: float) -> None:

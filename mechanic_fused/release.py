@@ -98,16 +98,22 @@ class GradientRelease:
         Raises:
             RuntimeError: for weights that were changed in between, or a GradScaler.
         """
-        if self.taken and plan is not self.plan:
-            self.taken.clear()
-            raise RuntimeError(
-                "weights, groups and state must stay as they are between backward() and step() "
-                "where gradients are released: what was taken of them is lost"
-            )
+        self.check_unwritten(plan)
         if scaled:
             raise RuntimeError(
                 "GradScaler needs all gradients at once, and release_gradients() lets go of them: "
                 "use one or the other"
+            )
+
+    def check_unwritten(self, plan: StepPlan) -> None:
+        """Raise RuntimeError where something was changed since the first gradient was taken."""
+        if not self.taken:
+            return
+        if plan is not self.plan or any(bucket.written() for bucket in plan.buckets):
+            self.taken.clear()
+            raise RuntimeError(
+                "weights, groups and state must stay as they are between backward() and step() "
+                "where gradients are released: what was taken of them is lost"
             )
 
     def add(self, bucket: Bucket) -> None:

@@ -19,6 +19,7 @@ class Steering(Optimizer):
     _base: type[Optimizer]
     _backend: str
     _squared_norm: Tensor | None
+    _release: Any
     _tuner_options: dict[str, Any]
     _current_plan: Any
     _current_tuner: Any
@@ -81,6 +82,11 @@ class Steering(Optimizer):
         """
         if self._started:
             plan = self._current_plan()
+            if self._release is not None and self._release.taken:
+                raise RuntimeError(
+                    "shift_reference() must come before backward() or after step() where gradients "
+                    "are released"
+                )
             plan.load(self.param_groups, None, None)
             plan.reconcile(everything=True)
 

@@ -143,6 +143,34 @@ def test_weights_that_change_between_backward_and_step_are_refused():
         opt.step()
 
 
+def test_weights_written_after_a_step_are_not_undone():
+    runs = [make(released=released) for released in (True, False)]
+    for net, opt in runs:
+        for t in range(STEPS):
+            train(net, opt, first=t, steps=1)
+            if t == 3:
+                with torch.no_grad():
+                    net.up.weight.add_(0.1)
+            if t == 5:
+                net.down.weight.data.add_(0.1)
+                opt.shift_reference()
+    assert_close(*runs)
+
+
+def test_weights_written_between_backward_and_step_are_refused():
+    for write in ("add_", "shift_reference"):
+        net, opt = make()
+        train(net, opt, steps=2)
+        layouts.loss_of(net, layouts.batch(2)).backward()
+        with pytest.raises(RuntimeError, match="where gradients are released"):
+            if write == "add_":
+                with torch.no_grad():
+                    net.up.weight.add_(0.1)
+                opt.step()
+            else:
+                opt.shift_reference()
+
+
 def test_what_cannot_be_released_is_refused_at_once():
     weight = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="RAdam has no fused update"):
