@@ -64,7 +64,13 @@ def contender(request, monkeypatch):
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "[triton", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        # A plugin that happens to be installed may warn of another one, and warnings are errors.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout

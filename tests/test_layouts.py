@@ -52,7 +52,7 @@ def test_a_layout_agrees_with_a_single_process(ranks, layout, size, base, backen
     assert moved > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize("base", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 @named("fsdp2", "fsdp2 with plain weights", "hsdp", "ddp", "zero1", "fsdp1", "fsdp1 flat")
 def test_ranks_with_batches_of_their_own(ranks, layout, size, base):
     """As data is spread in earnest: gradients are averaged in an order of their own."""
@@ -60,7 +60,7 @@ def test_ranks_with_batches_of_their_own(ranks, layout, size, base):
     assert_agrees(results, layouts.single(base, STEPS, ranks=size))
 
 
-@pytest.mark.parametrize("base", ["adamw", "radam"])
+@pytest.mark.parametrize("base", ["adamw", pytest.param("radam", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", ["some", "all", "nan"])
 @named("fsdp2", "hsdp", "fsdp2 x tp", "fsdp1", "zero1")
 def test_absent_and_spoilt_gradients(ranks, layout, size, base, change):

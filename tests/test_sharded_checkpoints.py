@@ -15,7 +15,10 @@ def expected():
 
 
 @pytest.mark.parametrize("form", sharded_runs.FORMS)
-@pytest.mark.parametrize("layout, size", [("fsdp2", 2), ("hsdp", 4), ("fsdp2 x tp", 4)])
+@pytest.mark.parametrize(
+    "layout, size",
+    [("fsdp2", 2), ("hsdp", 4), pytest.param("fsdp2 x tp", 4, marks=pytest.mark.slow)],
+)
 def test_saved_on_two_ranks_resumed_elsewhere(ranks, tmp_path, expected, layout, size, form):
     save = ("fsdp2", "adamw", str(tmp_path), form, HALF)
     ranks(2).run("sharded_runs.save", *save)
