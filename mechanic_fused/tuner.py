@@ -157,6 +157,13 @@ def check_saved(
 ) -> None:
     """Raise ValueError if saved groups hold another kind of scale than the optimizer has."""
     tensors = [group[KEY] for group in saved if KEY in group]
+    for found in tensors:
+        if not torch.is_tensor(found):
+            raise ValueError(
+                f"the tuner's state must be a tensor, got a {type(found).__name__}: with FSDP1 and "
+                "broadcast_from_rank0 torch hands the other ranks a description of it; load the "
+                "full state dict on every rank instead"
+            )
     for theirs, group in zip(tensors, param_groups, strict=False):
         rows = len(group["params"]) if scale == "parameter" else 1
         if len(theirs) != rows:

@@ -279,3 +279,12 @@ def test_distributed_checkpoint_goes_on_to_the_bit(tmp_path, maker):
     train_net(other, fresh, FEW, first=STEPS)
     assert_same(values(other.parameters()), values(model.parameters()))
     assert_same(fresh.scale, opt.scale)
+
+
+def test_a_description_in_place_of_the_state_is_refused():
+    """What torch hands to all ranks but the first where FSDP1 loads with broadcast_from_rank0."""
+    opt = MechanicAdamW(make_weights())
+    saved = opt.state_dict()
+    saved["param_groups"][0]["mechanic"] = (torch.Size([1, 26]), torch.float64)
+    with pytest.raises(ValueError, match="must be a tensor, got a tuple"):
+        opt.load_state_dict(saved)
