@@ -178,7 +178,8 @@ def step_together(optimizers: Sequence[Any]) -> None:
             parts that are sharded over the same groups in the same order.
 
     Raises:
-        ValueError: for gradients or weights that cannot be used; nothing has changed then.
+        ValueError: for gradients or weights that cannot be used, or optimizers whose options
+            differ; nothing has changed then.
 
     Example:
         >>> import torch
@@ -188,6 +189,7 @@ def step_together(optimizers: Sequence[Any]) -> None:
         >>> parts[1](parts[0](torch.ones(1, 2))).sum().backward()
         >>> step_together(optimizers)
     """
+    check_alike(optimizers)
     extra = tuple(dict.fromkeys(g for opt in optimizers for g in opt.extra_groups))
     try:
         # A list, so that all are made ready.
@@ -208,3 +210,28 @@ def step_together(optimizers: Sequence[Any]) -> None:
     finally:
         for opt in optimizers:
             opt.finish()
+
+
+def check_alike(optimizers: Sequence[Any]) -> None:
+    """Raise ValueError unless optimizers that step as one learn one scale by the same rules."""
+    if len(optimizers) < 2:
+        return
+    first = optimizers[0]
+    for opt in optimizers:
+        if opt._scale_kind != "global":
+            raise ValueError(
+                "optimizers that step together must have one scale: expected scale='global', "
+                f"got {opt._scale_kind!r}"
+            )
+        if opt.max_grad_norm != first.max_grad_norm:
+            raise ValueError(
+                "optimizers that step together must have the same max_grad_norm, expected "
+                f"{first.max_grad_norm}, got {opt.max_grad_norm}"
+            )
+        for name in ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps"):
+            mine, others = opt.param_groups[0][name], first.param_groups[0][name]
+            if mine != others:
+                raise ValueError(
+                    f"optimizers that step together must have the same {name}, expected {others}, "
+                    f"got {mine}"
+                )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import backends, bases, state
 from .plan import StepPlan
-from .release import GradientRelease
+from .release import GradientRelease, check_releasable
 from .stepping import Stepping
 from .tuner import CHECKED, STARTED, Tuner, check_saved, check_scale, checked_options, scale_keys
 
@@ -85,7 +85,7 @@ class Mechanized(Stepping):
     def _current_plan(self) -> StepPlan:
         base = self._fused_base()
         tuner = self._current_tuner()
-        if self._plan is None or not self._plan.fits(self.param_groups, base):
+        if self._plan is None or not self._plan.fits(self.param_groups, base, self.reduce_group):
             self._plan = StepPlan(
                 self.param_groups,
                 self.state,
@@ -153,6 +153,11 @@ class Mechanized(Stepping):
                 )
         super().add_param_group(param_group)
         if self._release is not None:
+            try:
+                check_releasable(self, self._release.reduced)
+            except ValueError:
+                self.param_groups.pop()
+                raise
             self._release.watch(self.param_groups[-1]["params"])
 
     @property

@@ -94,6 +94,9 @@ class StepPlan:
         self.groups = {sort.shards: None for sort in members} | (
             {} if reduce_group is None else {(reduce_group,): None}
         )
+        # A stage that trains nothing adds zeros, or the others would wait for it.
+        self.groups = self.groups or {(): None}
+        self.reduce_group = reduce_group
         self.alone = not any(self.groups)
         near = (bucket.backend for bucket in self.buckets if bucket.device == tuner.device)
         name = backends.resolve(backend, tuner.device.type)
@@ -126,10 +129,11 @@ class StepPlan:
                 row += scale == "parameter"
         return members
 
-    def fits(self, param_groups: list[Group], base: Base | None) -> bool:
+    def fits(self, param_groups: list[Group], base: Base | None, reduce_group: Any) -> bool:
         """Return whether nothing has changed but values, gradients and hyperparameters."""
         return (
             self.signature == signature(param_groups, base)
+            and self.reduce_group is reduce_group
             and len(self.states) >= self.state_count
             and not any(bucket.converted() for bucket in self.buckets)
         )

@@ -29,9 +29,11 @@ class GradientRelease:
 
     Args:
         optimizer: a mechanized optimizer on the fused road.
+        reduced: that gradients of plain weights need no reduction after the backward pass.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, reduced: bool) -> None:
+        self.reduced = reduced
         self.optimizer = weakref.ref(optimizer)
         self.plan: StepPlan | None = None
         self.places: dict[Tensor, tuple[Bucket, int]] = {}
@@ -83,6 +85,8 @@ class GradientRelease:
 
     def _follow(self, optimizer: Any) -> None:
         """Make ready for the first gradient of a backward pass."""
+        # Options may have changed since they were last looked at.
+        check_releasable(optimizer, self.reduced)
         plan = optimizer._current_plan()
         if plan is not self.plan:
             self.plan, self.parts = plan, {}

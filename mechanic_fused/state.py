@@ -33,7 +33,9 @@ def ensure(state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype) -> N
         # The base of the general road steps on copies in Δ's dtype, so its state has that too.
         for name, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
-                state[name] = value.to(wide(x.dtype))
+                like_weight = value.shape == x.shape
+                inner = wide(x.dtype)
+                state[name] = conform(value, x, inner) if like_weight else value.to(inner)
     established = any(state.get(name) is not None for name in names)
     for name in names:
         state[name] = conform(state.get(name), x, dtype)

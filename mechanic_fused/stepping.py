@@ -206,7 +206,7 @@ class Stepping(Steering):
         """
         check_releasable(self, reduced)
         if self._release is None:
-            self._release = GradientRelease(self)
+            self._release = GradientRelease(self, reduced)
 
     def _prepared(self) -> StepPlan:
         if self._plan is None:

@@ -131,6 +131,20 @@ def pipeline_stage(steps, **options):
     return result(net, opt)
 
 
+def idle_stage():
+    """One stage is frozen; the other one's steps must not wait for it."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    weight = nn.Parameter(torch.ones(3), requires_grad=rank == 1)
+    opt = MechanicAdamW([weight], lr=1.0, extra_groups=[world], **OPTIONS)
+    for _ in range(4):
+        if rank == 1:
+            weight.grad = torch.full((3,), 2.0)
+        opt.step()
+    moved = bool((weight != 1).any())
+    assert moved == (rank == 1)
+    assert float(opt.scale) > 0
+
+
 def lose_groups():
     """A copy of an optimizer cannot have its process groups."""
     import copy

@@ -3,7 +3,10 @@
 import layout_uses
 import layouts
 import pytest
+import torch
 from test_layouts import assert_agrees
+
+from mechanic_fused import MechanicAdamW, step_together
 
 STEPS = 8
 
@@ -96,3 +99,19 @@ def test_a_container_resumes_from_one_flat_state_dict(ranks):
 def test_process_groups_that_are_missing_are_named(ranks):
     ranks(2).run("layout_uses.lose_groups")
     ranks(2).run("layout_uses.forget_the_group")
+
+
+def test_a_stage_that_trains_nothing_does_not_hold_up_the_others(ranks):
+    ranks(2).run("layout_uses.idle_stage")
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [("max_grad_norm", (1.0, None)), ("s_init", (1e-3, 1e-4)), ("scale", ("group", "group"))],
+)
+def test_optimizers_that_step_together_must_be_alike(name, values):
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in values]
+    parts = zip(weights, values, strict=True)
+    optimizers = [MechanicAdamW([w], **{name: value}) for w, value in parts]
+    with pytest.raises(ValueError, match="optimizers that step together must have"):
+        step_together(optimizers)

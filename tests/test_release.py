@@ -171,6 +171,17 @@ def test_weights_written_between_backward_and_step_are_refused():
                 opt.shift_reference()
 
 
+def test_a_group_or_an_option_that_cannot_be_released_is_refused():
+    net, opt = make()
+    train(net, opt, steps=2)
+    with pytest.raises(ValueError, match="amsgrad=True has no fused update"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "amsgrad": True})
+    assert len(opt.param_groups) == 1
+    opt.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm needs"):
+        layouts.loss_of(net, layouts.batch(2)).backward()
+
+
 def test_what_cannot_be_released_is_refused_at_once():
     weight = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="RAdam has no fused update"):
