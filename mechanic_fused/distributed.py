@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tuner import OPTIONS
+
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""
 
@@ -228,7 +230,12 @@ def check_alike(optimizers: Sequence[Any]) -> None:
                 "optimizers that step together must have the same max_grad_norm, expected "
                 f"{first.max_grad_norm}, got {opt.max_grad_norm}"
             )
-        for name in ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps"):
+        if opt._started != first._started:
+            raise ValueError(
+                "optimizers that step together must have started together: reset_scale() of all "
+                "starts anew"
+            )
+        for name in OPTIONS:
             mine, others = opt.param_groups[0][name], first.param_groups[0][name]
             if mine != others:
                 raise ValueError(

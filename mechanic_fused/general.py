@@ -77,10 +77,11 @@ def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Ten
             # A frozen weight may still carry a gradient; torch's optimizers would move it.
             p.grad = None
         for k, bucket in enumerate(buckets):
+            by = reference.multipliers(bucket)
             for i, p in enumerate(bucket.parameters):
                 for name in OURS:
                     optimizer.state.get(p, {}).pop(name, None)
-                x, g = bucket.weights[i].to(bucket.wide, copy=True), _finite(bucket, i)
+                x, g = bucket.weights[i].to(bucket.wide, copy=True), _finite(bucket, i, by[i])
                 if bucket.wrapped:
                     stand_ins[p] = torch.nn.Parameter(wrap(x, p))
                     _move(optimizer, p, stand_ins[p])
@@ -117,10 +118,10 @@ def _move(optimizer: Optimizer, source: Tensor, target: Tensor) -> None:
         optimizer.state[target] = optimizer.state.pop(source)
 
 
-def _finite(bucket: Bucket, i: int) -> Tensor | None:
+def _finite(bucket: Bucket, i: int, by: float) -> Tensor | None:
     g = bucket.grads[i]
     if g is None:
         return None
-    unscale = abs(reference.multiplier(bucket, i))
-    g = g.to(bucket.wide) * unscale
+    # The base maximizes by itself.
+    g = g.to(bucket.wide) * abs(by)
     return torch.where(g.isfinite(), g, 0.0)

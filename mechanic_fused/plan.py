@@ -161,8 +161,10 @@ class StepPlan:
         """
         device = self.tuner.device
         found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
-        nothing = torch.zeros(shape, dtype=torch.float64, device=device)
-        return {groups: found.get(groups, nothing) for groups in self.groups}
+        for groups in self.groups.keys() - found.keys():
+            found[groups] = torch.zeros(shape, dtype=torch.float64, device=device)
+        # In one order on all ranks.
+        return {groups: found[groups] for groups in self.groups}
 
     def inspect(self, started: bool, norms: bool) -> Rows:
         """Return (2,): whether any gradient has an element that is not 0, and N² = Σ g·g.

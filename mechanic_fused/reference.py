@@ -108,21 +108,21 @@ def clip_coefficient(clip: Tensor) -> float:
     return c if c < 1 else 1.0
 
 
-def multiplier(bucket: Bucket, i: int, clips: bool = True) -> float:
-    """Return what weight i's gradient is multiplied by: −1 to maximize, over GradScaler's scale,
+def multipliers(bucket: Bucket, clips: bool = True) -> list[float]:
+    """Return what each weight's gradient is multiplied by: −1 to maximize, over GradScaler's scale,
     times the coefficient of clipping."""
-    gradient = bucket.hyper_rows[bucket.groups[i]][HYPER.index("gradient")]
-    if clips and bucket.clip is not None:
-        gradient *= clip_coefficient(bucket.clip)
-    return gradient
+    c = clip_coefficient(bucket.clip) if clips and bucket.clip is not None else 1.0
+    column = HYPER.index("gradient")
+    return [bucket.hyper_rows[group][column] * c for group in bucket.groups]
 
 
 def norm(bucket: Bucket) -> None:
     """sums[:, 2] = g·g over the elements that are finite, one row a scale, before any clipping."""
     bucket.sums[:, GG] = 0
+    by = multipliers(bucket, clips=False)
     for i, g in enumerate(bucket.grads):
         if g is not None:
-            g = g.to(bucket.wide) * multiplier(bucket, i, clips=False)
+            g = g.to(bucket.wide) * by[i]
             g = torch.where(g.isfinite(), g, 0.0).double()
             bucket.sums[bucket.rows[i], GG] += (g * g).sum()
 
@@ -130,9 +130,10 @@ def norm(bucket: Bucket) -> None:
 def inner_products(bucket: Bucket) -> None:
     """sums[:, 0] = g·Δ and sums[:, 2] = g·g, one row a scale, g as it is (NaN and inf included)."""
     bucket.sums[:, [GD, GG]] = 0
+    by = multipliers(bucket)
     for i, g in enumerate(bucket.grads):
         if g is not None:
-            g = (g.to(bucket.wide) * multiplier(bucket, i)).double()
+            g = (g.to(bucket.wide) * by[i]).double()
             row = bucket.sums[bucket.rows[i]]
             row[GD] += (g * bucket.delta[i].double()).sum()
             row[GG] += (g * g).sum()
@@ -145,11 +146,12 @@ def accumulate(bucket: Bucket) -> None:
     """
     inner_products(bucket)
     update = UPDATES[bucket.kind]
+    by = multipliers(bucket)
     for i, g in enumerate(bucket.grads):
         if g is None:
             continue
         x = bucket.weights[i].to(bucket.wide)
-        g = g.to(bucket.wide) * multiplier(bucket, i)
+        g = g.to(bucket.wide) * by[i]
         g = torch.where(g.isfinite(), g, 0.0)
         states = bucket.states[i]
         c = coefficients(

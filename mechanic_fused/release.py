@@ -40,19 +40,14 @@ class GradientRelease:
         self.parts: dict[Tensor, Bucket] = {}
         self.taken: set[Tensor] = set()
         self.streams: dict[Any, Any] = {}
-        self.hooks: list[Any] = []
         for group in optimizer.param_groups:
             self.watch(group["params"])
 
     def watch(self, weights: list[Tensor]) -> None:
         """Take the gradients of these weights too."""
-        trained = [p for p in weights if p.requires_grad]
-        self.hooks += [p.register_post_accumulate_grad_hook(self._take) for p in trained]
-
-    def remove(self) -> None:
-        """Take the hooks off the weights."""
-        for hook in self.hooks:
-            hook.remove()
+        for p in weights:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._take)
 
     @torch.no_grad()
     def _take(self, weight: Tensor) -> None:

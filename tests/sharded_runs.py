@@ -68,7 +68,12 @@ def resume(layout, base, folder, form, first, steps, dtype=torch.float32, **opti
     set_optimizer_state_dict(net, opt, state["opt"], options=chosen)
     train(net, opt, first, steps)
     kinds = {name: value.dtype for name, value in opt.state[next(net.parameters())].items()}
-    return {"weights": full_weights(net), "scale": opt.scale, "nonfinite": 0, "dtypes": kinds}
+    return {
+        "weights": full_weights(net),
+        "scale": opt.scale,
+        "nonfinite": opt.nonfinite_steps,
+        "dtypes": kinds,
+    }
 
 
 def look_before_the_first_step(layout, base, steps):
