@@ -1,0 +1,156 @@
+"""Who trains: a base at a given learning rate, Mechanic around it, and the others that need none.
+
+Each is used as its authors say: Prodigy and D-Adaptation with lr=1 and the recipe's own schedule
+(Prodigy with safeguard_warmup where there is a warm-up), schedule-free without a schedule, with its
+own warm-up and its evaluation mode, DoG without a schedule and with its averager.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import mechanic_fused
+
+from .problem import Problem
+from .schedules import schedule
+from .tasks import Task
+
+BASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
+    "SGD": (torch.optim.SGD, mechanic_fused.MechanicSGD, 2**-2),
+    "AdamW": (torch.optim.AdamW, mechanic_fused.MechanicAdamW, 2**-7),
+    "Lion": (mechanic_fused.Lion, mechanic_fused.MechanicLion, 2**-10),
+}
+"""Each base, Mechanic around it, and the middle of the first grid of learning rates."""
+
+DECAY = {"SGD": 0.0, "AdamW": 1.0, "Lion": 10.0}
+"""Times the recipe's weight decay: none for SGD, ten times for Lion's smaller rates, as its paper."""
+
+
+class Trainer:
+    """An optimizer with its schedule, and the weights that it wants to be judged by.
+
+    Args:
+        rate: reads the learning rate that it takes now.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, scheduler: Any, rate: Callable[[], float]
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.rate = model, optimizer, scheduler, rate
+
+    def step(self) -> None:
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        yield self.model
+
+
+class ScheduleFree(Trainer):
+    """Gradients are taken at one point, and the model is judged at another."""
+
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        self.optimizer.eval()
+        yield self.model
+        self.optimizer.train()
+
+
+class Averaged(Trainer):
+    """The model is judged by DoG's own average of its weights."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.averager = importlib.import_module("dog").PolynomialDecayAverager(self.model)
+
+    def step(self) -> None:
+        super().step()
+        self.averager.step()
+
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        yield self.averager.averaged_model
+
+
+Make = Callable[[Problem, Task, int], Trainer]
+"""(problem, task, steps) → trainer."""
+
+
+def _options(base: str, task: Task) -> dict[str, Any]:
+    options: dict[str, Any] = {"weight_decay": DECAY[base] * task.decay}
+    if base == "SGD":
+        options["momentum"] = 0.9
+    return options
+
+
+def plain(base: str, lr: float) -> Make:
+    def make(problem: Problem, task: Task, steps: int) -> Trainer:
+        fused = {} if base == "Lion" else {"fused": True}
+        opt = BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
+        return Trainer(
+            problem.model, opt, schedule(opt, task, steps), lambda: opt.param_groups[0]["lr"]
+        )
+
+    return make
+
+
+def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
+    def make(problem: Problem, task: Task, steps: int) -> Trainer:
+        opt = BASES[base][1](problem.weights(), lr=lr, **_options(base, task), **options)
+        return Trainer(
+            problem.model, opt, schedule(opt, task, steps), lambda: max(opt.learned_lr())
+        )
+
+    return make
+
+
+def _estimated(opt: Any) -> float:
+    """The learning rate of Prodigy and D-Adaptation: their estimate d times lr."""
+    return opt.param_groups[0]["d"] * opt.param_groups[0]["lr"]
+
+
+def _prodigy(problem: Problem, task: Task, steps: int) -> Trainer:
+    opt = importlib.import_module("prodigyopt").Prodigy(
+        problem.weights(),
+        lr=1.0,
+        weight_decay=task.decay,
+        safeguard_warmup=task.schedule == "cosine",
+    )
+    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+
+
+def _d_adaptation(problem: Problem, task: Task, steps: int) -> Trainer:
+    opt = importlib.import_module("dadaptation").DAdaptAdam(
+        problem.weights(), lr=1.0, weight_decay=task.decay, decouple=True
+    )
+    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+
+
+def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
+    opt = importlib.import_module("schedulefree").AdamWScheduleFree(
+        problem.weights(), weight_decay=task.decay, warmup_steps=max(1, steps // 20)
+    )
+    opt.train()
+    return ScheduleFree(problem.model, opt, None, lambda: opt.param_groups[0]["lr"])
+
+
+def _dog(problem: Problem, task: Task, steps: int) -> Trainer:
+    opt = importlib.import_module("dog").DoG(problem.weights())
+    return Averaged(problem.model, opt, None, lambda: float(opt.param_groups[0]["eta"][0]))
+
+
+OTHERS: dict[str, Make] = {
+    "Prodigy": _prodigy,
+    "D-Adapt Adam": _d_adaptation,
+    "schedule-free AdamW": _schedule_free,
+    "DoG": _dog,
+}
+"""schedule-free has a learning rate; it is left at the package's own 0.0025."""

@@ -1,0 +1,144 @@
+"""Which runs the comparison consists of, as a function of the rows that are there.
+
+So a protocol that was killed goes on, and one that has all its rows asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas
+
+from .ablations import ARMS
+from .methods import BASES, OTHERS
+from .runs import Spec
+from .tasks import TASKS
+
+Rows = pandas.DataFrame
+
+KEY = ["task", "horizon", "method", "lr", "arm", "seed"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is run.
+
+    Args:
+        choosing: the seeds of the grid; the best learning rate is chosen on them.
+        fresh: the seeds of what is compared.
+        points: of the first grid, in factors of 2; it grows until its best is strictly inside.
+        widest: the number of points at which it stops growing.
+        horizons: the longest, in multiples of T.
+        shorter: divides every run's steps.
+    """
+
+    choosing: tuple[int, ...] = (0, 1)
+    fresh: tuple[int, ...] = (100, 101, 102, 103, 104)
+    points: int = 7
+    widest: int = 15
+    horizons: int = 4
+    shorter: int = 1
+
+
+QUICK = Protocol(choosing=(0,), fresh=(100, 101), points=5, widest=9, horizons=1, shorter=10)
+
+
+def cells(tasks: list[str], protocol: Protocol) -> Iterator[tuple[str, int]]:
+    """Yield (task, horizon): each is a comparison of its own."""
+    for task in tasks:
+        for horizon in TASKS[task].horizons:
+            if horizon <= protocol.horizons:
+                yield task, horizon
+
+
+def missing(rows: Rows, specs: list[Spec]) -> list[Spec]:
+    """Return those that have no row yet."""
+    there = set(rows[KEY].itertuples(index=False, name=None))
+    return [s for s in specs if (s.task, s.horizon, s.method, s.lr, s.arm, s.seed) not in there]
+
+
+def compared(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the runs of the comparison that are asked for next; none when it is complete."""
+    specs = []
+    for task, horizon in cells(tasks, protocol):
+
+        def runs(
+            method: str, lr: float, seeds: tuple[int, ...], task: str = task, horizon: int = horizon
+        ) -> list[Spec]:
+            return [Spec(task, horizon, method, lr, "", seed) for seed in seeds]
+
+        for base in BASES:
+            rates = grid(rows, task, horizon, base, protocol)
+            for lr in rates:
+                specs += runs(base, lr, protocol.choosing)
+            chosen = best(rows, task, horizon, base, rates, protocol)
+            if chosen is not None:
+                specs += runs(base, chosen, protocol.fresh)
+            specs += runs(f"Mechanic {base}", 0.0, protocol.fresh)
+        for name in OTHERS:
+            specs += runs(name, 0.0, protocol.fresh)
+    return missing(rows, specs)
+
+
+def ablated(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the runs of the ablations, at T and on the seeds of the grid, that are not there."""
+    specs = [
+        Spec(task, 1, f"Mechanic {base}", 0.0, arm, seed)
+        for task in tasks
+        for base in BASES
+        for arm in ARMS
+        for seed in protocol.choosing
+    ]
+    return missing(rows, specs)
+
+
+def grid(rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> list[float]:
+    """Return the learning rates of a grid: one more each time its best is found at an end."""
+    middle, half = BASES[base][2], protocol.points // 2
+    rates = [middle * 2.0**k for k in range(-half, half + 1)]
+    while len(rates) < protocol.widest:
+        means = grid_means(rows, task, horizon, base, rates, protocol)
+        if means is None:
+            break
+        if means.index[0] == rates[0]:
+            rates.insert(0, rates[0] / 2)
+        elif means.index[0] == rates[-1]:
+            rates.append(rates[-1] * 2)
+        else:
+            break
+    return rates
+
+
+def best(
+    rows: Rows, task: str, horizon: int, base: str, rates: list[float], protocol: Protocol
+) -> float | None:
+    """Return the grid's best learning rate, or None while some of its runs are missing."""
+    means = grid_means(rows, task, horizon, base, rates, protocol)
+    return None if means is None else float(means.index[0])
+
+
+def grid_means(
+    rows: Rows, task: str, horizon: int, base: str, rates: list[float], protocol: Protocol
+) -> Any:
+    """Return the grid's mean scores by learning rate, the best first; None if any run is missing.
+
+    The best has the best mean of the task's metric; between equals the smaller validation loss
+    decides.
+    """
+    these = rows[
+        (rows.task == task)
+        & (rows.horizon == horizon)
+        & (rows.method == base)
+        & rows.seed.isin(protocol.choosing)
+        & rows.lr.isin(rates)
+    ]
+    if len(these) < len(rates) * len(protocol.choosing):
+        return None
+    means = these.groupby("lr")[["train_loss", "validation_loss", "accuracy"]].mean()
+    if TASKS[task].metric == "accuracy":
+        # An accuracy is a count over rows: the rounding of its mean must not decide.
+        means["accuracy"] = means["accuracy"].round(6)
+        return means.sort_values(["accuracy", "validation_loss"], ascending=[False, True])
+    return means.sort_values("validation_loss")
