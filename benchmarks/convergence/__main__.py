@@ -21,8 +21,10 @@ from .store import Store
 from .tasks import TASKS
 
 PARTS: dict[str, Callable[..., list[Spec]]] = {
+    "grid": protocol.searched,
     "compare": protocol.compared,
     "ablate": protocol.ablated,
+    "precision": protocol.narrowed,
 }
 
 
@@ -87,10 +89,12 @@ def report(
     compared = tables.comparisons(rows, tasks, chosen)
     ranked = tables.ranking(rows, tasks, chosen)
     ablated = tables.ablations(rows, tasks, chosen)
+    narrowed = tables.precisions(rows, chosen)
     for title, table in (
         ("Mechanic beside the best of the grid, on fresh seeds", compared),
         ("Beside other optimizers without a learning rate", ranked),
         ("Ablations: per cent of loss, or points of accuracy, behind the grid's best", ablated),
+        ("Low precision, the character model", narrowed),
     ):
         if len(table):
             print(f"\n{title}\n\n{tables.shown(table)}")
@@ -102,11 +106,10 @@ def report(
         "quick": chosen is protocol.QUICK,
         "commits of the runs": commits,
         "seconds of all runs": round(float(rows.seconds.sum())),
-        "comparisons": compared.to_dict("records"),
-        "ranking": ranked.reset_index(names="method").to_dict("records"),
-        "ablations": [
-            {k: v for k, v in line.items() if v == v} for line in ablated.to_dict("records")
-        ],
+        "comparisons": tables.lines(compared),
+        "ranking": tables.lines(ranked.reset_index(names="method")),
+        "ablations": tables.lines(ablated),
+        "precisions": tables.lines(narrowed),
     }
     records.write(out.with_suffix(".json"), record)
     caption = f"commit {', '.join(commits)}, torch {conditions['torch']}"
@@ -122,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     )
     usual = [name for name, task in TASKS.items() if not task.on_request]
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=usual, metavar="TASK")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["compare"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["grid", "compare"])
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, fewer seeds")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))

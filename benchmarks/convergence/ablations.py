@@ -26,5 +26,7 @@ def _start(c: float) -> Change:
 
 ARMS: dict[str, tuple[dict[str, Any], Change | None]] = {
     "optax": ({"variant": "optax", "s_init": 1e-6}, None),
-    **{f"c={c:g}": ({"variant": "scaled"}, _start(c)) for c in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)},
+    **{
+        f"c={c:g}": ({"variant": "scaled"}, _start(c)) for c in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    },
 }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mechanic_fused
 
@@ -29,7 +29,8 @@ BASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
 """Each base, Mechanic around it, and the middle of the first grid of learning rates."""
 
 DECAY = {"SGD": 0.0, "AdamW": 1.0, "Lion": 10.0}
-"""Times the recipe's weight decay: none for SGD, ten times for Lion's smaller rates, as its paper."""
+"""Times the recipe's weight decay: none for SGD, ten times for Lion's smaller rates, as its paper
+does."""
 
 
 class Trainer:
@@ -43,6 +44,13 @@ class Trainer:
         self, model: nn.Module, optimizer: Any, scheduler: Any, rate: Callable[[], float]
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.rate = model, optimizer, scheduler, rate
+
+    def backward(self, loss: Tensor, clip: float | None) -> None:
+        """Compute gradients, clipped to this norm where the recipe has one."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
 
     def step(self) -> None:
         self.optimizer.step()

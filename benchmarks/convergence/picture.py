@@ -30,13 +30,15 @@ def draw(rows: Rows, tasks: list[str], protocol: Protocol, caption: str, path: P
     for line, (task, horizon) in zip(axes, found, strict=True):
         for axis, base in zip(line, BASES, strict=True):
             _panel(axis, rows, task, horizon, base, protocol)
-        line[0].set_ylabel(f"{task}, {horizon * TASKS[task].steps:,}\n{TASKS[task].metric}", fontsize=7)
+        line[0].set_ylabel(
+            f"{task}, {horizon * TASKS[task].steps:,}\n{TASKS[task].metric}", fontsize=7
+        )
     for axis, base in zip(axes[0], BASES, strict=True):
         axis.set_title(base, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate", fontsize=7)
     figure.suptitle(
-        "Validation: a grid of learning rates (grey; dark: its best on fresh seeds) and one run of\n"
+        "Validation: a grid of learning rates (grey; dark: its best on fresh seeds) and\n"
         f"Mechanic (red, on the same fresh seeds; its learning rate is learned) · {caption}",
         fontsize=8,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas
 
+from . import precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .runs import Spec
@@ -59,26 +60,33 @@ def missing(rows: Rows, specs: list[Spec]) -> list[Spec]:
     return [s for s in specs if (s.task, s.horizon, s.method, s.lr, s.arm, s.seed) not in there]
 
 
+def searched(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the runs of the grids that are asked for next; none when each has its best inside."""
+    specs = [
+        Spec(task, horizon, base, lr, "", seed)
+        for task, horizon in cells(tasks, protocol)
+        for base in BASES
+        for lr in grid(rows, task, horizon, base, protocol)
+        for seed in protocol.choosing
+    ]
+    return missing(rows, specs)
+
+
 def compared(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the runs of the comparison that are asked for next; none when it is complete."""
+    """Return the runs on fresh seeds that are asked for next; a grid's best once it is known."""
     specs = []
     for task, horizon in cells(tasks, protocol):
-
-        def runs(
-            method: str, lr: float, seeds: tuple[int, ...], task: str = task, horizon: int = horizon
-        ) -> list[Spec]:
-            return [Spec(task, horizon, method, lr, "", seed) for seed in seeds]
-
+        rivals = [(f"Mechanic {base}", 0.0) for base in BASES] + [(name, 0.0) for name in OTHERS]
         for base in BASES:
             rates = grid(rows, task, horizon, base, protocol)
-            for lr in rates:
-                specs += runs(base, lr, protocol.choosing)
             chosen = best(rows, task, horizon, base, rates, protocol)
             if chosen is not None:
-                specs += runs(base, chosen, protocol.fresh)
-            specs += runs(f"Mechanic {base}", 0.0, protocol.fresh)
-        for name in OTHERS:
-            specs += runs(name, 0.0, protocol.fresh)
+                rivals.append((base, chosen))
+        specs += [
+            Spec(task, horizon, method, lr, "", seed)
+            for method, lr in rivals
+            for seed in protocol.fresh
+        ]
     return missing(rows, specs)
 
 
@@ -90,6 +98,23 @@ def ablated(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
         for base in BASES
         for arm in ARMS
         for seed in protocol.choosing
+    ]
+    return missing(rows, specs)
+
+
+def narrowed(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the runs in low precision that are not there; none before AdamW's grid is complete."""
+    if precision.TASK not in tasks:
+        return []
+    rates = grid(rows, precision.TASK, 1, "AdamW", protocol)
+    chosen = best(rows, precision.TASK, 1, "AdamW", rates, protocol)
+    if chosen is None:
+        return []
+    specs = [
+        Spec(precision.TASK, 1, method, chosen if method == "AdamW" else 0.0, arm, seed)
+        for method, arms in precision.COMPARED.items()
+        for arm in arms
+        for seed in protocol.fresh
     ]
     return missing(rows, specs)
 
@@ -133,6 +158,7 @@ def grid_means(
         & (rows.method == base)
         & rows.seed.isin(protocol.choosing)
         & rows.lr.isin(rates)
+        & (rows.arm == "")
     ]
     if len(these) < len(rates) * len(protocol.choosing):
         return None

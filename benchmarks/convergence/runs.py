@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
+from .precision import PRECISIONS, narrowed
 from .problem import Problem
 from .tasks import TASKS, Task
 
@@ -29,7 +28,7 @@ class Spec:
         horizon: in multiples of the task's T.
         method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS.
         lr: of a plain base; 0 for the rest.
-        arm: a name in ablations.ARMS, or "" for the defaults.
+        arm: a name in ablations.ARMS or in precision.PRECISIONS, or "" for the defaults.
     """
 
     task: str
@@ -64,14 +63,16 @@ def _make(spec: Spec, arm: ExitStack) -> Make:
     if spec.method in OTHERS:
         return OTHERS[spec.method]
     name, _, base = spec.method.rpartition(" ")
-    if not name:
-        return plain(base, spec.lr)
-    if not spec.arm:
-        return mechanic(base)
-    options, change = ARMS[spec.arm]
-    if change is not None:
-        arm.enter_context(change())
-    return mechanic(base, **options)
+    options: dict[str, Any] = {}
+    if spec.arm in ARMS:
+        options, change = ARMS[spec.arm]
+        if change is not None:
+            arm.enter_context(change())
+    precision = PRECISIONS.get(spec.arm)
+    if precision and precision.scaled:
+        options = {"fused": True}  # takes GradScaler's factor away in the kernels
+    make = mechanic(base, **options) if name else plain(base, spec.lr)
+    return narrowed(make, precision) if precision else make
 
 
 def _train(problem: Problem, task: Task, make: Make, steps: int) -> dict[str, float]:
@@ -81,11 +82,8 @@ def _train(problem: Problem, task: Task, make: Make, steps: int) -> dict[str, fl
         warnings.simplefilter("ignore")
         trainer = make(problem, task, steps)
         for t in range(steps):
-            trainer.optimizer.zero_grad()
             loss = problem.loss(problem.batch())
-            loss.backward()
-            if task.clip is not None:
-                torch.nn.utils.clip_grad_norm_(problem.weights(), task.clip)
+            trainer.backward(loss, task.clip)
             trainer.step()
             if t % max(1, steps // LOOKS) == 0:
                 if not math.isfinite(loss.item()):

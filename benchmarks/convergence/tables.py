@@ -9,6 +9,7 @@ import pandas
 from scipy import stats
 from tabulate import tabulate
 
+from . import precision
 from .methods import BASES, OTHERS
 from .protocol import KEY, Protocol, Rows, best, cells, grid, grid_means
 from .tasks import TASKS
@@ -19,9 +20,6 @@ WITHIN = {"loss": 0.02, "accuracy": 0.005}
 STRICT = {"char": 0.01}
 """The tasks for which less is allowed."""
 
-MECHANIC = "Mechanic AdamW"
-"""The one that is ranked among the other packages."""
-
 
 def score(task: str) -> str:
     """Return the column that a task is compared by."""
@@ -31,6 +29,7 @@ def score(task: str) -> str:
 def of(rows: Rows, task: str, horizon: int, method: str, **more: Any) -> Rows:
     """Return the rows of one method in one comparison, by seed."""
     chosen = (rows.task == task) & (rows.horizon == horizon) & (rows.method == method)
+    more.setdefault("arm", "")
     for name, value in more.items():
         chosen &= rows[name].isin(value) if isinstance(value, tuple) else rows[name] == value
     return rows[chosen].set_index("seed").sort_index()
@@ -149,11 +148,37 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
     return pandas.DataFrame(lines)
 
 
+def precisions(rows: Rows, protocol: Protocol) -> Rows:
+    """Return the losses and the bytes a parameter of the runs in low precision."""
+    lines = []
+    for method, arms in precision.COMPARED.items():
+        for arm in arms:
+            found = of(rows, precision.TASK, 1, method, arm=arm, seed=protocol.fresh)
+            if len(found):
+                lines.append(
+                    {
+                        "method": method,
+                        "precision": arm,
+                        "seeds": len(found),
+                        "train loss": found.train_loss.mean(),
+                        "validation loss": found.validation_loss.mean(),
+                        "spread over seeds": found.validation_loss.std(ddof=1),
+                        "bytes a parameter": precision.bytes_of(method, arm),
+                    }
+                )
+    return pandas.DataFrame(lines)
+
+
 def check(rows: Rows) -> None:
     """Raise ValueError if any run is there twice: two programs wrote into one file."""
     twice = rows[rows.duplicated(KEY)]
     if len(twice):
         raise ValueError(f"runs must be there once, got {len(twice)} of them twice")
+
+
+def lines(table: Rows) -> list[dict[str, Any]]:
+    """Return a table's lines for JSON, without the cells that hold no number."""
+    return [{k: v for k, v in line.items() if v == v} for line in table.to_dict("records")]
 
 
 def shown(table: Rows) -> str:

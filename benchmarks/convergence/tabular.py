@@ -21,7 +21,7 @@ def _rows(name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _split(name: str, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return (train, validation), a quarter kept back, columns standardized by the training rows."""
+    """Return (train, validation): a quarter kept, columns standardized by the training rows."""
     x, y = _rows(name)
     x_train, x_kept, y_train, y_kept = train_test_split(
         x, y, test_size=0.25, stratify=y, random_state=seed

@@ -38,7 +38,9 @@ class Task:
 
 def _regression(name: str, steps: int, seconds: float) -> Task:
     """Logistic regression: batches of 16, 100 epochs, the learning rate × 0.1 at 60, 80 and 95."""
-    return Task(lambda seed: tabular.regression(name, seed), steps, seconds, schedule="drops", decay=0.0)
+    return Task(
+        lambda seed: tabular.regression(name, seed), steps, seconds, schedule="drops", decay=0.0
+    )
 
 
 TASKS = {

@@ -39,9 +39,7 @@ class Tagging(Problem):
         self.train, self.validation = train, validation
 
     def batch(self) -> Tensor:
-        starts = torch.randint(
-            self.train.shape[1] - CONTEXT, (BATCH, 1), generator=self.generator
-        )
+        starts = torch.randint(self.train.shape[1] - CONTEXT, (BATCH, 1), generator=self.generator)
         return self.train[:, starts + torch.arange(CONTEXT)]
 
     def loss(self, batch: Tensor) -> Tensor:
