@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket
+from .tuner import STALE_IN_CAPTURE
 
 SPARES = 4
 """Uploads that one graph capture may hold; pinned memory cannot be allocated during it."""
@@ -52,10 +53,7 @@ class DeviceTables:
         if self.pinned:
             capturing = torch.cuda.is_current_stream_capturing()
             if capturing and bucket.hyper_stale:
-                raise RuntimeError(
-                    "hyperparameters changed since the last step outside the graph: call "
-                    "opt.refresh_hyperparameters() before the capture"
-                )
+                raise RuntimeError(STALE_IN_CAPTURE)
             if bucket.hyper_stale:
                 self._send(bucket.hyper, self.hyper, capturing)
             # After a capture the device may hold the addresses of any graph's last replay.

@@ -31,7 +31,7 @@ def mechanize(
     log_func: Log | None = None,
     log_every: int = 0,
     *,
-    variant: str = "optax",
+    variant: str = "scaled",
     scale: str = "global",
     backend: str = "auto",
 ) -> type[Any]:
@@ -45,15 +45,16 @@ def mechanize(
         s_decay: λ, 0 or more.
         betas: the tuner's betas (not Base's), each in (0, 1).
         s_init: the scale to start from; by default the variant's own. "auto": c·‖x‖/‖lr₀·d₁‖ with
-            c = 1e-3, the base's first direction d₁ and the schedule's peak lr₀.
+            c = 1e-4, the base's first direction d₁ and the schedule's peak lr₀.
         eps: the tuner's ε.
         store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
         log_func: called with {"iter_count": int, "s": float}; by default the module's logger.
         log_every: call ``log_func`` every so many steps; 0: never. Otherwise each step reads the
             device.
         variant: "optax", "paper" or "pytorch", the published forms of the tuner, or "scaled": ours,
-            which is optax's with s_init="auto" and with λ and ε per unit of lr₀, so that the base's
-            lr does not matter.
+            which is optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr
+            does not matter, and with s taking lr/lr₀ of each move, so that the weights come to rest
+            with the schedule.
         scale: "global", "group" or "parameter": which weights share a scale.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
 

@@ -14,7 +14,16 @@ from . import backends, bases, state
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .stepping import Stepping
-from .tuner import CHECKED, STARTED, Tuner, check_saved, check_scale, checked_options, scale_keys
+from .tuner import (
+    CHECKED,
+    STARTED,
+    Tuner,
+    check_saved,
+    check_scale,
+    checked_options,
+    know_rate,
+    scale_keys,
+)
 
 
 class Mechanized(Stepping):
@@ -152,6 +161,7 @@ class Mechanized(Stepping):
                     f"got {param_group[name]}"
                 )
         super().add_param_group(param_group)
+        know_rate(self.param_groups)
         if self._release is not None:
             try:
                 check_releasable(self, self._release.reduced)

@@ -12,7 +12,7 @@ from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
 from .bucket import GG, Bucket, Member, is_dense, wide
 from .distributed import Groups, Rows, local, shards
-from .tuner import Tuner, peak_lr
+from .tuner import Tuner, pace, peak_lr
 from .weights import check_weights
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -226,6 +226,7 @@ class StepPlan:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
             bucket.load(hyper, live_lr, *near)
             bucket.backend.prepare(bucket)
+        self.tuner.set_pace(pace(param_groups))
 
     def reconcile(self, everything: bool = False) -> None:
         """Shift x_ref where weights were written by hand; take x·Δ and x·x anew where needed.
@@ -264,8 +265,12 @@ class StepPlan:
 
         Groups whose lr is 0 do not count.
         """
+        rates = [float(group["lr"]) for group in param_groups]
+        # lr₀ stands in a group where a scheduler put it; else all are taken to rise together.
+        together = param_groups[0]["rate"] / max(rates) if any(rates) else 0.0
         ratios = [
-            peak_lr(group) / lr if (lr := float(group["lr"])) else 0.0 for group in param_groups
+            max(peak_lr(group) / lr, together) if lr else 0.0
+            for group, lr in zip(param_groups, rates, strict=True)
         ]
 
         def norms(bucket: Bucket) -> Tensor:

@@ -168,7 +168,8 @@ def accumulate(bucket: Bucket) -> None:
 def tune(sums: Tensor, tuner: Tuner) -> None:
     """Learn from h = g·Δ + λ·S·√(g·g)/(√(x·x) + ε)·(x·Δ); one row a scale.
 
-    A row whose sums or h are not finite keeps its state; the step is counted all the same.
+    A row whose sums or h are not finite keeps its state; the step is counted all the same. Where S
+    anneals with the schedule, s takes a part of its move.
 
     Args:
         sums: (scales, 4) float64, over all parameters of each scale: g·Δ, x·Δ, g·g, x·x.
@@ -190,6 +191,8 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
     if floors_r:
         r_new = r_new.clamp(min=0)
     s_new = (s_init / n * m_new + r_new.clamp(min=0)) / (v_new.sqrt() + eps)
+    if learning < 1:
+        s_new = s + learning * (s_new - s)
 
     if learning:
         for old, new in zip((s, r, v, m), (s_new, r_new, v_new, m_new), strict=True):

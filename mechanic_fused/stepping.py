@@ -15,7 +15,7 @@ from .distributed import Rows, step_together
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .steering import Steering
-from .tuner import ZERO_WEIGHT, needs_start, start
+from .tuner import ZERO_WEIGHT, know_rate, needs_start, pace, start
 
 
 class Stepping(Steering):
@@ -132,6 +132,9 @@ class Stepping(Steering):
                 self.state.clear()
             plan.capture()
             self._has_started = True
+            know_rate(self.param_groups)
+            plan.tuner.set_options(self.param_groups[0])
+            plan.tuner.set_pace(pace(self.param_groups))
         if self.max_grad_norm is not None and answers is not None:
             plan.clip(answers[1], self.max_grad_norm)
             self._squared_norm = answers[1]
@@ -168,6 +171,7 @@ class Stepping(Steering):
             x_norm = x_norm or ZERO_WEIGHT * math.sqrt(norms[2].item())
             start(self.param_groups, x_norm, d_norm)
             plan.tuner.set_options(self.param_groups[0])
+            plan.tuner.begin()
 
     @torch.no_grad()
     def apply(self, total: Tensor) -> None:

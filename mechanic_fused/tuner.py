@@ -32,6 +32,7 @@ class Variant:
         clamps_h: the reward sees clamp(h, −m_prev, +m_prev) instead of h.
         floors_r: r is stored as max(0, r).
         per_rate: λ and ε are per unit of the peak lr, so that the lr does not matter at all.
+        anneals: s takes lr/(peak lr) of each move, so that weights come to rest with the schedule.
     """
 
     s_init: float | str
@@ -41,6 +42,7 @@ class Variant:
     clamps_h: bool
     floors_r: bool
     per_rate: bool = False
+    anneals: bool = False
 
 
 AUTO = "auto"
@@ -50,11 +52,11 @@ VARIANTS = {
     "optax": Variant(1e-6, True, 0.0, True, True, False),
     "paper": Variant(1e-8, False, 0.0, False, False, True),
     "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
-    # Ours: optax's constants, but for a start that does not depend on the units of lr.
-    "scaled": Variant(AUTO, True, 0.0, True, True, False, True),
+    # Ours: optax's constants, but the lr's units do not matter, and its schedule tames S too.
+    "scaled": Variant(AUTO, True, 0.0, True, True, False, per_rate=True, anneals=True),
 }
 
-START = 1e-3
+START = 1e-4
 """What s_init="auto" lets the first update at the peak lr be, in norms of the weights."""
 
 ZERO_WEIGHT = 1e-2
@@ -68,10 +70,19 @@ CHECKED = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
 
 OPTIONS = (*CHECKED, "learning", "rate")
 """The tuner's options as they stand in every param group, so that a checkpoint carries them.
-``rate`` is what λ and ε are per unit of: 1, but for a variant that is per_rate."""
+``rate`` is the peak lr of the run, as far as it is known; nothing reads it but the variants that are
+per_rate or anneal."""
 
 STARTED = ("s_init", "rate")
 """The options that a run's start replaces."""
+
+LEARNING = 6
+"""The place of the learning among Tuner.constants."""
+
+STALE_IN_CAPTURE = (
+    "hyperparameters changed since the last step outside the graph: call "
+    "opt.refresh_hyperparameters() before the capture"
+)
 
 
 def checked_options(
@@ -104,7 +115,7 @@ def checked_options(
         "tuner_betas": betas,
         "tuner_eps": float(tuner_eps),
         "learning": True,
-        "rate": 1.0,
+        "rate": 0.0,
     }
 
 
@@ -114,23 +125,47 @@ def needs_start(param_groups: list[dict[str, Any]]) -> bool:
 
 
 def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> None:
-    """Set s_init = c·‖x‖/‖lr₀·d₁‖ in every group, and the rate that λ and ε are per unit of.
+    """Set s_init = c·‖x‖/‖lr₀·d₁‖ in every group.
 
     Args:
         param_groups: the optimizer's own.
         x_norm: of all weights.
         d_norm: of what the base adds to Δ in a step at the peak lr, at S = 1.
     """
-    rate = max(peak_lr(group) for group in param_groups)
     for group in param_groups:
         group["s_init"] = START * x_norm / d_norm
-        if VARIANTS[group["variant"]].per_rate:
-            group["rate"] = rate
+
+
+def know_rate(param_groups: list[dict[str, Any]]) -> None:
+    """Let every group's ``rate`` be the largest lr that was seen so far or that a schedule names."""
+    rate = max((max(peak_lr(group), group["rate"]) for group in param_groups), default=0.0)
+    for group in param_groups:
+        group["rate"] = rate
 
 
 def peak_lr(group: dict[str, Any]) -> float:
     """Return the largest lr that a group is going to have, as far as its schedule tells."""
-    return max(float(group[name]) for name in ("lr", "initial_lr", "max_lr") if name in group)
+    named = ("lr", "initial_lr", "max_lr")
+    return max((float(group[name]) for name in named if name in group), default=0.0)
+
+
+def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
+    """Return the part of its move that s takes at this step: 1, or lr/peak lr where S anneals."""
+    if not VARIANTS[param_groups[0]["variant"]].anneals:
+        return 1.0
+    rates, rate = [group["lr"] for group in param_groups if "lr" in group], param_groups[0]["rate"]
+    if not (rates and rate):
+        return 1.0
+    lr = _largest(rates)
+    return (lr / rate).clamp(max=1.0) if torch.is_tensor(lr) else min(1.0, lr / rate)
+
+
+def _largest(rates: list[float | Tensor]) -> float | Tensor:
+    """Return the largest; a tensor, on the device of one of them, where any is a tensor."""
+    device = next((rate.device for rate in rates if torch.is_tensor(rate)), None)
+    if device is None:
+        return max(rates)
+    return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates]).amax()
 
 
 def check_scale(scale: str) -> None:
@@ -183,7 +218,8 @@ class Tuner:
 
     ``state`` has a row for each scale and the columns s, r, v, m (n betas each), then the counters
     ``steps`` and ``nonfinite``. ``constants`` is what a kernel reads beside it:
-    (s_decay, s_init, ε, ε in m, clamp, floor, learning, β₁ … βₙ).
+    (s_decay, s_init, ε, ε in m, clamp, floor, learning, β₁ … βₙ), where learning is the part of its
+    move that s takes; with 0 nothing is learned.
 
     Args:
         keys: what each row belongs to: one constant for a global scale, a group's number, or a
@@ -198,6 +234,8 @@ class Tuner:
         self.options: tuple[Any, ...] = ()
         self._betas: tuple[float, ...] = ()
         self.constants = torch.empty(0)
+        self._numbers: list[float] = []
+        self._pace: float | None = 1.0
         self.set_options(options)
         self.state = self._initial(len(keys))
         self.found_inf: Tensor | None = None
@@ -244,9 +282,9 @@ class Tuner:
         self.options = now
         self._variant = variant
         self._s_init = UNCALIBRATED if options["s_init"] == AUTO else options["s_init"]
-        rate = options["rate"]
+        rate = options["rate"] if variant.per_rate else 1.0
         self._betas = tuple(options["tuner_betas"])
-        numbers = [
+        numbers = (
             options["s_decay"] * rate,
             self._s_init,
             options["tuner_eps"] * rate,
@@ -255,12 +293,38 @@ class Tuner:
             variant.floors_r,
             options["learning"],
             *self._betas,
-        ]
-        constants = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-        if self.constants.shape == constants.shape:
-            self.constants.copy_(constants)
-        else:
-            self.constants = constants.to(self.device)
+        )
+        self._numbers = [float(number) for number in numbers]
+        self._send()
+
+    def set_pace(self, pace: float | Tensor) -> None:
+        """Let s take this part of its moves; writes to the device if it changed."""
+        if torch.is_tensor(pace):
+            self._pace = None
+            learning = self.constants[LEARNING]
+            learning.copy_(pace * self._numbers[LEARNING], non_blocking=True)
+        elif pace != self._pace:
+            self._pace = pace
+            self._send()
+
+    def begin(self) -> None:
+        """Put s to s_init where the variant starts there: s_init is known only now."""
+        if self._variant.s_starts_at_init:
+            self.part(0).fill_(self._s_init / len(self._betas))
+
+    def _send(self) -> None:
+        """Write the constants to where kernels read them; never waits for a GPU."""
+        numbers = torch.tensor(self._numbers, dtype=torch.float64)
+        if self._pace is not None:
+            numbers[LEARNING] *= self._pace
+        if self.constants.shape != numbers.shape:
+            self.constants = numbers.to(self.device)
+            return
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(STALE_IN_CAPTURE)
+            numbers = numbers.pin_memory()
+        self.constants.copy_(numbers, non_blocking=True)
 
     def to(self, device: torch.device) -> Tuner:
         """Return this tuner, or a copy of what ``apply`` reads of it on another device."""
@@ -334,6 +398,8 @@ class Tuner:
     def _initial(self, rows: int) -> Tensor:
         n = len(self._betas)
         state = torch.zeros(rows, 4 * n + 2, dtype=torch.float64)
-        state[:, :n] = self._s_init if self._variant.s_starts_at_init else 0.0
+        if self._variant.s_starts_at_init:
+            # Where all of s moves in the first step, that takes it from s_init to s_init/n.
+            state[:, :n] = self._s_init / (n if self._variant.anneals else 1)
         state[:, 3 * n : 4 * n] = self._variant.m_start
         return state.to(self.device)

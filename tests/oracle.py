@@ -8,9 +8,11 @@ import numpy as np
 
 TUNER_BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
-# s0 in units of s_init; the last three: ε inside m, clamp of h, floor of the stored r.
+# s0 in units of s_init; then ε inside m, clamp of h, floor of the stored r. "scaled" is optax's
+# with λ and ε per unit of the largest lr, and s takes a part of its move, lr over the largest lr.
 VARIANTS = {
     "optax": {"s_init": 1e-6, "s0": 1, "m0": 0.0, "eps_in_m": 1, "clamp_h": 1, "floor_r": 0},
+    "scaled": {"s_init": None, "s0": "1/n", "m0": 0.0, "eps_in_m": 1, "clamp_h": 1, "floor_r": 0},
     "paper": {"s_init": 1e-8, "s0": 0, "m0": 0.0, "eps_in_m": 0, "clamp_h": 0, "floor_r": 1},
     "pytorch": {"s_init": 1e-8, "s0": 0, "m0": 1e-6, "eps_in_m": 0, "clamp_h": 0, "floor_r": 1},
 }
@@ -67,7 +69,7 @@ class Oracle:
         self,
         params,
         base="adamw",
-        variant="optax",
+        variant="scaled",
         scale="global",
         s_decay=0.01,
         s_init=None,
@@ -92,13 +94,17 @@ class Oracle:
                 self.row.append({"global": 0, "group": k, "parameter": len(self.x)}[scale])
                 self.x.append(np.array(x, dtype=dtype))
                 self.options.append({**options, **own})
+        if variant == "scaled":
+            rate = max(own["lr"] for own in self.options)
+            self.s_decay, self.eps = s_decay * rate, tuner_eps * rate
         self.state = [{} for _ in self.x]
         self.delta = [np.zeros_like(x) for x in self.x]
         self.x_ref = None  # taken at the first step with a gradient that is not all zeros
         self.nonfinite_steps = 0
 
         shape = (max(self.row) + 1, len(self.betas))
-        self.s = np.full(shape, self.variant["s0"] * self.s_init)
+        s0 = 1 / len(self.betas) if self.variant["s0"] == "1/n" else self.variant["s0"]
+        self.s = np.full(shape, s0 * self.s_init)
         self.m = np.full(shape, self.variant["m0"])
         self.r, self.v = np.zeros(shape), np.zeros(shape)
 
@@ -114,8 +120,13 @@ class Oracle:
     def dot(self, a, b):
         return float(np.dot(a.ravel().astype(np.float64), b.ravel().astype(np.float64)))
 
-    def step(self, grads):
-        """One step from a list of gradients, None where a weight has none."""
+    def step(self, grads, pace=1.0):
+        """One step from a list of gradients, None where a weight has none.
+
+        `pace` is what a schedule has made of the lr, per unit of its largest; the tuner heeds it
+        only in "scaled".
+        """
+        self.pace = pace
         gs = [None if g is None else np.asarray(g, dtype=self.dtype) for g in grads]
         if self.maximize:
             gs = [None if g is None else -g for g in gs]
@@ -142,7 +153,8 @@ class Oracle:
             g_delta[k] += self.dot(g, self.delta[i])
             gg[k] += self.dot(g, g)
             g = np.where(np.isfinite(g), g, self.dtype(0))
-            self.delta[i] = self.delta[i] + self.base(g, x, self.state[i], **self.options[i])
+            options = {**self.options[i], "lr": self.options[i]["lr"] * self.pace}
+            self.delta[i] = self.delta[i] + self.base(g, x, self.state[i], **options)
         return g_delta, x_delta, gg, xx
 
     def tune(self, g_delta, x_delta, gg, xx):
@@ -159,4 +171,6 @@ class Oracle:
             r = beta * self.r[k] - h_hat * s_prev
             self.r[k] = np.maximum(0, r) if self.variant["floor_r"] else r
             wealth = self.s_init / n * self.m[k] + np.maximum(0, r)
-            self.s[k] = wealth / (np.sqrt(self.v[k]) + self.eps)
+            s = wealth / (np.sqrt(self.v[k]) + self.eps)
+            part = self.pace if self.variant is VARIANTS["scaled"] else 1.0
+            self.s[k] = part * s + (1 - part) * s_prev

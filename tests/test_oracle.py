@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from cases import FUSED, build
 from oracle import Oracle
 from oracle_cases import (
@@ -49,7 +50,7 @@ def walk_with_oracle(opt, params, oracle, edit=lambda t, gradients: gradients, s
     assert min(np.abs(x - x0).max() for x, x0 in zip(oracle.x, first, strict=True)) > MOVED
 
 
-@pytest.mark.parametrize("variant", ["optax", "paper", "pytorch"])
+@pytest.mark.parametrize("variant", ["scaled", "optax", "paper", "pytorch"])
 @pytest.mark.parametrize("case", CASES)
 def test_each_base_and_variant_is_the_oracle(backend, case, variant):
     base, options = CASES[case]
@@ -58,6 +59,35 @@ def test_each_base_and_variant_is_the_oracle(backend, case, variant):
     opt = FUSED[base](params, backend=backend, **options)
     sign = -1.0 if options.get("maximize") else 1.0
     walk_with_oracle(opt, params, Oracle(start_weights(), base, **options), sign=sign)
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+@pytest.mark.parametrize("scale", ["global", "parameter"])
+@pytest.mark.parametrize("variant", ["scaled", "optax"])
+def test_a_schedule_tames_the_scale_of_variant_scaled(road, variant, scale, kind):
+    """Up from a tenth, then down to 0: s takes that part of each move, or all with "optax"."""
+    options = {**TUNER, "variant": variant, "scale": scale}
+    params = parameters(start_weights())
+    lr = 2.0 if kind == "float" else torch.tensor(2.0, dtype=torch.float64)
+    opt = build(road, "adamw", params, lr=lr, **options)
+    oracle = Oracle(start_weights(), "adamw", lr=2.0, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, pace_of)
+    for t in range(1, STEPS + 1):
+        gradients = noisy_gradients(oracle.x, t)
+        set_gradients(params, gradients)
+        opt.step()
+        oracle.step(gradients, pace=pace_of(t - 1))
+        schedule.step()
+        assert_agrees(opt, params, oracle)
+    rested = opt.scale.clone()
+    for t in range(STEPS + 1, STEPS + 4):
+        set_gradients(params, noisy_gradients(oracle.x, t))
+        opt.step()
+    assert torch.equal(rested, opt.scale) == (variant == "scaled")
+
+
+def pace_of(t):
+    return min((t + 1) / 10, max(0.0, (STEPS - t) / 10), 1.0)
 
 
 def test_tuner_options_reach_the_tuner(backend):

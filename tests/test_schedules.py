@@ -119,6 +119,7 @@ def test_lr_may_be_traded_for_the_tuners_constants(backend, base):
         params = make_weights()
         options = {**OPTIONS[base], "lr": OPTIONS[base]["lr"] * c}
         tuner = {"s_init": QUICK["s_init"] / c, "s_decay": 0.01 * c, "tuner_eps": TINY_EPS * c}
+        tuner["variant"] = "optax"
         opt = build(backend, base, params, **options, **tuner)
         run(opt, params)
         found.append([*values(params), opt.scale * c])

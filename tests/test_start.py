@@ -7,7 +7,10 @@ import torch
 from cases import (
     FUSED,
     OPTIONS,
+    QUICK,
+    TINY_EPS,
     SmallNet,
+    assert_same,
     build,
     make_weights,
     run,
@@ -65,24 +68,34 @@ def test_the_published_variants_do_depend_on_it():
     found = []
     for lr in (1.0, 1e-4):
         net = SmallNet(seed=0)
-        opt = MechanicAdamW(net.parameters(), lr=lr)
+        opt = MechanicAdamW(net.parameters(), lr=lr, variant="optax")
         train_net(net, opt, STEPS)
         found.append(float(opt.scale) * lr)
     assert found[1] < 0.1 * found[0]
 
 
+@pytest.mark.parametrize("by", ["scheduler", "hand"])
 @pytest.mark.parametrize("first", [0.0, 0.01])
-def test_a_warm_up_does_not_inflate_the_start(first):
-    """The first update is tiny or 0 there, but the schedule's peak is known."""
+def test_a_warm_up_does_not_inflate_the_start(first, by):
+    """The first update is tiny or 0 there, but the peak is known: from the scheduler, or, where a
+    loop sets the lr itself, from the constructor."""
     found = []
     for factor in (1.0, first):
+
+        def part(t, factor=factor):
+            return max(factor, min(1.0, t / 5))
+
         params = make_weights()
-        opt = MechanicSGD(params, lr=0.5, s_init="auto")
-        schedule = LAMBDA(opt, lambda t, factor=factor: max(factor, min(1.0, t / 5)))
-        for _ in range(3):
+        opt = MechanicSGD(params, lr=0.5)
+        schedule = LAMBDA(opt, part) if by == "scheduler" else None
+        for t in range(3):
+            if schedule is None:
+                opt.param_groups[0]["lr"] = 0.5 * part(t)
             set_gradients(params, 0)
             opt.step()
-            schedule.step()
+            if schedule is not None:
+                schedule.step()
+        assert opt.param_groups[0]["rate"] == 0.5
         found.append(opt.param_groups[0]["s_init"])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
@@ -93,6 +106,19 @@ def test_weights_of_zero_have_a_start_too(road):
     params[0].grad = torch.full((10, 10), 3.0)
     opt.step()
     assert opt.param_groups[0]["s_init"] == pytest.approx(START * ZERO_WEIGHT / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("base", FUSED)
+def test_a_given_start_is_in_units_of_the_lr(backend, base):
+    """s_init/c at lr·c is the same run: λ and ε follow by themselves."""
+    found = []
+    for c in (1.0, 2.0**-13):
+        params = make_weights()
+        options = {**OPTIONS[base], "lr": OPTIONS[base]["lr"] * c, "tuner_eps": TINY_EPS}
+        opt = build(backend, base, params, **options, s_init=QUICK["s_init"] / c)
+        run(opt, params)
+        found.append([*values(params), opt.scale * c])
+    assert_same(found[1], found[0])
 
 
 def test_groups_with_rates_of_their_own():
@@ -127,7 +153,7 @@ def test_a_reset_takes_a_new_start():
     run(opt, params, 3)
     opt.reset_scale()
     assert opt.param_groups[0]["s_init"] == "auto"
-    assert float(opt.scale) == pytest.approx(6 * UNCALIBRATED)
+    assert float(opt.scale) == pytest.approx(UNCALIBRATED)
     run(opt, params, 1, first=3)
     assert isinstance(opt.param_groups[0]["s_init"], float)
 

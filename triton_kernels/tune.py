@@ -15,14 +15,18 @@ ROWS = 32
 
 
 @triton.jit
-def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r):
-    """One update of s, r, v, m, (rows, betas), from h, (rows, 1). ``s_init``: over the betas."""
+def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, learning):
+    """One update of s, r, v, m, (rows, betas), from h, (rows, 1). ``s_init``: over the betas.
+
+    Where S anneals with the schedule, s takes a part of its move, ``learning``.
+    """
     reward_h = tl.where(clamps_h, tl.maximum(tl.minimum(h, m), -m), h)
     m = tl.maximum(beta * m, tl.abs(h) + tl.where(eps_in_m, eps, 0.0))
     v = beta * beta * v + h * h
     r = beta * r - reward_h * s
     r = tl.where(floors_r, tl.maximum(r, 0.0), r)
-    s = (s_init * m + tl.maximum(r, 0.0)) / (tl.sqrt(v) + eps)
+    to = (s_init * m + tl.maximum(r, 0.0)) / (tl.sqrt(v) + eps)
+    s = tl.where(learning < 1, s + learning * (to - s), to)
     return s, r, v, m
 
 
@@ -50,7 +54,8 @@ def tune_kernel(
     eps_in_m = tl.load(constants + 3) != 0
     clamps_h = tl.load(constants + 4) != 0
     floors_r = tl.load(constants + 5) != 0
-    learners = tl.where(tl.load(constants + 6) != 0, rows, 0)
+    learning = tl.load(constants + 6)
+    learners = tl.where(learning != 0, rows, 0)
     column = tl.arange(0, COLUMNS)[None, :]
     beta = tl.load(constants + 7 + column, mask=column < BETAS, other=0.0)
     width: tl.constexpr = 4 * BETAS + 2
@@ -78,7 +83,9 @@ def tune_kernel(
         r = tl.load(at + BETAS, mask=mask, other=0.0)
         v = tl.load(at + 2 * BETAS, mask=mask, other=0.0)
         m = tl.load(at + 3 * BETAS, mask=mask, other=0.0)
-        s, r, v, m = learn(h[:, None], s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r)
+        s, r, v, m = learn(
+            h[:, None], s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, learning
+        )
         learns = mask & (finite & (row < learners))[:, None]
         tl.store(at, s, mask=learns)
         tl.store(at + BETAS, r, mask=learns)

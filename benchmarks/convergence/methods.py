@@ -112,7 +112,14 @@ def plain(base: str, lr: float) -> Make:
 
 def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
     def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        opt = BASES[base][1](problem.weights(), lr=lr, **_options(base, task), **options)
+        weights = problem.weights()
+        if options.get("scale") == "group":
+            # As people split them for weight decay: matrices, and vectors.
+            weights = [
+                {"params": [w for w in weights if (w.dim() > 1) == matrix]}
+                for matrix in (True, False)
+            ]
+        opt = BASES[base][1](weights, lr=lr, **_options(base, task), **options)
         return Trainer(
             problem.model, opt, schedule(opt, task, steps), lambda: max(opt.learned_lr())
         )

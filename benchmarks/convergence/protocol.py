@@ -30,6 +30,7 @@ class Protocol:
         choosing: the seeds of the grid; the best learning rate is chosen on them.
         fresh: the seeds of what is compared.
         points: of the first grid, in factors of 2; it grows until its best is strictly inside.
+        points_later: of the grid of a longer horizon, around the best of the shorter one.
         widest: the number of points at which it stops growing.
         horizons: the longest, in multiples of T.
         shorter: divides every run's steps.
@@ -38,6 +39,7 @@ class Protocol:
     choosing: tuple[int, ...] = (0, 1)
     fresh: tuple[int, ...] = (100, 101, 102, 103, 104)
     points: int = 7
+    points_later: int = 5
     widest: int = 15
     horizons: int = 4
     shorter: int = 1
@@ -95,8 +97,8 @@ def ablated(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     specs = [
         Spec(task, 1, f"Mechanic {base}", 0.0, arm, seed)
         for task in tasks
-        for base in BASES
-        for arm in ARMS
+        for arm, (bases, _) in ARMS.items()
+        for base in bases
         for seed in protocol.choosing
     ]
     return missing(rows, specs)
@@ -120,8 +122,18 @@ def narrowed(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
 
 
 def grid(rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> list[float]:
-    """Return the learning rates of a grid: one more each time its best is found at an end."""
+    """Return the learning rates of a grid: one more each time its best is found at an end.
+
+    None for a longer horizon while the best of the shorter one is not known.
+    """
     middle, half = BASES[base][2], protocol.points // 2
+    shorter = [h for h in TASKS[task].horizons if h < horizon]
+    if shorter:
+        rates = grid(rows, task, shorter[-1], base, protocol)
+        found = best(rows, task, shorter[-1], base, rates, protocol) if rates else None
+        if found is None:
+            return []
+        middle, half = found, protocol.points_later // 2
     rates = [middle * 2.0**k for k in range(-half, half + 1)]
     while len(rates) < protocol.widest:
         means = grid_means(rows, task, horizon, base, rates, protocol)
@@ -140,7 +152,7 @@ def best(
     rows: Rows, task: str, horizon: int, base: str, rates: list[float], protocol: Protocol
 ) -> float | None:
     """Return the grid's best learning rate, or None while some of its runs are missing."""
-    means = grid_means(rows, task, horizon, base, rates, protocol)
+    means = grid_means(rows, task, horizon, base, rates, protocol) if rates else None
     return None if means is None else float(means.index[0])
 
 

@@ -65,9 +65,8 @@ def _make(spec: Spec, arm: ExitStack) -> Make:
     name, _, base = spec.method.rpartition(" ")
     options: dict[str, Any] = {}
     if spec.arm in ARMS:
-        options, change = ARMS[spec.arm]
-        if change is not None:
-            arm.enter_context(change())
+        options, change = ARMS[spec.arm][1]
+        arm.enter_context(change)
     precision = PRECISIONS.get(spec.arm)
     if precision and precision.scaled:
         options = {"fused": True}  # takes GradScaler's factor away in the kernels
