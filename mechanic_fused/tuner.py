@@ -70,8 +70,8 @@ CHECKED = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
 
 OPTIONS = (*CHECKED, "learning", "rate")
 """The tuner's options as they stand in every param group, so that a checkpoint carries them.
-``rate`` is the peak lr of the run, as far as it is known; nothing reads it but the variants that are
-per_rate or anneal."""
+``rate`` is the peak lr of the run, as far as it is known; only the variants that are per_rate or
+anneal read it."""
 
 STARTED = ("s_init", "rate")
 """The options that a run's start replaces."""
@@ -137,7 +137,7 @@ def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> N
 
 
 def know_rate(param_groups: list[dict[str, Any]]) -> None:
-    """Let every group's ``rate`` be the largest lr that was seen so far or that a schedule names."""
+    """Let every group's ``rate`` be the largest lr seen so far, or named by a schedule."""
     rate = max((max(peak_lr(group), group["rate"]) for group in param_groups), default=0.0)
     for group in param_groups:
         group["rate"] = rate
@@ -156,16 +156,17 @@ def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
     rates, rate = [group["lr"] for group in param_groups if "lr" in group], param_groups[0]["rate"]
     if not (rates and rate):
         return 1.0
-    lr = _largest(rates)
-    return (lr / rate).clamp(max=1.0) if torch.is_tensor(lr) else min(1.0, lr / rate)
+    part = reduce(_larger, rates) / rate
+    return part.clamp(max=1.0) if torch.is_tensor(part) else min(1.0, part)
 
 
-def _largest(rates: list[float | Tensor]) -> float | Tensor:
-    """Return the largest; a tensor, on the device of one of them, where any is a tensor."""
-    device = next((rate.device for rate in rates if torch.is_tensor(rate)), None)
-    if device is None:
-        return max(rates)
-    return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates]).amax()
+def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    """Return the larger one without reading a device."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return torch.maximum(a, b)
+    if torch.is_tensor(b):
+        a, b = b, a
+    return a.clamp(min=b) if torch.is_tensor(a) else max(a, b)
 
 
 def check_scale(scale: str) -> None:

@@ -37,7 +37,8 @@ VISIBLE = 10
 
 @pytest.mark.parametrize("base", FUSED)
 def test_groups_keep_their_own_options(road, base):
-    """With a scale for each group, two groups are two optimizers."""
+    """With a scale for each group, two groups are two optimizers, where λ and ε are not per unit of
+    the largest lr."""
     own = [{"lr": 1.0, "weight_decay": 0.1}, {"lr": 0.3, "weight_decay": 0.0}]
     if base == "sgd":
         own = [{"momentum": 0.5, **own[0]}, {"momentum": 0.0, **own[1]}]
@@ -46,11 +47,11 @@ def test_groups_keep_their_own_options(road, base):
     apart = []
     for seed, options in enumerate(own):
         params = make_weights(seed=seed)
-        run(build(road, base, params, **QUICK, **options), params)
+        run(build(road, base, params, variant="optax", **QUICK, **options), params)
         apart += values(params)
     params = [make_weights(seed=0), make_weights(seed=1)]
     groups = [{"params": p, **options} for p, options in zip(params, own, strict=True)]
-    opt = build(road, base, groups, scale="group", **QUICK)
+    opt = build(road, base, groups, scale="group", variant="optax", **QUICK)
     for t in range(STEPS):
         for group in params:
             set_gradients(group, t)
@@ -62,7 +63,8 @@ def test_groups_keep_their_own_options(road, base):
 @pytest.mark.parametrize("scale", ["group", "parameter"])
 def test_an_added_group_runs_as_if_alone_and_disturbs_no_other(road, scale, when):
     old, new = make_weights(seed=0), make_weights(seed=1)
-    opt = build(road, "adamw", old, scale=scale, **QUICK)
+    options = {"scale": scale, "variant": "optax", **QUICK}
+    opt = build(road, "adamw", old, **options)
     run(opt, old, when)
     opt.add_param_group({"params": new, "lr": 0.5})
     for t in range(when, when + STEPS):
@@ -70,8 +72,8 @@ def test_an_added_group_runs_as_if_alone_and_disturbs_no_other(road, scale, when
         set_gradients(new, t)
         opt.step()
     alone = make_weights(seed=0), make_weights(seed=1)
-    run(build(road, "adamw", alone[0], scale=scale, **QUICK), alone[0], when + STEPS)
-    run(build(road, "adamw", alone[1], scale=scale, lr=0.5, **QUICK), alone[1], STEPS, first=when)
+    run(build(road, "adamw", alone[0], **options), alone[0], when + STEPS)
+    run(build(road, "adamw", alone[1], lr=0.5, **options), alone[1], STEPS, first=when)
     assert_same(values(old + new), values(alone[0] + alone[1]))
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,10 +28,23 @@ PARTS: dict[str, Callable[..., list[Spec]]] = {
     "precision": protocol.narrowed,
 }
 
+SMALLER = {
+    "points": (int, "points of the first grid, an odd number"),
+    "choosing": (tuple, "seeds of the grid"),
+    "fresh": (tuple, "seeds of the comparison"),
+    "horizons": (int, "the longest horizon, in multiples of T"),
+}
+"""What can be asked for in place of a protocol's own: the type and what it is."""
+
 
 def main() -> None:
     arguments = _arguments()
     chosen = protocol.QUICK if arguments.quick else protocol.Protocol()
+    given = {name: getattr(arguments, name) for name in SMALLER}
+    chosen = replace(
+        chosen,
+        **{name: SMALLER[name][0](value) for name, value in given.items() if value is not None},
+    )
     tasks = arguments.tasks
     conditions = records.conditions()
     store = Store(arguments.out.with_suffix(".csv"), conditions["commit"])
@@ -103,7 +117,7 @@ def report(
     commits = sorted(set(rows.commit))
     record = {
         "conditions": conditions,
-        "quick": chosen is protocol.QUICK,
+        "protocol": asdict(chosen),
         "commits of the runs": commits,
         "seconds of all runs": round(float(rows.seconds.sum())),
         "comparisons": tables.lines(compared),
@@ -128,6 +142,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["grid", "compare"])
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, fewer seeds")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
+    for name, (kind, text) in SMALLER.items():
+        many = "+" if kind is tuple else None
+        parser.add_argument(f"--{name}", type=int, nargs=many, metavar="N", help=text)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="without suffix; .csv, .json and .png are written")
     arguments = parser.parse_args()

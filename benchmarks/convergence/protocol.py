@@ -67,7 +67,7 @@ def searched(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     specs = [
         Spec(task, horizon, base, lr, "", seed)
         for task, horizon in cells(tasks, protocol)
-        for base in BASES
+        for base in TASKS[task].bases
         for lr in grid(rows, task, horizon, base, protocol)
         for seed in protocol.choosing
     ]
@@ -78,8 +78,10 @@ def compared(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     """Return the runs on fresh seeds that are asked for next; a grid's best once it is known."""
     specs = []
     for task, horizon in cells(tasks, protocol):
-        rivals = [(f"Mechanic {base}", 0.0) for base in BASES] + [(name, 0.0) for name in OTHERS]
-        for base in BASES:
+        bases = TASKS[task].bases
+        rivals = [(f"Mechanic {base}", 0.0) for base in bases]
+        rivals += [] if TASKS[task].on_request else [(name, 0.0) for name in OTHERS]
+        for base in bases:
             rates = grid(rows, task, horizon, base, protocol)
             chosen = best(rows, task, horizon, base, rates, protocol)
             if chosen is not None:

@@ -15,7 +15,7 @@ FIELDS = [
 
 
 class Store:
-    """Rows that outlive the process.
+    """Rows that outlive the process. A line that was cut off in the middle is taken away.
 
     Args:
         path: of the CSV file, made with the first row.
@@ -24,9 +24,12 @@ class Store:
 
     def __init__(self, path: Path, commit: str) -> None:
         self.path, self.commit = path, commit
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")
+            path.write_bytes(whole[0] + whole[1])
 
     def rows(self) -> pandas.DataFrame:
-        """Return all rows so far; a line that was cut off in the middle counts as absent."""
+        """Return all rows so far."""
         if not self.path.exists():
             return pandas.DataFrame(columns=FIELDS)
         rows = pandas.read_csv(self.path, dtype={"commit": str}, keep_default_na=False)

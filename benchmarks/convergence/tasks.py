@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import tabular, text, tokens
+from . import large, tabular, text, tokens
 from .problem import Problem
 
 
@@ -22,7 +22,8 @@ class Task:
         decay: weight decay of the base; 0 where the loss has an L2 term of its own.
         clip: the largest norm of the gradients, where the recipe clips them.
         horizons: in multiples of ``steps``.
-        on_request: run only when named: it needs a GPU.
+        bases: the base optimizers that it is run with.
+        on_request: run only when named: it needs a GPU. The other packages are not run then.
     """
 
     build: Callable[[int], Problem]
@@ -33,6 +34,7 @@ class Task:
     decay: float = 0.01
     clip: float | None = None
     horizons: tuple[int, ...] = (1,)
+    bases: tuple[str, ...] = ("SGD", "AdamW", "Lion")
     on_request: bool = False
 
 
@@ -52,6 +54,7 @@ TASKS = {
     "digits_conv": Task(tabular.digits_conv, 1000, 1),
     "char": Task(text.characters, 1000, 8, metric="loss", clip=1.0, horizons=(1, 4)),
     "lora": Task(text.low_rank, 500, 5, metric="loss", clip=1.0),
+    "gpt2": Task(large.gpt2, 2000, 100, metric="loss", clip=1.0, bases=("AdamW",), on_request=True),
     "tokens": Task(tokens.token_types, 600, 5, clip=1.0),
 }
 """The metric's tolerance is tables.WITHIN."""

@@ -27,7 +27,7 @@ RANK = 8
 
 
 @cache
-def _example() -> Any:
+def example() -> Any:
     """Return examples/char_model.py, which is a script's neighbour and in no package."""
     spec = importlib.util.spec_from_file_location("char_model", ROOT / "examples/char_model.py")
     module = importlib.util.module_from_spec(spec)
@@ -37,7 +37,7 @@ def _example() -> Any:
 
 @cache
 def _documentation() -> Any:
-    return _example().load_text()
+    return example().load_text()
 
 
 @cache
@@ -56,7 +56,7 @@ class Language(Problem):
         self.train, self.validation = train, validation
 
     def batch(self) -> Tensor:
-        return _example().random_batch(self.train, BATCH, CONTEXT, self.generator)
+        return example().random_batch(self.train, BATCH, CONTEXT, self.generator)
 
     def loss(self, batch: Tensor) -> Tensor:
         return self.model.loss(batch)
@@ -71,8 +71,8 @@ class Language(Problem):
             right += (model(part[:, :-1]).argmax(-1) == part[:, 1:]).sum().item()
             total += part[:, 1:].numel()
         return {
-            "train_loss": _example().validation_loss(model, seen),
-            "validation_loss": _example().validation_loss(model, kept),
+            "train_loss": example().validation_loss(model, seen),
+            "validation_loss": example().validation_loss(model, kept),
             "accuracy": right / total,
         }
 
@@ -81,7 +81,7 @@ def characters(seed: int) -> Language:
     """A two-layer transformer, width 64, on Python's documentation."""
     text = _documentation()
     torch.manual_seed(seed)
-    model = _example().CharModel(len(text.vocabulary), context=CONTEXT)
+    model = example().CharModel(len(text.vocabulary), context=CONTEXT)
     return Language(model, seed, text.train, text.validation)
 
 
@@ -120,7 +120,7 @@ def low_rank(seed: int) -> Language:
     parts = [torch.tensor([number.get(c, 0) for c in part]) for part in source()]
     state = _pretrained()
     torch.manual_seed(seed)
-    model = _example().CharModel(len(vocabulary), context=CONTEXT)
+    model = example().CharModel(len(vocabulary), context=CONTEXT)
     model.load_state_dict(state)
     model.requires_grad_(False)
     for block in model.blocks:
