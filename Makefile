@@ -8,13 +8,14 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: report build test test-all demo bench checkstyle format clean
+.PHONY: report build test test-all demo bench convergence checkstyle format clean
 report:
 	@echo 'make build       .venv, the compiled module, an editable install'
 	@echo 'make test        the tests, without those marked slow'
 	@echo 'make test-all    every test'
 	@echo 'make demo        trains a small transformer with no learning rate chosen'
 	@echo 'make bench       step times beside the optimizers of torch and mechanic-pytorch'
+	@echo 'make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)'
 	@echo 'make checkstyle  ruff, clang-format, mypy'
 	@echo 'make format      rewrites the sources as checkstyle wants them'
 	@echo 'make clean       removes what was built; .venv stays (rm -r .venv removes that too)'
@@ -34,6 +35,9 @@ demo: build
 
 bench: build
 	$(PY) -m benchmarks.step $(ARGS)
+
+convergence: build
+	$(PY) -m benchmarks.convergence $(ARGS)
 
 checkstyle: build .venv/style.done
 	$(PY) -m ruff check .

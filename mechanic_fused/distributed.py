@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuner import OPTIONS
+from .tuner import OPTIONS, know_rate
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""
@@ -235,6 +235,10 @@ def check_alike(optimizers: Sequence[Any]) -> None:
                 "optimizers that step together must have started together: reset_scale() of all "
                 "starts anew"
             )
+    if not first._started:
+        # The parts may have lrs of their own; the peak is that of the model.
+        know_rate([group for opt in optimizers for group in opt.param_groups])
+    for opt in optimizers:
         for name in OPTIONS:
             mine, others = opt.param_groups[0][name], first.param_groups[0][name]
             if mine != others:

@@ -203,6 +203,8 @@ class Mechanized(Stepping):
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
+        # Of checkpoints that are older, or of a plain base.
+        know_rate(self.param_groups)
         if self.defaults.get("fused"):
             # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
             self._step_supports_amp_scaling = True

@@ -265,12 +265,8 @@ class StepPlan:
 
         Groups whose lr is 0 do not count.
         """
-        rates = [float(group["lr"]) for group in param_groups]
-        # lr₀ stands in a group where a scheduler put it; else all are taken to rise together.
-        together = param_groups[0]["rate"] / max(rates) if any(rates) else 0.0
         ratios = [
-            max(peak_lr(group) / lr, together) if lr else 0.0
-            for group, lr in zip(param_groups, rates, strict=True)
+            peak_lr(group) / lr if (lr := float(group["lr"])) else 0.0 for group in param_groups
         ]
 
         def norms(bucket: Bucket) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .bases import STATES, STEPPED
 from .bucket import is_dense, wide
 from .distributed import dtensor, like, local
-from .tuner import KEY, OPTIONS
+from .tuner import KEY, OPTIONS, PEAK
 
 OURS = ("x_ref", "delta")
 """The entries that Mechanic adds to a parameter's state."""
@@ -117,7 +117,7 @@ def to_base(optimizer: Any, base: type[Any], kept: tuple[str, ...] | None) -> Op
     groups: list[dict[str, Any]] = []
     weights: list[Tensor] = []
     for group, scales in zip(optimizer.param_groups, optimizer.group_scales(), strict=True):
-        options = {k: v for k, v in group.items() if k not in ("params", KEY, *OPTIONS)}
+        options = {k: v for k, v in group.items() if k not in ("params", KEY, PEAK, *OPTIONS)}
         # One scale for the whole group keeps it whole; one for each weight takes it apart.
         parts = [group["params"]] if len(scales) == 1 else [[p] for p in group["params"]]
         for part, scale in zip(parts, scales, strict=True):

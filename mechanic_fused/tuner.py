@@ -70,8 +70,11 @@ CHECKED = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
 
 OPTIONS = (*CHECKED, "learning", "rate")
 """The tuner's options as they stand in every param group, so that a checkpoint carries them.
-``rate`` is the peak lr of the run, as far as it is known; only the variants that are per_rate or
-anneal read it."""
+``rate`` is the largest lr of the run, as far as it is known; only a variant that is per_rate reads
+it."""
+
+PEAK = "peak_lr"
+"""The entry of every param group with the largest lr that it has been seen to have."""
 
 STARTED = ("s_init", "rate")
 """The options that a run's start replaces."""
@@ -137,26 +140,29 @@ def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> N
 
 
 def know_rate(param_groups: list[dict[str, Any]]) -> None:
-    """Let every group's ``rate`` be the largest lr seen so far, or named by a schedule."""
-    rate = max((max(peak_lr(group), group["rate"]) for group in param_groups), default=0.0)
+    """Note the largest lr of each group so far, and in every group's ``rate`` that of them all."""
+    for group in param_groups:
+        group[PEAK] = peak_lr(group)
+    rate = max((max(group[PEAK], group["rate"]) for group in param_groups), default=0.0)
     for group in param_groups:
         group["rate"] = rate
 
 
 def peak_lr(group: dict[str, Any]) -> float:
-    """Return the largest lr that a group is going to have, as far as its schedule tells."""
-    named = ("lr", "initial_lr", "max_lr")
+    """Return the largest lr that a group has been seen to have, or that a schedule names."""
+    named = ("lr", "initial_lr", "max_lr", PEAK)
     return max((float(group[name]) for name in named if name in group), default=0.0)
 
 
 def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
-    """Return the part of its move that s takes at this step: 1, or lr/peak lr where S anneals."""
+    """Return the part of its move that s takes at this step: 1, or lr/(peak lr) where S anneals, of
+    the group that is nearest to its peak."""
     if not VARIANTS[param_groups[0]["variant"]].anneals:
         return 1.0
-    rates, rate = [group["lr"] for group in param_groups if "lr" in group], param_groups[0]["rate"]
-    if not (rates and rate):
+    parts = [group["lr"] / group[PEAK] for group in param_groups if group.get(PEAK)]
+    if not parts:
         return 1.0
-    part = reduce(_larger, rates) / rate
+    part = reduce(_larger, parts)
     return part.clamp(max=1.0) if torch.is_tensor(part) else min(1.0, part)
 
 

@@ -8,6 +8,7 @@ from cases import (
     FUSED,
     OPTIONS,
     QUICK,
+    SUM_RTOL,
     TINY_EPS,
     SmallNet,
     assert_same,
@@ -19,7 +20,7 @@ from cases import (
     values,
 )
 
-from mechanic_fused import MechanicAdamW, MechanicSGD
+from mechanic_fused import MechanicAdamW, MechanicSGD, step_together
 from mechanic_fused.tuner import START, UNCALIBRATED, ZERO_WEIGHT
 
 STEPS = 30
@@ -130,6 +131,22 @@ def test_groups_with_rates_of_their_own():
     for group in opt.param_groups:
         assert group["s_init"] == pytest.approx(expected, rel=1e-6)
         assert group["rate"] == 1.0
+
+
+def test_optimizers_that_step_together_have_one_peak():
+    weights = [make_weights(seed=seed) for seed in (0, 1)]
+    groups = [{"params": w, "lr": lr} for w, lr in zip(weights, (1.0, 0.1), strict=True)]
+    same = [{**group, "params": make_weights(seed=i)} for i, group in enumerate(groups)]
+    together = [MechanicAdamW([group]) for group in groups]
+    one = MechanicAdamW(same)
+    for t in range(STEPS):
+        for group in (*groups, *same):
+            set_gradients(group["params"], t)
+        step_together(together)
+        one.step()
+    for opt in together:
+        assert opt.param_groups[0]["rate"] == 1.0
+        assert float(opt.scale) == pytest.approx(float(one.scale), rel=SUM_RTOL)
 
 
 def test_a_start_is_saved_copied_and_joined(tmp_path):
