@@ -154,7 +154,7 @@ MECHANIC_INLINE double total(const double* s, int64_t betas) {
 }
 
 // The columns of Tuner::constants before the betas.
-enum Constant { kDecay, kInit, kEps, kEpsInM, kClampsH, kFloorsR, kLearning, kBetas };
+enum Constant { kDecay, kInit, kEps, kEpsInM, kClampsH, kFloorsR, kLearning, kPace, kBetas };
 
 // One row of the tuner learns from its sums; returns whether sums and h were finite.
 // h = g.delta + lambda S sqrt(g.g) / (sqrt(x.x) + eps) x.delta
@@ -176,7 +176,7 @@ MECHANIC_INLINE bool tune_row(const Sums& sums, double* state, const double* c, 
     if (c[kFloorsR] != 0) r[i] = fmax(r[i], 0.0);
     const double next = (c[kInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
     // Where S anneals with the schedule, s takes a part of its move.
-    s[i] = c[kLearning] < 1 ? s[i] + c[kLearning] * (next - s[i]) : next;
+    s[i] = c[kPace] < 1 ? s[i] + c[kPace] * (next - s[i]) : next;
   }
   return true;
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuner import OPTIONS, know_rate
+from .tuner import OPTIONS, know_rate, pace
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""
@@ -191,6 +191,8 @@ def step_together(optimizers: Sequence[Any]) -> None:
         >>> parts[1](parts[0](torch.ones(1, 2))).sum().backward()
         >>> step_together(optimizers)
     """
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    know_rate(groups, any([opt._started for opt in optimizers]))
     check_alike(optimizers)
     extra = tuple(dict.fromkeys(g for opt in optimizers for g in opt.extra_groups))
     try:
@@ -205,10 +207,10 @@ def step_together(optimizers: Sequence[Any]) -> None:
                 start = reduce(norms, extra)
                 for opt in optimizers:
                     opt.start(start)
-            total = reduce(merge(rows), extra)
+            total, together = reduce(merge(rows), extra), pace(groups)
             for opt, own in zip(optimizers, rows, strict=True):
                 if own:
-                    opt.apply(total)
+                    opt.apply(total, together)
     finally:
         for opt in optimizers:
             opt.finish()
@@ -235,9 +237,6 @@ def check_alike(optimizers: Sequence[Any]) -> None:
                 "optimizers that step together must have started together: reset_scale() of all "
                 "starts anew"
             )
-    if not first._started:
-        # The parts may have lrs of their own; the peak is that of the model.
-        know_rate([group for opt in optimizers for group in opt.param_groups])
     for opt in optimizers:
         for name in OPTIONS:
             mine, others = opt.param_groups[0][name], first.param_groups[0][name]

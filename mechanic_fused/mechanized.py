@@ -16,12 +16,12 @@ from .release import GradientRelease, check_releasable
 from .stepping import Stepping
 from .tuner import (
     CHECKED,
+    PEAK,
     STARTED,
     Tuner,
     check_saved,
     check_scale,
     checked_options,
-    know_rate,
     scale_keys,
 )
 
@@ -155,13 +155,18 @@ class Mechanized(Stepping):
         for name, value in self._tuner_options.items():
             if name in STARTED:
                 value = now.get(name, value)
+            if name == "rate":
+                # Found at each step; what is there is of another optimizer.
+                param_group[name] = value
             if param_group.setdefault(name, value) != value:
                 raise ValueError(
                     f"{name} must be the same in all groups: expected {value}, "
                     f"got {param_group[name]}"
                 )
         super().add_param_group(param_group)
-        know_rate(self.param_groups)
+        lr = float(param_group.get("lr", 1.0))
+        # One that joins a run late in its schedule is not at its peak.
+        param_group[PEAK] = max(lr, param_group["rate"]) if self.state else lr
         if self._release is not None:
             try:
                 check_releasable(self, self._release.reduced)
@@ -203,8 +208,6 @@ class Mechanized(Stepping):
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
-        # Of checkpoints that are older, or of a plain base.
-        know_rate(self.param_groups)
         if self.defaults.get("fused"):
             # Torch sets it in the constructor of its fused optimizers, and forgets it in copies.
             self._step_supports_amp_scaling = True

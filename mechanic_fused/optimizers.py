@@ -9,7 +9,7 @@ _TUNED = """{formula}, with a learned scale: x = x_ref + S·Δ, and Δ sums what
 
     Args:
         params: weights or param groups, of float32, bfloat16, float16 or float64, any shape.
-        lr, …: every argument of {base}; ``lr`` is the peak of a schedule and is meant to be 1.0.
+        lr, …: every argument of {base}; ``lr`` is the peak of a schedule; its size does not matter.
         s_decay, tuner_betas, s_init, tuner_eps, variant, scale, backend: the tuner's own, by
             keyword: see :func:`mechanic_fused.mechanize`.
         narrow_state: keep {base}'s state in the weights' dtype instead of float32.

@@ -12,7 +12,7 @@ from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
 from .bucket import GG, Bucket, Member, is_dense, wide
 from .distributed import Groups, Rows, local, shards
-from .tuner import Tuner, pace, peak_lr
+from .tuner import PEAK, Tuner
 from .weights import check_weights
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -226,7 +226,6 @@ class StepPlan:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
             bucket.load(hyper, live_lr, *near)
             bucket.backend.prepare(bucket)
-        self.tuner.set_pace(pace(param_groups))
 
     def reconcile(self, everything: bool = False) -> None:
         """Shift x_ref where weights were written by hand; take x·Δ and x·x anew where needed.
@@ -266,16 +265,19 @@ class StepPlan:
         Groups whose lr is 0 do not count.
         """
         ratios = [
-            peak_lr(group) / lr if (lr := float(group["lr"])) else 0.0 for group in param_groups
+            group[PEAK] / lr if (lr := float(group.get("lr", 1.0))) else 0.0
+            for group in param_groups
         ]
 
         def norms(bucket: Bucket) -> Tensor:
             row = bucket.sums.new_zeros(3)
             for i, group in enumerate(bucket.groups):
                 if ratios[group]:
-                    row[0] += bucket.weights[i].double().square().sum()
-                    row[1] += bucket.delta[i].double().square().sum() * ratios[group] ** 2
+                    row[0] += reference.square(bucket.weights[i])
+                    row[1] += reference.square(bucket.delta[i]) * ratios[group] ** 2
                     row[2] += bucket.sizes[i]
+            # A step that took some gradients for 0 is none to go by.
+            row[1] += 0.0 * bucket.sums[:, GG].sum()
             return row
 
         return self.rows(norms, (3,))

@@ -21,7 +21,7 @@ from .bucket import GD, GG, XD, XX, Bucket
 from .tuner import Tuner
 
 PIECE = 1 << 22
-"""Elements that ``shift`` works on at a time."""
+"""Elements that ``shift`` and ``square`` work on at a time."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
         sums: (scales, 4) float64, over all parameters of each scale: g·Δ, x·Δ, g·g, x·x.
         tuner: its state is changed in place.
     """
-    decay, s_init, eps, eps_in_m, clamps_h, floors_r, learning = tuner.constants[:7].tolist()
+    decay, s_init, eps, eps_in_m, clamps_h, floors_r, learning, pace = tuner.constants[:8].tolist()
     n = len(tuner.betas)
-    beta = tuner.constants[7:]
+    beta = tuner.constants[8:]
     s, r, v, m = (tuner.part(i) for i in range(4))
     gd, xd, gg, xx = sums.unbind(1)
     h = gd + decay * tuner.scale() * gg.sqrt() / (xx.sqrt() + eps) * xd
@@ -191,8 +191,8 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
     if floors_r:
         r_new = r_new.clamp(min=0)
     s_new = (s_init / n * m_new + r_new.clamp(min=0)) / (v_new.sqrt() + eps)
-    if learning < 1:
-        s_new = s + learning * (s_new - s)
+    if pace < 1:
+        s_new = s + pace * (s_new - s)
 
     if learning:
         for old, new in zip((s, r, v, m), (s_new, r_new, v_new, m_new), strict=True):
@@ -222,6 +222,12 @@ def measure(bucket: Bucket) -> None:
         row = bucket.sums[bucket.rows[i]]
         row[XD] += (x.double() * bucket.delta[i].double()).sum()
         row[XX] += (x.double() * x.double()).sum()
+
+
+def square(x: Tensor) -> Tensor:
+    """Return ‖x‖² in float64, without a copy of x at that width."""
+    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+    return torch.stack([part.double().square().sum() for part in flat.split(PIECE)]).sum()
 
 
 def shift(bucket: Bucket, i: int, scale: Tensor) -> None:

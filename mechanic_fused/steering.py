@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, state
-from .tuner import KEY, STARTED
+from .tuner import KEY, PEAK, STARTED, know_rate, pace
 
 
 class Steering(Optimizer):
@@ -39,7 +39,7 @@ class Steering(Optimizer):
         With ``scale="parameter"`` it is the mean over the group's weights.
         """
         return [
-            sum(scales) / len(scales) * float(group["lr"]) if scales else 0.0
+            sum(scales) / len(scales) * float(group.get("lr", 1.0)) if scales else 0.0
             for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
         ]
 
@@ -110,6 +110,7 @@ class Steering(Optimizer):
                 entries["delta"].zero_()
         for group in self.param_groups:
             group.update({name: self._tuner_options[name] for name in STARTED})
+            group.pop(PEAK, None)
         self._current_tuner().reset()
         self._forget()
 
@@ -129,5 +130,7 @@ class Steering(Optimizer):
         that is a tensor on the device is live by itself.
         """
         if self._started:
+            know_rate(self.param_groups, started=True)
             plan = self._current_plan()
             plan.load(self.param_groups, None, None)
+            plan.tuner.set_pace(pace(self.param_groups))

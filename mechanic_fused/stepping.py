@@ -15,7 +15,7 @@ from .distributed import Rows, step_together
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .steering import Steering
-from .tuner import ZERO_WEIGHT, know_rate, needs_start, pace, start
+from .tuner import ZERO_WEIGHT, needs_start, start
 
 
 class Stepping(Steering):
@@ -132,9 +132,6 @@ class Stepping(Steering):
                 self.state.clear()
             plan.capture()
             self._has_started = True
-            know_rate(self.param_groups)
-            plan.tuner.set_options(self.param_groups[0])
-            plan.tuner.set_pace(pace(self.param_groups))
         if self.max_grad_norm is not None and answers is not None:
             plan.clip(answers[1], self.max_grad_norm)
             self._squared_norm = answers[1]
@@ -174,15 +171,17 @@ class Stepping(Steering):
             plan.tuner.begin()
 
     @torch.no_grad()
-    def apply(self, total: Tensor) -> None:
+    def apply(self, total: Tensor, pace: float | Tensor = 1.0) -> None:
         """Learn S and write the weights: the last part of a step.
 
         Args:
             total: what ``accumulate`` returned, summed over all parts.
+            pace: the part of its move that s takes, which is that of the lr's schedule.
         """
         plan = self._prepared()
         if self.max_grad_norm is None:
             self._squared_norm = total[: len(plan.tuner.keys), GG]
+        plan.tuner.set_pace(pace)
         plan.tune(total)
         plan.apply()
         self._log()

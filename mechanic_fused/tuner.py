@@ -79,8 +79,8 @@ PEAK = "peak_lr"
 STARTED = ("s_init", "rate")
 """The options that a run's start replaces."""
 
-LEARNING = 6
-"""The place of the learning among Tuner.constants."""
+PACE = 7
+"""The place of the pace among Tuner.constants."""
 
 STALE_IN_CAPTURE = (
     "hyperparameters changed since the last step outside the graph: call "
@@ -139,19 +139,23 @@ def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> N
         group["s_init"] = START * x_norm / d_norm
 
 
-def know_rate(param_groups: list[dict[str, Any]]) -> None:
-    """Note the largest lr of each group so far, and in every group's ``rate`` that of them all."""
+def know_rate(param_groups: list[dict[str, Any]], started: bool) -> None:
+    """Note the largest lr of each group, and in every group's ``rate`` that of them all.
+
+    It is what a scheduler names, or else what the group was made with; from then on it only grows.
+    An lr that is a tensor is read before the start only.
+    """
     for group in param_groups:
-        group[PEAK] = peak_lr(group)
-    rate = max((max(group[PEAK], group["rate"]) for group in param_groups), default=0.0)
+        named = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
+        rates = [*named, group.get("lr", 1.0)]
+        if started and PEAK in group:
+            rates = [rate for rate in rates if not torch.is_tensor(rate)]
+        if PEAK in group and (started or not named):
+            rates.append(group[PEAK])
+        group[PEAK] = max(map(float, rates))
+    rate = max((group[PEAK] for group in param_groups), default=0.0)
     for group in param_groups:
         group["rate"] = rate
-
-
-def peak_lr(group: dict[str, Any]) -> float:
-    """Return the largest lr that a group has been seen to have, or that a schedule names."""
-    named = ("lr", "initial_lr", "max_lr", PEAK)
-    return max((float(group[name]) for name in named if name in group), default=0.0)
 
 
 def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
@@ -159,11 +163,22 @@ def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
     the group that is nearest to its peak."""
     if not VARIANTS[param_groups[0]["variant"]].anneals:
         return 1.0
-    parts = [group["lr"] / group[PEAK] for group in param_groups if group.get(PEAK)]
+    parts = [
+        _host_or_device(group.get("lr", 1.0)) / group[PEAK]
+        for group in param_groups
+        if group.get(PEAK) and any(p.requires_grad for p in group["params"])
+    ]
     if not parts:
         return 1.0
     part = reduce(_larger, parts)
     return part.clamp(max=1.0) if torch.is_tensor(part) else min(1.0, part)
+
+
+def _host_or_device(lr: float | Tensor) -> float | Tensor:
+    """Return a number, or a 0-dim tensor of a device that the host is not to read."""
+    if not torch.is_tensor(lr):
+        return lr
+    return float(lr) if lr.device.type == "cpu" else lr.reshape(())
 
 
 def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
@@ -225,8 +240,8 @@ class Tuner:
 
     ``state`` has a row for each scale and the columns s, r, v, m (n betas each), then the counters
     ``steps`` and ``nonfinite``. ``constants`` is what a kernel reads beside it:
-    (s_decay, s_init, ε, ε in m, clamp, floor, learning, β₁ … βₙ), where learning is the part of its
-    move that s takes; with 0 nothing is learned.
+    (s_decay, s_init, ε, ε in m, clamp, floor, learning, pace, β₁ … βₙ), where pace is the part of
+    its move that s takes.
 
     Args:
         keys: what each row belongs to: one constant for a global scale, a group's number, or a
@@ -242,7 +257,7 @@ class Tuner:
         self._betas: tuple[float, ...] = ()
         self.constants = torch.empty(0)
         self._numbers: list[float] = []
-        self._pace: float | None = 1.0
+        self._sent: list[float] = []
         self.set_options(options)
         self.state = self._initial(len(keys))
         self.found_inf: Tensor | None = None
@@ -278,6 +293,7 @@ class Tuner:
         """
         now = tuple(options[name] for name in OPTIONS)
         if now == self.options:
+            self._send()
             return
         checked_options(**{name: options[name] for name in CHECKED})
         if self._betas and len(options["tuner_betas"]) != len(self._betas):
@@ -289,7 +305,8 @@ class Tuner:
         self.options = now
         self._variant = variant
         self._s_init = UNCALIBRATED if options["s_init"] == AUTO else options["s_init"]
-        rate = options["rate"] if variant.per_rate else 1.0
+        # A base that knows no lr, or an lr of 0 so far, leaves λ and ε as they are.
+        rate = (options["rate"] if variant.per_rate else 1.0) or 1.0
         self._betas = tuple(options["tuner_betas"])
         numbers = (
             options["s_decay"] * rate,
@@ -299,6 +316,7 @@ class Tuner:
             variant.clamps_h,
             variant.floors_r,
             options["learning"],
+            1.0,
             *self._betas,
         )
         self._numbers = [float(number) for number in numbers]
@@ -307,11 +325,9 @@ class Tuner:
     def set_pace(self, pace: float | Tensor) -> None:
         """Let s take this part of its moves; writes to the device if it changed."""
         if torch.is_tensor(pace):
-            self._pace = None
-            learning = self.constants[LEARNING]
-            learning.copy_(pace * self._numbers[LEARNING], non_blocking=True)
-        elif pace != self._pace:
-            self._pace = pace
+            self.constants[PACE].copy_(pace, non_blocking=True)
+        else:
+            self._numbers[PACE] = float(pace)
             self._send()
 
     def begin(self) -> None:
@@ -320,18 +336,19 @@ class Tuner:
             self.part(0).fill_(self._s_init / len(self._betas))
 
     def _send(self) -> None:
-        """Write the constants to where kernels read them; never waits for a GPU."""
+        """Write the constants to where kernels read them, if they have changed; never waits."""
+        if self._numbers == self._sent:
+            return
         numbers = torch.tensor(self._numbers, dtype=torch.float64)
-        if self._pace is not None:
-            numbers[LEARNING] *= self._pace
         if self.constants.shape != numbers.shape:
             self.constants = numbers.to(self.device)
-            return
-        if self.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(STALE_IN_CAPTURE)
-            numbers = numbers.pin_memory()
-        self.constants.copy_(numbers, non_blocking=True)
+        else:
+            if self.device.type == "cuda":
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(STALE_IN_CAPTURE)
+                numbers = numbers.pin_memory()
+            self.constants.copy_(numbers, non_blocking=True)
+        self._sent = list(self._numbers)
 
     def to(self, device: torch.device) -> Tuner:
         """Return this tuner, or a copy of what ``apply`` reads of it on another device."""

@@ -15,10 +15,10 @@ ROWS = 32
 
 
 @triton.jit
-def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, learning):
+def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, pace):
     """One update of s, r, v, m, (rows, betas), from h, (rows, 1). ``s_init``: over the betas.
 
-    Where S anneals with the schedule, s takes a part of its move, ``learning``.
+    Where S anneals with the schedule, s takes a part of its move, ``pace``.
     """
     reward_h = tl.where(clamps_h, tl.maximum(tl.minimum(h, m), -m), h)
     m = tl.maximum(beta * m, tl.abs(h) + tl.where(eps_in_m, eps, 0.0))
@@ -26,7 +26,7 @@ def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, learni
     r = beta * r - reward_h * s
     r = tl.where(floors_r, tl.maximum(r, 0.0), r)
     to = (s_init * m + tl.maximum(r, 0.0)) / (tl.sqrt(v) + eps)
-    s = tl.where(learning < 1, s + learning * (to - s), to)
+    s = tl.where(pace < 1, s + pace * (to - s), to)
     return s, r, v, m
 
 
@@ -54,10 +54,10 @@ def tune_kernel(
     eps_in_m = tl.load(constants + 3) != 0
     clamps_h = tl.load(constants + 4) != 0
     floors_r = tl.load(constants + 5) != 0
-    learning = tl.load(constants + 6)
-    learners = tl.where(learning != 0, rows, 0)
+    learners = tl.where(tl.load(constants + 6) != 0, rows, 0)
+    pace = tl.load(constants + 7)
     column = tl.arange(0, COLUMNS)[None, :]
-    beta = tl.load(constants + 7 + column, mask=column < BETAS, other=0.0)
+    beta = tl.load(constants + 8 + column, mask=column < BETAS, other=0.0)
     width: tl.constexpr = 4 * BETAS + 2
     nonfinite = 0
     start = 0
@@ -84,7 +84,7 @@ def tune_kernel(
         v = tl.load(at + 2 * BETAS, mask=mask, other=0.0)
         m = tl.load(at + 3 * BETAS, mask=mask, other=0.0)
         s, r, v, m = learn(
-            h[:, None], s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, learning
+            h[:, None], s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, pace
         )
         learns = mask & (finite & (row < learners))[:, None]
         tl.store(at, s, mask=learns)
