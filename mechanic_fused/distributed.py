@@ -192,7 +192,9 @@ def step_together(optimizers: Sequence[Any]) -> None:
         >>> step_together(optimizers)
     """
     groups = [group for opt in optimizers for group in opt.param_groups]
-    know_rate(groups, any([opt._started for opt in optimizers]))
+    started = any([opt._started for opt in optimizers])
+    if started:
+        know_rate(groups, started)
     check_alike(optimizers)
     extra = tuple(dict.fromkeys(g for opt in optimizers for g in opt.extra_groups))
     try:
@@ -202,6 +204,9 @@ def step_together(optimizers: Sequence[Any]) -> None:
         answers = reduce(questions, extra) if questions else None
         rows = [opt.accumulate(answers, shared) for opt in optimizers]
         if any(rows):
+            if not started:
+                # Not before: the lr of a dry step tells nothing.
+                know_rate(groups, started)
             norms = merge([opt.measure_start() for opt in optimizers])
             if norms:
                 start = reduce(norms, extra)

@@ -181,6 +181,7 @@ class Stepping(Steering):
         plan = self._prepared()
         if self.max_grad_norm is None:
             self._squared_norm = total[: len(plan.tuner.keys), GG]
+        plan.tuner.set_options(self.param_groups[0])
         plan.tuner.set_pace(pace)
         plan.tune(total)
         plan.apply()
