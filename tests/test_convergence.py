@@ -17,6 +17,7 @@ from mechanic_fused import tuner
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 20
+"""Steps of a run, at least."""
 
 
 @pytest.fixture
@@ -112,16 +113,13 @@ def test_an_arm_changes_one_run_only(convergence):
     assert same <= {"r floored"}
 
 
-def tasks():
-    from benchmarks.convergence.tasks import TASKS
-
-    return list(TASKS)
-
-
 @pytest.fixture
 def small(convergence, monkeypatch):
-    """Models that take long to make, made small."""
+    """Models that take long to make, and validation that takes long, made small."""
     monkeypatch.setattr(convergence.text, "PRETRAINING", 3)
+    for module in (convergence.text, convergence.tokens):
+        monkeypatch.setattr(module, "KEPT", 16)
+        monkeypatch.setattr(module, "WINDOWS", 16)
     convergence.text._pretrained.cache_clear()
     monkeypatch.setattr(
         convergence.large, "SIZES", {"width": 32, "layers": 1, "heads": 2, "context": 16}
@@ -155,9 +153,6 @@ def test_each_other_package_learns(convergence, method):
     assert row["accuracy"] > 0.5 and row["rate"] > 0
 
 
-PRECISE = {"float32": 16, "bfloat16 weights": 16, "bfloat16 weights, Δ to nearest": 14}
-
-
 def test_precisions_count_their_bytes(convergence):
     """x, x_ref, Δ, m, v: 20 bytes in float32; 2 + 2 + 4 + 4 + 4 from bfloat16 weights."""
     bytes_of = convergence.precision.bytes_of
@@ -169,7 +164,7 @@ def test_precisions_count_their_bytes(convergence):
 
 
 @pytest.mark.parametrize("method", ["Mechanic AdamW", "AdamW"])
-def test_each_precision_trains(convergence, method):
+def test_each_precision_trains(convergence, small, method):
     for arm in convergence.precision.COMPARED[method]:
         lr = 0.0 if method.startswith("Mechanic") else 2.0**-8
         row = convergence.runs.run(
@@ -223,3 +218,14 @@ def test_the_program_ends_and_goes_on_where_it_was_cut(tmp_path):
     assert again[:-1] == whole[:-1]
     # All but the time that it took.
     assert again[-1].split(",")[:-2] == whole[-1].split(",")[:-2]
+
+
+def test_a_trace_is_the_run_of_the_protocol(convergence):
+    import benchmarks.convergence.trace as tracing
+
+    rows = tracing.trace("iris", "AdamW", seed=0, steps=700, every=100)
+    spec = convergence.runs.Spec("iris", 1, "Mechanic AdamW", 0.0, "", 0)
+    assert [row["step"] for row in rows] == list(range(100, 800, 100))
+    largest = max(row["S"] * row["lr"] for row in rows)
+    assert largest <= convergence.runs.run(spec)["rate"] * 1.05
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
