@@ -10,6 +10,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from . import precision
+from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .protocol import KEY, Protocol, Rows, best, cells, grid, grid_means
 from .tasks import TASKS
@@ -131,9 +132,8 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
     On the seeds that the grid's best was chosen on, which favours the grid.
     """
     lines = []
-    arms = [arm for arm in dict.fromkeys(rows.arm) if arm]
     for base in BASES:
-        for arm in arms:
+        for arm in (arm for arm, (bases, _) in ARMS.items() if base in bases):
             line: dict[str, Any] = {"base": base, "arm": arm}
             for task in tasks:
                 rates = grid(rows, task, 1, base, protocol)
@@ -144,7 +144,8 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
                 tuned, ours = means.iloc[0][score(task)], found[score(task)].mean()
                 loss = TASKS[task].metric == "loss"
                 line[task] = 100 * (ours / tuned - 1 if loss else tuned - ours)
-            lines.append(line)
+            if len(line) > 2:
+                lines.append(line)
     return pandas.DataFrame(lines)
 
 

@@ -10,15 +10,23 @@ import argparse
 import torch
 from tabulate import tabulate
 
-from .methods import BASES, mechanic
-from .tasks import TASKS
+from .ablations import ARMS
+from .methods import BASES, Make, mechanic
+from .tasks import TASKS, Task
 
 
-def trace(name: str, base: str, seed: int, steps: int, every: int) -> list[dict[str, float]]:
+def trace(
+    name: str, base: str, seed: int, steps: int, every: int, arm: str = "default"
+) -> list[dict[str, float]]:
     """Return a row for each so many steps: the mean loss, the range of S, and where it ended."""
-    task = TASKS[name]
+    options, change = ARMS[arm][1]
+    with change:
+        return _traced(mechanic(base, **options), TASKS[name], seed, steps, every)
+
+
+def _traced(make: Make, task: Task, seed: int, steps: int, every: int) -> list[dict[str, float]]:
     problem = task.build(seed)
-    trainer = mechanic(base)(problem, task, task.steps)
+    trainer = make(problem, task, task.steps)
     rows, losses, scales = [], [], []
     for t in range(1, min(steps, task.steps) + 1):
         factor = trainer.optimizer.param_groups[0]["lr"]
@@ -48,14 +56,15 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("name", metavar="task", choices=TASKS)
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--arm", choices=ARMS, default="default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = trace(arguments.task, arguments.base, arguments.seed, arguments.steps, arguments.every)
+    rows = trace(**vars(arguments))
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g"))
 
 
