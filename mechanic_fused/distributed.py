@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuner import OPTIONS, know_rate, pace
+from .pace import know_rate, pace
+from .tuner import OPTIONS
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, bases, state
+from .pace import PEAK
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .stepping import Stepping
 from .tuner import (
     CHECKED,
-    PEAK,
     STARTED,
     Tuner,
     check_saved,

@@ -12,7 +12,8 @@ from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
 from .bucket import GG, Bucket, Member, is_dense, wide
 from .distributed import Groups, Rows, local, shards
-from .tuner import PEAK, Tuner
+from .pace import PEAK
+from .tuner import Tuner
 from .weights import check_weights
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from .bases import STATES, STEPPED
 from .bucket import is_dense, wide
 from .distributed import dtensor, like, local
-from .tuner import KEY, OPTIONS, PEAK
+from .pace import PEAK
+from .tuner import KEY, OPTIONS
 
 OURS = ("x_ref", "delta")
 """The entries that Mechanic adds to a parameter's state."""

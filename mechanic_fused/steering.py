@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, state
-from .tuner import KEY, PEAK, STARTED, know_rate, pace
+from .pace import PEAK, know_rate, pace
+from .tuner import KEY, STARTED
 
 
 class Steering(Optimizer):
