@@ -174,7 +174,8 @@ MECHANIC_INLINE bool tune_row(const Sums& sums, double* state, const double* c, 
     v[i] = beta * beta * v[i] + h * h;
     r[i] = beta * r[i] - reward_h * s[i];
     if (c[kFloorsR] != 0) r[i] = fmax(r[i], 0.0);
-    const double next = (c[kInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
+    const double next =
+        (c[kInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
     // Where S anneals with the schedule, s takes a part of its move.
     s[i] = c[kPace] < 1 ? s[i] + c[kPace] * (next - s[i]) : next;
   }
