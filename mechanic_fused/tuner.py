@@ -79,6 +79,9 @@ STARTED = ("s_init", "rate")
 PACE = 7
 """The place of the pace among Tuner.constants."""
 
+LIVE = -1.0
+"""Stands for a pace that only the device knows."""
+
 STALE_IN_CAPTURE = (
     "hyperparameters changed since the last step outside the graph: call "
     "opt.refresh_hyperparameters() before the capture"
@@ -272,6 +275,8 @@ class Tuner:
         """Let s take this part of its moves; writes to the device if it changed."""
         if torch.is_tensor(pace):
             self.constants[PACE].copy_(pace, non_blocking=True)
+            # Whatever number comes next differs from what the device has.
+            self._numbers[PACE] = self._sent[PACE] = LIVE
         else:
             self._numbers[PACE] = float(pace)
             self._send()

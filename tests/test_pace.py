@@ -194,3 +194,10 @@ def test_at_an_lr_of_0_the_tuner_goes_on_learning():
             opt.step()
         found.append(float(opt.scale))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_number_takes_the_place_of_a_pace_on_the_device():
+    tuner = MechanicAdamW(make_weights())._current_tuner()
+    for pace in (1.0, torch.tensor(0.25), 1.0, torch.tensor(0.5)):
+        tuner.set_pace(pace)
+        assert float(tuner.constants[PACE]) == float(pace)
