@@ -34,6 +34,16 @@ Bucket make_bucket(int64_t tensors, int64_t chunks, int64_t hyper, int64_t parti
           DType(state)};
 }
 
+Vectors make_vectors(int64_t streams, int64_t chunks, int64_t partials, int64_t chunk_count,
+                     int64_t elements, int64_t dtype) {
+  return {pointer<const Streams4>(streams),
+          pointer<const Chunk>(chunks),
+          pointer<Partial>(partials),
+          chunk_count,
+          elements,
+          DType(dtype)};
+}
+
 Tuner make_tuner(int64_t state, int64_t constants, int64_t scale_count, int64_t betas) {
   return {pointer<double>(state), pointer<const double>(constants), scale_count, betas};
 }
@@ -100,6 +110,15 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Tuner>(m, "Tuner")
       .def(py::init(&make_tuner), py::kw_only(), py::arg("state"), py::arg("constants"),
            py::arg("scale_count"), py::arg("betas"));
+  py::class_<Vectors>(m, "Vectors")
+      .def(py::init(&make_vectors), py::kw_only(), py::arg("streams"), py::arg("chunks"),
+           py::arg("partials"), py::arg("chunk_count"), py::arg("elements"), py::arg("dtype"));
+  py::class_<AdaRemOptions>(m, "AdaRemOptions")
+      .def(py::init([](double lr, double beta, double boost, double decay, double eps) {
+             return AdaRemOptions{lr, beta, boost, decay, eps};
+           }),
+           py::kw_only(), py::arg("lr"), py::arg("beta"), py::arg("boost"), py::arg("decay"),
+           py::arg("eps"));
 
   const auto released = py::call_guard<py::gil_scoped_release>();
   auto cpu = m.def_submodule("cpu", "The verbs on the processor.");
@@ -115,6 +134,23 @@ PYBIND11_MODULE(_native, m) {
   cpu.def(
       "tune", [](int64_t sums, const Tuner& tuner) { cpu::tune(pointer<const Sums>(sums), tuner); },
       py::arg("sums"), py::arg("tuner"), released);
+  cpu.def(
+      "displace",
+      [](const Vectors& vectors, int64_t c, int threads) {
+        cpu::displace(vectors, pointer<const double>(c), threads);
+      },
+      py::arg("vectors"), py::arg("c"), py::arg("threads"), released);
+  cpu.def("add", &cpu::add, py::arg("vectors"), py::arg("a"), py::arg("c"), py::arg("threads"),
+          released);
+  cpu.def("turn", &cpu::turn, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def("dots", &cpu::dots, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def("largest", &cpu::largest, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def(
+      "adarem",
+      [](const Vectors& vectors, const AdaRemOptions& options, int64_t peaks, int threads) {
+        cpu::adarem(vectors, options, pointer<const double>(peaks), threads);
+      },
+      py::arg("vectors"), py::arg("options"), py::arg("peaks"), py::arg("threads"), released);
   cpu.def("instruction_set", &cpu::instruction_set);
 
 #ifdef MECHANIC_CUDA

@@ -146,6 +146,26 @@ MECHANIC_INLINE T blend(T x_ref, T scale, T delta) {
   return x_ref + scale * delta;
 }
 
+// x = w - c d
+template <class T>
+MECHANIC_INLINE T displaced(T w, T c, T d) {
+  return w - c * d;
+}
+
+// AdaRem's update, and its momentum moved on: b = sign(g) m / (max|m| + eps),
+// u = -lr ((1 + boost b) g + decay x), m = beta m + (1 - beta) g. reach = boost / (max|m| + eps).
+template <class T>
+struct AdaRem {
+  T lr, beta, rest, reach, decay;
+
+  MECHANIC_INLINE T update(T g, T x, T& m) const {
+    const T sign = T(g > 0) - T(g < 0);
+    const T adjusted = (T(1) + reach * (sign * m)) * g;
+    m = beta * m + rest * g;
+    return -(lr * (adjusted + decay * x));
+  }
+};
+
 // S = sum of s, in the order of the betas
 MECHANIC_INLINE double total(const double* s, int64_t betas) {
   double sum = s[0];

@@ -30,6 +30,15 @@ MODULES = {
 }
 """Backend → its module. All have the same six functions; CONTRIBUTING.md lists them."""
 
+VECTORS = {
+    "cpp": _module("vectors_native"),
+    "cuda": _module("triton_kernels.vectors"),
+    "triton": _module("triton_kernels.vectors"),
+    "reference": _module("vectors_reference"),
+}
+"""Backend → the module with its vector verbs: see vectors_reference.py. On a GPU they are Triton's
+alone: they move the same bytes as CUDA's would, once in many steps."""
+
 AUTO = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Device → the backends that "auto" tries, in this order."""
 
@@ -73,6 +82,14 @@ def check(name: str) -> None:
     why = "" if name == "auto" else _missing(name)
     if why:
         raise ValueError(f"backend {name!r} is not available: {why}")
+
+
+def resolve_vectors(name: str, device: str) -> str:
+    """Return the backend whose vector verbs serve weights on ``device``; see :func:`resolve`."""
+    found = resolve(name, device)
+    if found == "cuda" and name == "auto" and _missing("triton"):
+        return "reference"
+    return found
 
 
 def resolve(name: str, device: str) -> str:

@@ -47,6 +47,16 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def chunk_table(sizes: list[int], chunk: int) -> Tensor:
+    """Return (chunks, 3) int64: tensor, offset and length of each piece of tensors of these sizes."""
+    elements = torch.tensor(sizes, dtype=torch.int64)
+    counts = (elements + chunk - 1) // chunk
+    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts)[tensor]
+    offset = (torch.arange(len(tensor)) - first) * chunk
+    return torch.stack([tensor, offset, (elements[tensor] - offset).clamp(max=chunk)], 1)
+
+
 class Member(NamedTuple):
     """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
     state entries, and the names of its base's state. Parameter and state may be DTensors."""
@@ -115,7 +125,7 @@ class Bucket:
         self.sums = torch.zeros(scales, 4, dtype=torch.float64, device=self.device)
         self.tensors = self._tensor_table()
         self.chunk = getattr(backend, "CHUNKS", {}).get(self.device.type, CHUNK)
-        self.chunks = self._chunk_table()
+        self.chunks = chunk_table(self.sizes, self.chunk)
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
         self.remember()
         self.addresses = self.tensors[:, 1].tolist()
@@ -283,11 +293,3 @@ class Bucket:
                 + [step, self.rows[i], self.groups[i]]
             )
         return table
-
-    def _chunk_table(self) -> Tensor:
-        sizes = torch.tensor([x.numel() for x in self.weights], dtype=torch.int64)
-        counts = (sizes + self.chunk - 1) // self.chunk
-        tensor = torch.arange(len(sizes)).repeat_interleave(counts)
-        first = (counts.cumsum(0) - counts)[tensor]
-        offset = (torch.arange(len(tensor)) - first) * self.chunk
-        return torch.stack([tensor, offset, (sizes[tensor] - offset).clamp(max=self.chunk)], 1)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../chunk.h"
+#include "../vectors.h"
 
 namespace mechanic::cpu {
 
@@ -11,6 +12,14 @@ void apply(const Bucket& bucket, const Tuner& tuner, int threads);
 void measure(const Bucket& bucket, int threads);
 void norm(const Bucket& bucket, int threads);
 void tune(const Sums* sums, const Tuner& tuner);
+
+// The vector verbs: vectors.py says what each does.
+void displace(const Vectors& vectors, const double* c, int threads);
+void add(const Vectors& vectors, double a, double c, int threads);
+void turn(const Vectors& vectors, int threads);
+void dots(const Vectors& vectors, int threads);
+void largest(const Vectors& vectors, int threads);
+void adarem(const Vectors& vectors, const AdaRemOptions& options, const double* peaks, int threads);
 
 // The instruction set that the kernels were chosen for on this processor.
 const char* instruction_set();
