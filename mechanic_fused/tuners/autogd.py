@@ -1,0 +1,145 @@
+"""AutoGD: gradient descent that tries three step sizes and keeps what works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..vectors import Space
+from .keeping import Generators, no_gradients
+from .probe import mean_loss, put_back
+
+
+class AutoGD(Optimizer):
+    """Descend along the gradient with the best of three step sizes, for deterministic objectives.
+
+    Of c in {γ/2, γ, 2γ} those pass for which f(x − c·g) ≤ f(x) − η·c·‖g‖². x moves to the passing
+    one of lowest f, and γ becomes its c; if none passes x stays, and γ ← γ/4.
+
+    Args:
+        params: weights, or one param group.
+        lr: γ at the start; any number will do, at the cost of a step for each factor of 4.
+        eta: η, how much of the slope's promise a step must keep, in (0, 1).
+        backend: "auto" or a backend's name.
+        reduce_group: the process group over which plain weights are sharded, or None.
+        process_group: the ranks over whose batches f is averaged; None for all of them.
+
+    Raises:
+        ValueError: for options out of range, or several groups.
+
+    Memory: a copy of the weights, and one of gradients that are not float32 or float64. A step
+    takes the closure once with gradients and three times without.
+
+    Source: arXiv 2510.09923, at second hand; η = 1e-4 is probable, not certain. The objective must
+    be the same at each call: on batches drawn anew the test compares noise.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_fused.tuners import AutoGD
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> opt = AutoGD([weight], lr=100.0)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = (weight**2).sum()
+        ...     if loss.requires_grad:
+        ...         loss.backward()
+        ...     return loss
+        >>> for _ in range(30):
+        ...     _ = opt.step(closure)
+        >>> bool(weight.abs().max() < 1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        eta: float = 1e-4,
+        backend: str = "auto",
+        reduce_group: Any = None,
+        process_group: Any = None,
+    ) -> None:
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be a finite number above 0, got {lr}")
+        if not 0 < eta < 1:
+            raise ValueError(f"eta must lie in (0, 1), got {eta}")
+        super().__init__(params, {"lr": lr, "eta": eta})
+        if len(self.param_groups) > 1:
+            raise ValueError(f"expected one param group, got {len(self.param_groups)}")
+        self._options = (backend, reduce_group)
+        self._process_group = process_group
+        self._space: Space | None = None
+        self._current_space()
+
+    def _current_space(self) -> Space:
+        weights = [p for p in self.param_groups[0]["params"] if p.requires_grad]
+        if self._space is None or not self._space.fits():
+            self._space = Space(weights, *self._options)
+        return self._space
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step, or stay.
+
+        Args:
+            closure: clears gradients, returns the loss and, with ``if loss.requires_grad:``, does
+                the backward pass, as torch's LBFGS takes it.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            ValueError: without a closure, or if it left no gradients.
+        """
+        if closure is None:
+            raise ValueError("AutoGD needs a closure that returns the loss, got None")
+        space, group = self._current_space(), self.param_groups[0]
+        generators = Generators(x.device for x in space.weights)
+        with torch.enable_grad():
+            loss = closure()
+        after = Generators(x.device for x in space.weights)
+        g = space.gradients()
+        if g is None:
+            raise ValueError("expected gradients: the closure must do the backward pass")
+        d = space.zeros()
+        space.add(d, g, 0.0, 1.0)
+        squares = space.dots(g, g, d)[3]
+        gamma = float(group["lr"])
+        candidates = [gamma / 2, gamma, 2 * gamma]
+        w = space.copy()
+        found = [mean_loss(loss, self._process_group)]
+        try:
+            for c in candidates:
+                space.displace(space.weights, w, d, c)
+                generators.restore()
+                with no_gradients(space.parameters):
+                    found.append(mean_loss(closure(), self._process_group))
+        finally:
+            put_back(space, w)
+            after.restore()
+        best = choose(candidates, torch.stack([*found, squares.to(found[0].device)]), group["eta"])
+        if best is None:
+            group["lr"] = gamma / 4
+        else:
+            space.displace(space.weights, w, d, best)
+            group["lr"] = best
+        return loss
+
+
+def choose(candidates: list[float], numbers: torch.Tensor, eta: float) -> float | None:
+    """Return the passing candidate of lowest f, or None.
+
+    Args:
+        numbers: f(x), f at each candidate, ‖g‖².
+    """
+    here, *there, squares = numbers.tolist()
+    passing = [
+        (f, c)
+        for f, c in zip(there, candidates, strict=True)
+        if math.isfinite(f) and f <= here - eta * c * squares
+    ]
+    return min(passing)[1] if passing else None
