@@ -48,7 +48,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def chunk_table(sizes: list[int], chunk: int) -> Tensor:
-    """Return (chunks, 3) int64: tensor, offset and length of each piece of tensors of these sizes."""
+    """Return (chunks, 3) int64: tensor, offset and length of each piece of such tensors."""
     elements = torch.tensor(sizes, dtype=torch.int64)
     counts = (elements + chunk - 1) // chunk
     tensor = torch.arange(len(sizes)).repeat_interleave(counts)

@@ -93,7 +93,7 @@ def test_losses_that_are_not_finite_do_not_pass():
     opt = AutoGD([weight], lr=1.0)
     # Below 0 there is no logarithm: of the candidates only γ/2 stays above.
     closure = closure_of(opt, [weight], lambda: weight.log().sum())
-    assert math.isfinite(opt.step(closure))
+    assert math.isfinite(opt.step(closure).detach())
     assert weight.item() == 0.5 and opt.param_groups[0]["lr"] == 0.5
 
 

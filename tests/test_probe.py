@@ -83,7 +83,8 @@ def train(name, steps, probes):
         loss_of(model, batch(t)).backward()
         if t in probes:
             before = everything(model, opt)
-            losses = probe(lambda z=batch(100 + t): loss_of(model, z), MULTIPLES)
+            other = batch(100 + t)
+            losses = probe(lambda z=other: loss_of(model, z), MULTIPLES)
             assert len(set(losses)) > 1, losses
             assert_unchanged(before, everything(model, opt))
         opt.step()
