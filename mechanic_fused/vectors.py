@@ -55,6 +55,8 @@ class Part:
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
         self.owners = self.chunks[:, 0].to(self.device)
         self.handle: Any = None
+        # On the device, or indexing by a list would upload it each time.
+        self.places = torch.tensor(indices, device=self.device)
 
     def of(self, vector: Sequence[Tensor]) -> Stream:
         """Return this part's tensors of a vector."""
@@ -87,7 +89,6 @@ class Space:
         parameters: weights, DTensors among them.
         backend: "auto" or a backend's name.
         reduce_group: the process group over which plain weights are sharded, or None.
-        dtype: of the narrow streams, where it is not each weight's own.
 
     Raises:
         ValueError: without weights, or for a backend that does not serve their device.
@@ -98,7 +99,6 @@ class Space:
         parameters: Iterable[Tensor],
         backend: str = "auto",
         reduce_group: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         self.parameters = list(parameters)
         if not self.parameters:
@@ -110,7 +110,7 @@ class Space:
             name = backends.resolve_vectors(backend, x.device.type)
             if not is_dense(x) or x.dtype not in KERNEL_DTYPES:
                 name = "reference"
-            sort = Sort(x.device, dtype or x.dtype, name, shards(p, reduce_group))
+            sort = Sort(x.device, x.dtype, name, shards(p, reduce_group))
             members.setdefault(sort, []).append(i)
         sizes = [x.numel() for x in self.weights]
         self.parts = [
@@ -179,7 +179,7 @@ class Space:
         """Take one step of AdaRem on the weights; return max|m| of each weight's new m."""
         found = []
         for part in self.parts:
-            near = peaks[part.indices].to(part.device)
+            near = peaks.to(part.device)[part.places]
             streams = part.of(self.weights), part.of(g), part.of(m)
             found.append(part.backend.adarem(part, *streams, near, options))
         increment_version(self.parameters)
@@ -194,10 +194,19 @@ class Space:
     def _most(self, found: list[Tensor]) -> Tensor:
         most = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
         for part, values in zip(self.parts, found, strict=True):
-            values = values.to(self.device)
-            for group in part.sort.shards:
-                torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group)
-            most[part.indices] = values
+            most[part.places.to(self.device)] = values.to(self.device)
+        # Not by parts: those that are not dense on one rank may be dense on another.
+        sharded: dict[Groups, list[int]] = {}
+        for part in self.parts:
+            if part.sort.shards:
+                sharded.setdefault(part.sort.shards, []).extend(part.indices)
+        for groups, indices in sharded.items():
+            places = torch.tensor(sorted(indices), device=self.device)
+            # As integers, by which sizes compare as they do and a NaN is the largest.
+            bits = most[places].abs().view(torch.int64)
+            for group in groups:
+                torch.distributed.all_reduce(bits, torch.distributed.ReduceOp.MAX, group=group)
+            most[places] = bits.view(torch.float64)
         return most
 
 

@@ -17,11 +17,11 @@ MECHANIC_CLONES void displace_run(X* x, const X* w, const Wide<X>* __restrict d,
   for (int64_t i = 0; i < n; ++i) narrow(displaced(Wide<X>(widen(w[i])), c, d[i]), x[i]);
 }
 
-// s = a s + c x, or c x without reading s where a is 0.
+// s = a s + c x, or c x without reading s.
 template <class X>
-MECHANIC_CLONES void add_run(Wide<X>* __restrict s, const X* __restrict x, int64_t n, Wide<X> a,
-                             Wide<X> c) {
-  if (a == 0) {
+MECHANIC_CLONES void add_run(Wide<X>* __restrict s, const X* __restrict x, int64_t n, bool reads,
+                             Wide<X> a, Wide<X> c) {
+  if (!reads) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) s[i] = c * widen(x[i]);
   } else {
@@ -78,14 +78,15 @@ MECHANIC_CLONES double largest_run(const X* a, int64_t n) {
   return bad ? NAN : double(most);
 }
 
-// x = round(x + u) and m moved on; the largest magnitude of the new m.
+// x = round(x + u) and m moved on; the largest magnitude of the new m, NaN if there is one.
 template <class X>
 MECHANIC_CLONES double adarem_run(X* __restrict x, const X* __restrict g, Wide<X>* __restrict m,
                                   int64_t n, const AdaRem<Wide<X>>& rule) {
   using T = Wide<X>;
   const AdaRem<T> r = rule;
   T most = 0;
-#pragma omp simd reduction(max : most)
+  int bad = 0;
+#pragma omp simd reduction(max : most) reduction(| : bad)
   for (int64_t i = 0; i < n; ++i) {
     const T weight = widen(x[i]);
     T moved = m[i];
@@ -93,8 +94,9 @@ MECHANIC_CLONES double adarem_run(X* __restrict x, const X* __restrict g, Wide<X
     m[i] = moved;
     const T size = std::fabs(moved);
     most = size > most ? size : most;
+    bad |= size != size;
   }
-  return double(most);
+  return bad ? NAN : double(most);
 }
 
 template <class T>
@@ -137,7 +139,7 @@ void add(const Vectors& vectors, double a, double c, int threads) {
   for_chunks(vectors, threads, [&](auto narrowest, const Chunk& chunk, double*) {
     using X = decltype(narrowest);
     add_run(stream<Wide<X>>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1), chunk.length,
-            Wide<X>(a), Wide<X>(c));
+            a != 0, Wide<X>(a), Wide<X>(c));
   });
 }
 
