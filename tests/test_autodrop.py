@@ -11,7 +11,7 @@ from cases import SIZES, SUM_RTOL, assert_same, make_weights, run, set_gradients
 from torch.optim import lr_scheduler as torch_lr
 
 from mechanic_fused import MechanicAdamW
-from mechanic_fused.tuners.autodrop import AutoDrop
+from mechanic_fused.tuners import AutoDrop
 from mechanic_fused.tuners.motion import smooth
 
 NEVER = {1: 0.0, 2: -360.0}  # thresholds below every change of an angle
