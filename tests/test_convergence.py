@@ -94,7 +94,7 @@ def test_a_comparison_is_met_within_its_tolerance(convergence, by, met):
 def test_the_interval_is_that_of_paired_differences(convergence):
     rng = torch.Generator().manual_seed(0)
     ours, tuned = (pandas.Series(torch.rand(5, generator=rng).tolist()) for _ in range(2))
-    behind, half = convergence.tables._behind(tuned, ours, "accuracy")
+    behind, half = convergence.tables.gap(tuned, ours, "accuracy")
     low, high = stats.ttest_rel(tuned, ours).confidence_interval(0.95)
     assert (behind - half, behind + half) == pytest.approx((low, high))
 

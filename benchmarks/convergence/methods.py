@@ -57,6 +57,13 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def train_step(self, problem: Problem, batch: Any, clip: float | None) -> Tensor:
+        """Take one step on a batch, and return its loss before it."""
+        loss = problem.loss(batch)
+        self.backward(loss, clip)
+        self.step()
+        return loss
+
     @contextmanager
     def judged(self) -> Iterator[nn.Module]:
         yield self.model
@@ -99,10 +106,15 @@ def _options(base: str, task: Task) -> dict[str, Any]:
     return options
 
 
+def optimizer(base: str, lr: float, problem: Problem, task: Task) -> Any:
+    """Return torch's own, with the options of the recipe."""
+    fused = {} if base == "Lion" else {"fused": True}
+    return BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
+
+
 def plain(base: str, lr: float) -> Make:
     def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        fused = {} if base == "Lion" else {"fused": True}
-        opt = BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
+        opt = optimizer(base, lr, problem, task)
         return Trainer(
             problem.model, opt, schedule(opt, task, steps), lambda: opt.param_groups[0]["lr"]
         )

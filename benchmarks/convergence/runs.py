@@ -14,6 +14,7 @@ from .methods import OTHERS, Make, mechanic, plain
 from .precision import PRECISIONS, narrowed
 from .problem import Problem
 from .tasks import TASKS, Task
+from .tuned import TUNED
 
 DIVERGED = {"train_loss": math.inf, "validation_loss": math.inf, "accuracy": 0.0}
 LOOKS = 50
@@ -26,8 +27,9 @@ class Spec:
 
     Args:
         horizon: in multiples of the task's T.
-        method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS.
-        lr: of a plain base; 0 for the rest.
+        method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
+            in TUNED.
+        lr: of a plain base, and where a tuner starts; 0 for the rest.
         arm: a name in ablations.ARMS or in precision.PRECISIONS, or "" for the defaults.
     """
 
@@ -62,6 +64,8 @@ def run(spec: Spec, shorter: int = 1) -> dict[str, Any]:
 def _make(spec: Spec, arm: ExitStack) -> Make:
     if spec.method in OTHERS:
         return OTHERS[spec.method]
+    if spec.method in TUNED:
+        return TUNED[spec.method].make(spec.lr)
     name, _, base = spec.method.rpartition(" ")
     options: dict[str, Any] = {}
     if spec.arm in ARMS:
@@ -81,9 +85,7 @@ def _train(problem: Problem, task: Task, make: Make, steps: int) -> dict[str, fl
         warnings.simplefilter("ignore")
         trainer = make(problem, task, steps)
         for t in range(steps):
-            loss = problem.loss(problem.batch())
-            trainer.backward(loss, task.clip)
-            trainer.step()
+            loss = trainer.train_step(problem, problem.batch(), task.clip)
             if t % max(1, steps // LOOKS) == 0:
                 if not math.isfinite(loss.item()):
                     return {**DIVERGED, "rate": rate}

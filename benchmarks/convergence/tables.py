@@ -60,7 +60,7 @@ def _comparison(
     if not len(tuned) == len(ours) == len(protocol.fresh):
         return None
     metric = TASKS[task].metric
-    behind, half = _behind(tuned[score(task)], ours[score(task)], metric)
+    behind, half = gap(tuned[score(task)], ours[score(task)], metric)
     means = grid_means(rows, task, horizon, base, rates, protocol)
     inside = rates[0] < chosen < rates[-1]
     return {
@@ -82,7 +82,7 @@ def _comparison(
     }
 
 
-def _behind(tuned: pandas.Series, ours: pandas.Series, metric: str) -> tuple[float, float]:
+def gap(tuned: pandas.Series, ours: pandas.Series, metric: str) -> tuple[float, float]:
     """Return by how much ours is worse, and half of the 95 % interval over the seeds, paired.
 
     Of a loss the ratio of the means less 1, of an accuracy the difference of the means.
