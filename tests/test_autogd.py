@@ -1,5 +1,6 @@
 """AutoGD beside a version written apart, in plain Python."""
 
+import copy
 import math
 
 import pytest
@@ -126,6 +127,30 @@ def test_a_run_that_goes_on_takes_the_same_steps():
     assert_same(values([other_weight]), values([weight]))
 
 
+def test_a_copy_goes_on_as_the_original():
+    weight, opt, closure = quadratic(lr=0.3)
+    opt.step(closure)
+    other = copy.deepcopy(opt)
+    (twin,) = other.param_groups[0]["params"]
+    a = torch.tensor(CURVATURES, dtype=torch.float64)
+    its_closure = closure_of(other, [twin], lambda: (a * twin.square()).sum() / 2)
+    for _ in range(5):
+        opt.step(closure)
+        other.step(its_closure)
+    assert_same(values([twin]), values([weight]))
+
+
+def test_batch_norm_sees_one_pass_a_step():
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in "ab"]
+    models[1].load_state_dict(models[0].state_dict())
+    z = torch.randn(8, 3)
+    opt = AutoGD(models[0].parameters(), model=models[0])
+    opt.step(closure_of(opt, [], lambda: models[0](z).pow(4).mean()))
+    models[1](z)
+    assert_same(dict(models[0].named_buffers()), dict(models[1].named_buffers()))
+
+
 def test_what_it_refuses():
     params = make_weights()
     for options, words in (
@@ -136,7 +161,7 @@ def test_what_it_refuses():
         with pytest.raises(ValueError, match=words):
             AutoGD(params, **options)
     groups = [{"params": params[:1]}, {"params": params[1:]}]
-    with pytest.raises(ValueError, match="expected one param group, got 2"):
+    with pytest.raises(ValueError, match="expected one param group, got another"):
         AutoGD(groups)
     opt = AutoGD(params)
     with pytest.raises(ValueError, match="needs a closure"):

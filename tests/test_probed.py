@@ -172,7 +172,7 @@ def test_lrtuner_explores_at_the_edge_and_exploits_at_the_minimum():
     x, opt, closure = bowl(0.3)
     backward(opt, closure)
     best = best_rate(x)
-    tuner = LRTuner(opt, steps=40, explore=0.5, every=10)
+    tuner = LRTuner(opt, steps=40, explore=0.5, every=10, bound=2.0)
     seen = []
     for _ in range(40):
         if tuner.step(closure):
@@ -185,7 +185,7 @@ def test_lrtuner_explores_at_the_edge_and_exploits_at_the_minimum():
 def test_lrtuner_may_let_the_loss_rise_while_exploring():
     x, opt, closure = bowl(0.5)
     backward(opt, closure)
-    tuner = LRTuner(opt, steps=10, tolerance=0.1)
+    tuner = LRTuner(opt, steps=10, tolerance=0.1, bound=2.0)
     tuner.step(closure)
     g = CURVATURES * x.detach()
     with torch.no_grad():
@@ -208,7 +208,8 @@ def test_lrtuner_where_there_is_no_minimum_ahead(losses, exploring, exploiting):
         x, opt, closure = bowl(0.01)
         backward(opt, closure)
         found = iter(losses)
-        LRTuner(opt, steps=1, explore=explore).step(lambda found=found: torch.tensor(next(found)))
+        tuner = LRTuner(opt, steps=1, explore=explore, bound=2.0)
+        tuner.step(lambda found=found: torch.tensor(next(found)))
         factor = 1.0 if expected is None else expected
         assert opt.param_groups[0]["lr"] == pytest.approx(0.01 * factor, rel=1e-12)
 

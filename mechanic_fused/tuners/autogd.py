@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch import nn
 
-from ..vectors import Space
-from .keeping import Generators, no_gradients
+from .keeping import Buffers, Generators, no_gradients
 from .probe import mean_loss, put_back
+from .vector_optimizer import VectorOptimizer
 
 
-class AutoGD(Optimizer):
+class AutoGD(VectorOptimizer):
     """Descend along the gradient with the best of three step sizes, for deterministic objectives.
 
     Of c in {γ/2, γ, 2γ} those pass for which f(x − c·g) ≤ f(x) − η·c·‖g‖². x moves to the passing
@@ -24,6 +24,7 @@ class AutoGD(Optimizer):
         params: weights, or one param group.
         lr: γ at the start; any number will do, at the cost of a step for each factor of 4.
         eta: η, how much of the slope's promise a step must keep, in (0, 1).
+        model: its buffers are kept while candidates are tried; None where it has none.
         backend: "auto" or a backend's name.
         reduce_group: the process group over which plain weights are sharded, or None.
         process_group: the ranks over whose batches f is averaged; None for all of them.
@@ -59,27 +60,34 @@ class AutoGD(Optimizer):
         params: Iterable[Any],
         lr: float = 1.0,
         eta: float = 1e-4,
+        model: nn.Module | None = None,
         backend: str = "auto",
         reduce_group: Any = None,
         process_group: Any = None,
     ) -> None:
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be a finite number above 0, got {lr}")
-        if not 0 < eta < 1:
-            raise ValueError(f"eta must lie in (0, 1), got {eta}")
-        super().__init__(params, {"lr": lr, "eta": eta})
-        if len(self.param_groups) > 1:
-            raise ValueError(f"expected one param group, got {len(self.param_groups)}")
-        self._options = (backend, reduce_group)
-        self._process_group = process_group
-        self._space: Space | None = None
-        self._current_space()
+        self._model, self._process_group = model, process_group
+        super().__init__(params, {"lr": lr, "eta": eta}, backend, reduce_group)
 
-    def _current_space(self) -> Space:
-        weights = [p for p in self.param_groups[0]["params"] if p.requires_grad]
-        if self._space is None or not self._space.fits():
-            self._space = Space(weights, *self._options)
-        return self._space
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for options of a group that are out of range."""
+        if not 0 < options["lr"] < math.inf:
+            raise ValueError(f"lr must be a finite number above 0, got {options['lr']}")
+        if not 0 < options["eta"] < 1:
+            raise ValueError(f"eta must lie in (0, 1), got {options['eta']}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the first group of weights.
+
+        Raises:
+            ValueError: for options out of range, or a second group: the line is one.
+        """
+        if self.param_groups:
+            raise ValueError("expected one param group, got another")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = {"_model": self._model, "_process_group": self._process_group}
+        return {**super().__getstate__(), **held}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -97,11 +105,12 @@ class AutoGD(Optimizer):
         """
         if closure is None:
             raise ValueError("AutoGD needs a closure that returns the loss, got None")
-        space, group = self._current_space(), self.param_groups[0]
+        group = self.param_groups[0]
+        space = self._space([p for p in group["params"] if p.requires_grad])
         generators = Generators(x.device for x in space.weights)
         with torch.enable_grad():
             loss = closure()
-        after = Generators(x.device for x in space.weights)
+        after, buffers = Generators(x.device for x in space.weights), Buffers(self._model)
         g = space.gradients()
         if g is None:
             raise ValueError("expected gradients: the closure must do the backward pass")
@@ -118,8 +127,10 @@ class AutoGD(Optimizer):
                 generators.restore()
                 with no_gradients(space.parameters):
                     found.append(mean_loss(closure(), self._process_group))
+                buffers.restore()
         finally:
             put_back(space, w)
+            buffers.restore()
             after.restore()
         best = choose(candidates, torch.stack([*found, squares.to(found[0].device)]), group["eta"])
         if best is None:

@@ -33,7 +33,8 @@ class LRTuner(Probed):
         every: steps from one look to the next.
         multiples: of the step, where losses are taken: three or more.
         tolerance: how much the loss may rise in a step while exploring, as a part of itself.
-        bound: the largest factor by which a look changes the lr.
+        bound: the largest factor by which a look changes the lr; with larger ones it runs ahead of
+            what the loss has had time to show, and past what Adam survives.
         min_lr, max_lr: the range of each group's lr.
         probe_options: ``backend``, ``reduce_group``, ``process_group`` of :class:`LineProbe`.
 
@@ -69,7 +70,7 @@ class LRTuner(Probed):
         every: int = 10,
         multiples: Sequence[float] = (0.0, 0.5, 1.0, 2.0),
         tolerance: float = 0.0,
-        bound: float = 2.0,
+        bound: float = 1.1,
         min_lr: float = 0.0,
         max_lr: float = math.inf,
         **probe_options: Any,

@@ -199,7 +199,8 @@ def mean_loss(loss: Any, group: Any = None) -> Tensor:
     Raises:
         ValueError: if a closure returned something else than one number.
     """
-    number = torch.as_tensor(loss).detach().double()
+    number = loss.detach() if torch.is_tensor(loss) else torch.tensor(loss, dtype=torch.float64)
+    number = number.double()
     if number.numel() != 1:
         raise ValueError(f"a closure must return one number, got a shape {tuple(number.shape)}")
     number = number.reshape(())
