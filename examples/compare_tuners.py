@@ -32,11 +32,13 @@ class Method(NamedTuple):
         beside: (optimizer, model, steps) → what tunes its learning rate: a list, often of one.
         way: "after" the optimizer's step, "before" it with a closure, or the optimizer takes a
             "closure" itself.
+        clips: whether gradients may be clipped; a line search needs the loss's own.
     """
 
     optimizer: Callable[[list], Optimizer]
     beside: Callable[[Optimizer, CharModel, int], list]
     way: str = "after"
+    clips: bool = True
 
 
 def nothing(*_: Any) -> list:
@@ -68,13 +70,13 @@ METHODS = {
     "Flatter, faster": Method(
         momentum, lambda o, m, n: [*cosine(o, m, n), tuners.FlatterFaster(o)]
     ),
-    "CGQ": Method(lambda w: tuners.CGQ(w, lr=0.1), nothing, "closure"),
+    "CGQ": Method(lambda w: tuners.CGQ(w, lr=0.1), nothing, "closure", clips=False),
     "extrapolated SGD": Method(
         lambda w: tuners.ExtrapolatedSGD(w, lr=0.3, momentum=0.9), cosine, "closure"
     ),
     "AdaRem": Method(lambda w: tuners.AdaRem(w, lr=0.4), cosine, "closure"),
     # For objectives without noise: it sees the same batch at every step.
-    "AutoGD, one batch": Method(lambda w: tuners.AutoGD(w), nothing, "closure"),
+    "AutoGD, one batch": Method(lambda w: tuners.AutoGD(w), nothing, "closure", clips=False),
 }
 
 
@@ -112,7 +114,8 @@ class Run:
             # Line searches ask for the loss alone.
             if loss.requires_grad:
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                if self.method.clips:
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             return loss
 
         if self.method.way == "closure":

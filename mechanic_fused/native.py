@@ -1,4 +1,4 @@
-"""The verbs as calls into the compiled module: the only file that hands out addresses and streams.
+"""The verbs as calls into the compiled module: addresses and streams are handed out here.
 
 Same functions and same results as reference.py, on the processor and on a GPU.
 """

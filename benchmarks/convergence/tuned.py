@@ -91,6 +91,13 @@ class Closed(Trainer):
         return loss
 
 
+class Unclipped(Closed):
+    """For methods that need the loss's own gradients."""
+
+    def train_step(self, problem: Problem, batch: Any, clip: float | None) -> Tensor:
+        return super().train_step(problem, batch, None)
+
+
 class Whole(Closed):
     """Steps on all training rows: for methods whose objective must be the same at each step."""
 
@@ -153,19 +160,35 @@ def _looking(
 
 
 def _closed(
-    kind: type[Closed], new: Callable[..., Any], scheduled: bool
+    kind: type[Closed], new: Callable[[Problem, float, float], Any], scheduled: bool
 ) -> Callable[[float], Make]:
-    """An optimizer that is a method itself: new(weights, lr, weight_decay)."""
+    """An optimizer that is a method itself: new(problem, lr, weight_decay)."""
 
     def start(lr: float) -> Make:
         def make(problem: Problem, task: Task, steps: int) -> Trainer:
-            opt = new(problem.weights(), lr, DECAY["SGD"] * task.decay)
+            opt = new(problem, lr, DECAY["SGD"] * task.decay)
             scheduler = schedule(opt, task, steps) if scheduled else None
             return kind(problem.model, opt, scheduler, _rate(opt))
 
         return make
 
     return start
+
+
+def _cgq(problem: Problem, lr: float, decay: float) -> Any:
+    return tuners.CGQ(problem.weights(), lr=lr, weight_decay=decay, model=problem.model)
+
+
+def _extrapolated(problem: Problem, lr: float, decay: float) -> Any:
+    return tuners.ExtrapolatedSGD(problem.weights(), lr=lr, momentum=0.9, weight_decay=decay)
+
+
+def _adarem(problem: Problem, lr: float, decay: float) -> Any:
+    return tuners.AdaRem(problem.weights(), lr=lr, weight_decay=decay)
+
+
+def _autogd(problem: Problem, lr: float, _: float) -> Any:
+    return tuners.AutoGD(problem.weights(), lr=lr, model=problem.model)
 
 
 TUNED: dict[str, Method] = {
@@ -194,27 +217,11 @@ TUNED: dict[str, Method] = {
         "SGD",
         _looking("plain SGD", lambda opt, model, _: tuners.LQA(opt, model), lambda _, b: [b]),
     ),
-    "CGQ": Method(
-        1e-2,
-        "SGD",
-        _closed(Closed, lambda p, lr, wd: tuners.CGQ(p, lr=lr, weight_decay=wd), False),
-    ),
-    "extrapolated SGD": Method(
-        "grid",
-        "SGD",
-        _closed(
-            Closed,
-            lambda p, lr, wd: tuners.ExtrapolatedSGD(p, lr=lr, momentum=0.9, weight_decay=wd),
-            True,
-        ),
-    ),
-    "AdaRem": Method(
-        0.4,
-        "SGD",
-        _closed(Closed, lambda p, lr, wd: tuners.AdaRem(p, lr=lr, weight_decay=wd), True),
-    ),
+    "CGQ": Method(1e-2, "SGD", _closed(Unclipped, _cgq, False)),
+    "extrapolated SGD": Method("grid", "SGD", _closed(Closed, _extrapolated, True)),
+    "AdaRem": Method(0.4, "SGD", _closed(Closed, _adarem, True)),
     "Flatter, faster SGD": Method("grid", "SGD", _scheduled("SGD", _flatter)),
-    "AutoGD": Method(1.0, "SGD", _closed(Whole, lambda p, lr, _: tuners.AutoGD(p, lr=lr), False)),
+    "AutoGD": Method(1.0, "SGD", _closed(Whole, _autogd, False)),
 }
 """What only drops starts at the best of the grid, what searches where nobody chose."""
 
