@@ -101,6 +101,7 @@ class Space:
         reduce_group: Any = None,
     ) -> None:
         self.parameters = list(parameters)
+        self.backend, self.reduce_group = backend, reduce_group
         if not self.parameters:
             raise ValueError("expected weights to work on, got none")
         self.weights: Vector = [local(p).detach() for p in self.parameters]
@@ -154,7 +155,7 @@ class Space:
             near = c.to(part.device, non_blocking=True)
             part.backend.displace(part, part.of(x), part.of(w), part.of(d), near)
         if x is self.weights:
-            increment_version(self.parameters)
+            self.written()
 
     def add(self, s: Vector, x: Vector, a: float = 1.0, c: float = 1.0) -> None:
         """s = a·s + c·x; where a = 0 s is not read."""
@@ -182,8 +183,17 @@ class Space:
             near = peaks.to(part.device)[part.places]
             streams = part.of(self.weights), part.of(g), part.of(m)
             found.append(part.backend.adarem(part, *streams, near, options))
-        increment_version(self.parameters)
+        self.written()
         return self._most(found)
+
+    def written(self) -> None:
+        """Tell autograd that the weights have been written, and autocast that its casts are old."""
+        increment_version(self.parameters)
+        torch.clear_autocast_cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles make the tables anew: those hold addresses.
+        return Space, (self.parameters, self.backend, self.reduce_group)
 
     def _sum(self, of: Callable[[Part], Tensor], count: int) -> Tensor:
         rows = distributed.merge(

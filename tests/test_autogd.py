@@ -127,6 +127,16 @@ def test_a_run_that_goes_on_takes_the_same_steps():
     assert_same(values([other_weight]), values([weight]))
 
 
+def test_at_an_optimum_the_rate_stays():
+    lr = torch.tensor(0.25, dtype=torch.float64)
+    weight, opt, closure = quadratic(lr=0.25)
+    opt.param_groups[0]["lr"] = lr
+    with torch.no_grad():
+        weight.zero_()
+    opt.step(closure)
+    assert opt.param_groups[0]["lr"] is lr and float(lr) == 0.25
+
+
 def test_a_copy_goes_on_as_the_original():
     weight, opt, closure = quadratic(lr=0.3)
     opt.step(closure)

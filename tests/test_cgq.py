@@ -575,3 +575,25 @@ def test_sharded_weights_step_as_whole_ones(ranks, probability):
     for p, x in zip(found[0][0], expected, strict=True):
         torch.testing.assert_close(p, x, rtol=SUM_RTOL, atol=SUM_RTOL * FEW * float(x.abs().max()))
     assert found[0][1] == pytest.approx(lr, rel=SUM_RTOL * FEW)
+
+
+def test_an_error_in_a_search_leaves_the_vectors_as_they_were():
+    weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    opt = CGQ([weight], lr=0.01, probability=1.0)
+    fails = False
+
+    def closure():
+        opt.zero_grad()
+        loss = (weight**2).sum()
+        if loss.requires_grad:
+            loss.backward()
+        elif fails:
+            raise RuntimeError("out of memory")
+        return loss
+
+    opt.step(closure)
+    before = {name: t.clone() for name, t in opt.state[weight].items()}
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step(closure)
+    assert all(torch.equal(opt.state[weight][name], t) for name, t in before.items())

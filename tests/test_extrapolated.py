@@ -262,3 +262,21 @@ def test_a_closure_without_gradients_is_refused_before_anything_changes(backend)
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name} must .*got {value}"):
         ExtrapolatedSGD(make_weights(), **{**OPTIONS, name: value})
+
+
+def test_a_weight_that_is_frozen_later_is_not_moved_ahead():
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in "ab")
+    opt = ExtrapolatedSGD([a, b], lr=0.1)
+    seen = []
+
+    def closure():
+        opt.zero_grad()
+        seen.append(b.detach().clone())
+        loss = (a * a).sum() + (b * b).sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    b.requires_grad_(False)
+    opt.step(closure)
+    assert torch.equal(seen[-1], b.detach())

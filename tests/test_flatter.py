@@ -203,3 +203,12 @@ def test_a_strange_state_dict_is_refused(state, message):
     with pytest.raises(ValueError, match=message):
         coupling.load_state_dict(state)
     assert coupling.state_dict() == before
+
+
+def test_references_out_of_range_change_nothing():
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    coupling = FlatterFaster(opt)
+    before = coupling.state_dict()
+    with pytest.raises(ValueError, match="expected references lr > 0"):
+        coupling.load_state_dict({"references": [[0.0, 0.9]]})
+    assert coupling.state_dict() == before

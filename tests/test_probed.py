@@ -285,3 +285,39 @@ def test_lrs_that_are_tensors_stay_the_same_tensors():
     held = group["lr"]
     probed.set_lr(group, 0.25)
     assert group["lr"] is held and float(held) == 0.25
+
+
+def test_a_tensor_lr_that_groups_share_moves_once():
+    params = make_weights(dtype=torch.float64)
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    shared, plain = torch.optim.SGD(groups, lr=lr), torch.optim.SGD(groups, lr=0.01)
+    set_gradients(params, 0)
+    for opt in (shared, plain):
+        GeN(opt).step(lambda: sum(p.square().sum() for p in params))
+    assert GeN(shared).get_last_lr() == pytest.approx(GeN(plain).get_last_lr(), rel=1e-15)
+    assert float(lr) != 0.01
+
+
+def test_lqa_refuses_a_group_that_came_later():
+    x, opt, closure = bowl()
+    tuner = LQA(opt)
+    y = torch.nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [y], "lr": 1.0, "momentum": 0.9})
+    backward(opt, closure)
+    with pytest.raises(ValueError, match="expected torch.optim.SGD without"):
+        tuner.step(closure)
+    assert opt.param_groups[0]["lr"] == 0.01 and tuner.count == 0
+
+
+def test_uphill_the_lr_shrinks_whatever_is_tolerated():
+    x, opt, closure = bowl(0.01)
+    (-closure()).backward()
+    LRTuner(opt, steps=10, tolerance=1.0, bound=2.0).step(closure)
+    assert opt.param_groups[0]["lr"] == 0.005
+
+
+def test_a_count_that_is_none_is_refused():
+    _, opt, _ = bowl()
+    with pytest.raises(ValueError, match="count must be an integer of 0 or more, got 'x'"):
+        GeN(opt).load_state_dict({"count": "x"})

@@ -61,8 +61,8 @@ class AutoDrop:
         extra: epochs that are averaged before a drop (version 1), 20.
         threshold_max: degrees, the largest θ (version 1), 1.
         beside: other schedulers of this optimizer, whose own base rates are to drop too. Those
-            that compute the lr from them (LambdaLR, OneCycleLR, CyclicLR, warm restarts) would
-            otherwise undo a drop.
+            that compute the lr from them (LambdaLR, OneCycleLR, CyclicLR, warm restarts,
+            SequentialLR) would otherwise undo a drop.
         reduce_group: the process group over which plain weights are sharded, or None.
         backend: "auto" or a backend's name.
 
@@ -264,7 +264,7 @@ class AutoDrop:
     @torch.no_grad()
     def _drop(self) -> None:
         schedulers = list({id(s): s for s in _flat(self.beside)}.values())
-        keys = ["lr", "initial_lr"]
+        keys = ["lr", "initial_lr", "swa_lr"]
         if any(isinstance(s, OneCycleLR) for s in schedulers):
             keys += ["max_lr", "min_lr"]
         lowered: set[int] = set()

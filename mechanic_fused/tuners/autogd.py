@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .keeping import Buffers, Generators, no_gradients
+from .keeping import Buffers, Generators, no_gradients, reshard
 from .probe import mean_loss, put_back
+from .probed import set_lr
 from .vector_optimizer import VectorOptimizer
 
 
@@ -125,19 +127,22 @@ class AutoGD(VectorOptimizer):
             for c in candidates:
                 space.displace(space.weights, w, d, c)
                 generators.restore()
+                reshard(self._model)
                 with no_gradients(space.parameters):
                     found.append(mean_loss(closure(), self._process_group))
                 buffers.restore()
         finally:
             put_back(space, w)
+            reshard(self._model)
             buffers.restore()
             after.restore()
         best = choose(candidates, torch.stack([*found, squares.to(found[0].device)]), group["eta"])
-        if best is None:
-            group["lr"] = gamma / 4
-        else:
+        if best is not None:
             space.displace(space.weights, w, d, best)
-            group["lr"] = best
+            set_lr(group, best)
+        elif float(squares):
+            # At an optimum no step tells anything, and γ would fall to 0 for ever.
+            set_lr(group, max(gamma / 4, sys.float_info.min))
         return loss
 
 
@@ -148,6 +153,8 @@ def choose(candidates: list[float], numbers: torch.Tensor, eta: float) -> float 
         numbers: f(x), f at each candidate, ‖g‖².
     """
     here, *there, squares = numbers.tolist()
+    if squares == 0:
+        return None
     passing = [
         (f, c)
         for f, c in zip(there, candidates, strict=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..vectors import Space, Vector
-from .keeping import Buffers, Generators, no_gradients
+from .keeping import Buffers, Generators, no_gradients, reshard
 from .probe import mean_loss, put_back
 from .probed import set_lr
 from .vector_optimizer import VectorOptimizer
@@ -55,7 +55,7 @@ class CGQ(VectorOptimizer):
             that does not serve the weights' device.
 
     Beside the weights it keeps p in float32 (float64 for float64 weights) and, from the first
-    search on, g_last in the weights' dtype; during a search also a copy of the weights. A step
+    search on, g_last in the weights' dtype; during a search also copies of the three. A step
     calls the closure once with gradients, a search one to three times more without.
 
     Source: arXiv 2106.11548 and its authors' code, with its defaults for ``probability``, ``trial``
@@ -164,8 +164,14 @@ class CGQ(VectorOptimizer):
             space.displace(space.weights, space.weights, p, lr)
         else:
             start = float(mean_loss(loss, self._process_group))
-            beta, slope = self._conjugate(space, g, p)
-            found = self._search(space, closure, p, before, start, slope)
+            last = self._vector(space, "last_gradient", narrow=True)
+            held = [t.clone() for t in (*p, *last)]
+            try:
+                beta, slope = self._conjugate(space, g, p)
+                found = self._search(space, closure, p, before, start, slope)
+            except BaseException:
+                torch._foreach_copy_([*p, *last], held)
+                raise
             space.displace(space.weights, space.weights, p, lr if found is None else found)
             lr = lr if found is None else (lr + found) / 2
             momentum = momentum if beta is None else (momentum + beta) / 2
@@ -215,6 +221,7 @@ class CGQ(VectorOptimizer):
         def loss_at(t: float) -> float:
             space.displace(space.weights, w, p, t)
             before.restore()
+            reshard(self._model)
             with no_gradients(space.parameters):
                 found = mean_loss(closure(), self._process_group)
             buffers.restore()
@@ -224,6 +231,7 @@ class CGQ(VectorOptimizer):
             return line_search(loss_at, start, slope, options["trial"], options["bound"])
         finally:
             put_back(space, w)
+            reshard(self._model)
             buffers.restore()
             after.restore()
 

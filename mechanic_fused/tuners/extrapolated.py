@@ -112,7 +112,11 @@ class ExtrapolatedSGD(VectorOptimizer):
         try:
             for group in self.param_groups:
                 reach = group["extrapolation"] * float(group["lr"])
-                known = [p for p in group["params"] if "last_gradient" in self.state.get(p, {})]
+                known = [
+                    p
+                    for p in group["params"]
+                    if p.requires_grad and "last_gradient" in self.state.get(p, {})
+                ]
                 if known and reach:
                     space = self._space(known)
                     last, w = self._vector(space, "last_gradient"), space.copy()

@@ -92,6 +92,8 @@ class FlatterFaster:
                 f"expected references of {len(self.optimizer.param_groups)} param groups, "
                 f"got {len(references)}"
             )
+        if not all(0 < lr < math.inf and 0 < beta < 1 for lr, beta in references):
+            raise ValueError(f"expected references lr > 0 and β in (0, 1), got {references}")
         self.references = references
         self.step()
 

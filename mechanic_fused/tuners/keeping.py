@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,16 +36,23 @@ class Generators:
 
 
 class Buffers:
-    """A model's buffers: batch norm's running statistics among them."""
+    """A model's buffers, batch norm's running statistics among them: tensors and their places."""
 
     def __init__(self, model: nn.Module | None) -> None:
-        found = [] if model is None else model.buffers()
-        self.held = [(buffer, buffer.clone()) for buffer in found]
+        self.held = [
+            (module, name, buffer, buffer.clone())
+            for module in ([] if model is None else model.modules())
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for buffer, copy in self.held:
-            buffer.copy_(copy)
+        for module, name, buffer, copy in self.held:
+            module._buffers[name] = buffer
+            # Many have not moved, and one that shares its memory with itself cannot be written.
+            if not torch.equal(buffer, copy):
+                buffer.copy_(copy)
 
 
 class OptimizerState:
@@ -115,3 +123,11 @@ def no_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p, grad in held:
             p.grad = grad
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Let fully_shard's modules gather their weights anew: a pass without gradients keeps them."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for module in () if model is None else model.modules():
+        if isinstance(module, kind):
+            module.reshard()

@@ -68,6 +68,7 @@ class LQA(Probed):
         self.bound = bound
 
     def _factor(self, closure: Closure) -> float | None:
+        check_plain_sgd(self.optimizer)
         space = self.probe.space
         g = space.gradients()
         if g is None:

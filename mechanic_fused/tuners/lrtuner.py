@@ -23,7 +23,8 @@ class LRTuner(Probed):
 
     then η ← η·clip(r, 1/bound, bound). Where κ ≤ 0 the parabola has no minimum: the lr grows by
     ``bound`` if the loss falls along it (s > 0) while exploring, and stays when exploiting. Where
-    κ > 0 and s ≤ 0 even a small step does harm: the lr shrinks by ``bound``.
+    s ≤ 0 even a small step does harm, and where a loss is not finite a step did: the lr shrinks by
+    ``bound`` (while exploiting with κ ≤ 0 it stays).
 
     Args:
         optimizer: any torch optimizer; its lr is where the search starts.
@@ -105,8 +106,10 @@ class LRTuner(Probed):
 
     def _edge(self, fit: Parabola) -> float:
         slack = self.tolerance * abs(fit.level)
+        if fit.slope <= 0:
+            return 1 / self.bound
         if fit.curvature <= 0:
-            return self.bound if fit.slope > 0 else 1 / self.bound
+            return self.bound
         inside = fit.slope**2 + 2 * fit.curvature * slack
         return (fit.slope + math.sqrt(inside)) / fit.curvature
 

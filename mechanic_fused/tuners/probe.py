@@ -10,10 +10,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ..vectors import Space, Vector
-from .keeping import Buffers, Generators, OptimizerState, no_gradients
+from .keeping import Buffers, Generators, OptimizerState, no_gradients, reshard
 
 Closure = Callable[[], Tensor]
 
@@ -37,17 +36,26 @@ class Parabola(NamedTuple):
         return self.curvature > 0 and self.slope > 0
 
 
+NOTHING = 1e-13
+"""What the fit's own roundings leave of a curvature that is 0, as a part of the losses' range."""
+
+
 def parabola(multiples: Sequence[float], losses: Sequence[float]) -> Parabola | None:
     """Return the least-squares parabola through three or more points, or None if any loss is not
     finite."""
     if not all(map(math.isfinite, losses)):
         return None
-    half, minus, level = numpy.polyfit(multiples, losses, 2).tolist()
-    found = numpy.asarray(losses)
+    # Differences first: of losses that lie on a line the curvature is then 0, or nearly so.
+    base = losses[0]
+    found = numpy.asarray(losses) - base
+    half, minus, level = numpy.polyfit(multiples, found, 2).tolist()
     residual = found - numpy.polyval([half, minus, level], multiples)
     spread = float(((found - found.mean()) ** 2).sum())
     r_squared = 1 - float((residual**2).sum()) / spread if spread > 0 else 0.0
-    return Parabola(level, -minus, 2 * half, r_squared)
+    reach = max(map(abs, multiples))
+    if abs(half) * reach**2 <= NOTHING * float(numpy.abs(found).max()):
+        half = 0.0
+    return Parabola(base + level, -minus, 2 * half, r_squared)
 
 
 class LineProbe:
@@ -101,9 +109,10 @@ class LineProbe:
 
     @property
     def space(self) -> Space:
-        """The weights that require gradients, of all groups."""
+        """The weights that a step may move: those that require gradients, or still have one."""
         groups = self.optimizer.param_groups
-        weights = [p for group in groups for p in group["params"] if p.requires_grad]
+        held = [p for group in groups for p in group["params"]]
+        weights = [p for p in held if p.requires_grad or p.grad is not None]
         space = self._space
         known = space is not None and [id(p) for p in space.parameters] == [id(p) for p in weights]
         if space is None or not known or not space.fits():
@@ -124,6 +133,8 @@ class LineProbe:
         Raises:
             ValueError: if no weight has a gradient.
         """
+        if getattr(self.optimizer, "_release", None) is not None:
+            raise ValueError("expected gradients, got an optimizer that releases them: no probes")
         space = self.space
         if space.gradients() is None:
             raise ValueError("expected gradients: call it after backward() and before step()")
@@ -139,9 +150,9 @@ class LineProbe:
         """
         space, opt = self.space, self.optimizer
         kept, generators = OptimizerState(opt), Generators(x.device for x in space.weights)
-        hooked = opt._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
         grads = [p.grad for p in space.parameters]
-        copies = [g.clone() if hooked and g is not None else None for g in grads]
+        # Hooks may write them, and torch's foreach SGD adds Nesterov's momentum into them.
+        copies = [None if g is None else g.clone() for g in grads]
         try:
             opt.step()
             d = space.zeros()
@@ -166,6 +177,8 @@ class LineProbe:
         """
         space = self.space
         generators, buffers = Generators(x.device for x in space.weights), Buffers(self.model)
+        models = [] if self.model is None else self.model.parameters()
+        everybody = list(dict.fromkeys([*space.parameters, *models]))
         losses = []
         try:
             for r in multiples:
@@ -174,11 +187,13 @@ class LineProbe:
                     put_back(space, w)
                 else:
                     space.displace(space.weights, w, d, float(r))
-                with no_gradients(space.parameters):
+                reshard(self.model)
+                with no_gradients(everybody):
                     losses.append(mean_loss(closure(), self.process_group))
                 buffers.restore()
         finally:
             put_back(space, w)
+            reshard(self.model)
             buffers.restore()
             generators.restore()
         return torch.stack(losses).tolist()
@@ -188,7 +203,7 @@ class LineProbe:
 def put_back(space: Space, w: Vector) -> None:
     """Give the weights the bits of their copy; autograd counts it as a write."""
     torch._foreach_copy_(space.weights, w)
-    torch.autograd.graph.increment_version(space.parameters)
+    space.written()
 
 
 def mean_loss(loss: Any, group: Any = None) -> Tensor:

@@ -70,8 +70,10 @@ class Probed:
         self.count += 1
         if factor is None:
             return False
-        for group in self.optimizer.param_groups:
-            set_lr(group, min(self.max_lr, max(self.min_lr, factor * float(group["lr"]))))
+        # Read first: groups that were made without an lr of their own share one tensor.
+        rates = [factor * rate for rate in self.get_last_lr()]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            set_lr(group, min(self.max_lr, max(self.min_lr, rate)))
         return True
 
     def _factor(self, closure: Closure) -> float | None:
@@ -96,6 +98,8 @@ class Probed:
             raise ValueError(
                 f"expected the entries {sorted(self.state_dict())}, got {sorted(state)}"
             )
+        if not isinstance(state["count"], int) or state["count"] < 0:
+            raise ValueError(f"count must be an integer of 0 or more, got {state['count']!r}")
         vars(self).update(state)
 
 
