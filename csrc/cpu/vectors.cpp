@@ -4,11 +4,6 @@
 #include "cpu.h"
 
 namespace mechanic::cpu {
-namespace {
-
-// Below this many elements the vectors are done before a second thread has woken up.
-constexpr int64_t kSerial = 1 << 16;
-
 // x = round(w - c d); x and w may be the same.
 template <class X>
 MECHANIC_CLONES void displace_run(X* x, const X* w, const Wide<X>* __restrict d, int64_t n,
@@ -98,6 +93,11 @@ MECHANIC_CLONES double adarem_run(X* __restrict x, const X* __restrict g, Wide<X
   }
   return bad ? NAN : double(most);
 }
+
+namespace {
+
+// Below this many elements the vectors are done before a second thread has woken up.
+constexpr int64_t kSerial = 1 << 16;
 
 template <class T>
 T* stream(const Vectors& vectors, const Chunk& chunk, int number) {
