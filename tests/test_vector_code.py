@@ -17,7 +17,7 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 VERBS = ("apply", "norm", "displace", "add", "turn", "dots", "adarem")
 """Beside accumulate. ``largest`` has no arithmetic to look for."""
 KERNEL = re.compile(
-    rf"mechanic::cpu::(?:\(anonymous namespace\)::)?(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(VERBS)})_run<.*>)"
+    rf"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(VERBS)})_run<.*>)"
     r"\(.* \[clone \.(\w+)\]"
 )
 # Packed: …ps or …pd, never …ss or …sd.
