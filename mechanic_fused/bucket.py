@@ -30,6 +30,10 @@ others, when memory was slower).
 """
 
 
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Of the weights that kernels work on, in the order of chunk.h's DType."""
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the arithmetic and of Δ for weights of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32

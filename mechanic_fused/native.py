@@ -14,12 +14,9 @@ from torch.autograd.graph import increment_version
 
 from . import _native  # type: ignore[attr-defined]
 from .bases import KINDS
-from .bucket import Bucket
+from .bucket import KERNEL_DTYPES, Bucket
 from .device_tables import DeviceTables
 from .tuner import Tuner
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""In the order of the numbers by which the compiled module knows them."""
 
 CHUNKS = {"cuda": 1 << 13}
 """Elements of a chunk on a GPU, where one is a block's work: short enough that the last blocks of a
@@ -121,8 +118,8 @@ def _table(bucket: Bucket, tables: Bucket | DeviceTables) -> Any:
         scale_count=len(bucket.sums),
         elements=sum(x.numel() for x in bucket.weights),
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
-        weight=DTYPES.index(bucket.dtype),
-        state=DTYPES.index(first[0].dtype if first else bucket.wide),
+        weight=KERNEL_DTYPES.index(bucket.dtype),
+        state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.wide),
     )
 
 

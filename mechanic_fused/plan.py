@@ -10,13 +10,11 @@ from torch import Tensor
 
 from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
-from .bucket import GG, Bucket, Member, is_dense, wide
+from .bucket import GG, KERNEL_DTYPES, Bucket, Member, is_dense, wide
 from .distributed import Groups, Rows, local, shards
 from .pace import PEAK
 from .tuner import Tuner
 from .weights import check_weights
-
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 GENERAL = "general"
 """The kind of a bucket whose update the base optimizer makes itself."""

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import backends, distributed
-from .bucket import CHUNK, chunk_table, is_dense, wide
+from .bucket import CHUNK, KERNEL_DTYPES, chunk_table, is_dense, wide
 from .distributed import Groups, local, shards
 from .vectors_reference import AdaRemOptions, Stream
-
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Vector = list[Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native  # type: ignore[attr-defined]
-from .native import DTYPES
+from .bucket import KERNEL_DTYPES
 from .vectors_reference import AdaRemOptions, Stream
 
 
@@ -56,5 +56,5 @@ def _table(part: Any, *streams: Stream, dtype: torch.dtype | None = None) -> Any
         partials=part.partials.data_ptr(),
         chunk_count=len(part.chunks),
         elements=part.elements,
-        dtype=DTYPES.index(dtype or part.dtype),
+        dtype=KERNEL_DTYPES.index(dtype or part.dtype),
     )

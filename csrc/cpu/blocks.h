@@ -20,6 +20,24 @@
 
 namespace mechanic::cpu {
 
+// Below this many elements the work is done before a second thread has woken up.
+constexpr int64_t kSerial = 1 << 16;
+
+// Call run with a number of this dtype.
+template <class Run>
+void for_weight(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat:
+      return run(float());
+    case DType::kDouble:
+      return run(double());
+    case DType::kBFloat16:
+      return run(BFloat16());
+    case DType::kHalf:
+      return run(Half());
+  }
+}
+
 // Elements of a sum in float, and of a burst of stores past the caches: in longer bursts the stores
 // wait for each other (x_ref + S delta, 36 M floats on one core: 12 ms by 128, 25 ms by 1,024).
 constexpr int kBlock = 128;

@@ -96,9 +96,6 @@ MECHANIC_CLONES double adarem_run(X* __restrict x, const X* __restrict g, Wide<X
 
 namespace {
 
-// Below this many elements the vectors are done before a second thread has woken up.
-constexpr int64_t kSerial = 1 << 16;
-
 template <class T>
 T* stream(const Vectors& vectors, const Chunk& chunk, int number) {
   return reinterpret_cast<T*>(vectors.streams[chunk.tensor].at[number]) + chunk.offset;
@@ -107,22 +104,12 @@ T* stream(const Vectors& vectors, const Chunk& chunk, int number) {
 // Call work(x, chunk, partial) for all chunks, x being a number of the narrow streams' dtype.
 template <class Work>
 void for_chunks(const Vectors& vectors, int threads, Work work) {
-  const auto run = [&](auto x) {
+  for_weight(vectors.dtype, [&](auto x) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (vectors.elements >= kSerial)
     for (int64_t i = 0; i < vectors.chunk_count; ++i) {
       work(x, vectors.chunks[i], vectors.partials[i].value);
     }
-  };
-  switch (vectors.dtype) {
-    case DType::kFloat:
-      return run(float());
-    case DType::kDouble:
-      return run(double());
-    case DType::kBFloat16:
-      return run(BFloat16());
-    case DType::kHalf:
-      return run(Half());
-  }
+  });
 }
 
 }  // namespace

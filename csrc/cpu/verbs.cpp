@@ -6,9 +6,6 @@
 namespace mechanic::cpu {
 namespace {
 
-// Below this many elements a bucket is done before a second thread has woken up.
-constexpr int64_t kSerial = 1 << 16;
-
 // Weights that overflow the caches are written past them: apply does not read x, and the next to
 // read it is a forward pass that starts at the other end.
 constexpr int64_t kStreamed = 1 << 22;
@@ -63,20 +60,6 @@ void apply_chunk(const Bucket& bucket, const Chunk& chunk, const double* scale, 
                chunk.length, Wide<X>(scale ? *scale : 0), bucket.elements >= kStreamed, lanes);
   partial.xd = fold(lanes.ab);
   partial.xx = fold(lanes.aa);
-}
-
-template <class Run>
-void for_weight(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::kFloat:
-      return run(float());
-    case DType::kDouble:
-      return run(double());
-    case DType::kBFloat16:
-      return run(BFloat16());
-    case DType::kHalf:
-      return run(Half());
-  }
 }
 
 template <class Run>
