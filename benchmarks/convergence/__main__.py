@@ -46,7 +46,7 @@ def main() -> None:
         **{name: SMALLER[name][0](value) for name, value in given.items() if value is not None},
     )
     tasks = arguments.tasks
-    conditions = records.conditions()
+    conditions = records.conditions(arguments.commit)
     store = Store(arguments.out.with_suffix(".csv"), conditions["commit"])
     parts = [] if arguments.report else arguments.parts
 
@@ -146,6 +146,7 @@ def _arguments() -> argparse.Namespace:
         many = "+" if kind is tuple else None
         parser.add_argument(f"--{name}", type=int, nargs=many, metavar="N", help=text)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--commit", help="for a tree without its history")
     parser.add_argument("--out", type=Path, help="without suffix; .csv, .json and .png are written")
     arguments = parser.parse_args()
     if arguments.jobs < 1:

@@ -128,7 +128,7 @@ def grid(rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> 
 
     None for a longer horizon while the best of the shorter one is not known.
     """
-    middle, half = BASES[base][2], protocol.points // 2
+    middle, half = BASES[base][2] / TASKS[task].narrower, protocol.points // 2
     shorter = [h for h in TASKS[task].horizons if h < horizon]
     if shorter:
         rates = grid(rows, task, shorter[-1], base, protocol)

@@ -23,6 +23,7 @@ class Task:
         clip: the largest norm of the gradients, where the recipe clips them.
         horizons: in multiples of ``steps``.
         bases: the base optimizers that it is run with.
+        narrower: what the middle of each base's first grid is divided by: a large model wants less.
         on_request: run only when named: it needs a GPU. The other packages are not run then.
     """
 
@@ -35,6 +36,7 @@ class Task:
     clip: float | None = None
     horizons: tuple[int, ...] = (1,)
     bases: tuple[str, ...] = ("SGD", "AdamW", "Lion")
+    narrower: int = 1
     on_request: bool = False
 
 
@@ -54,7 +56,14 @@ TASKS = {
     "digits_conv": Task(tabular.digits_conv, 1000, 1),
     "char": Task(text.characters, 1000, 8, metric="loss", clip=1.0, horizons=(1, 4)),
     "lora": Task(text.low_rank, 500, 5, metric="loss", clip=1.0),
-    "gpt2": Task(large.gpt2, 2000, 100, metric="loss", clip=1.0, bases=("AdamW",), on_request=True),
+    "gpt2": Task(
+        *(large.gpt2, 2000, 100),
+        metric="loss",
+        clip=1.0,
+        bases=("AdamW",),
+        narrower=8,
+        on_request=True,
+    ),
     "tokens": Task(tokens.token_types, 600, 5, clip=1.0),
 }
 """The metric's tolerance is tables.WITHIN."""
