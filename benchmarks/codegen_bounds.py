@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from mechanic_fused.bases import KINDS, STATES
-from mechanic_fused.bucket import wide
+from mechanic_fused.bucket import delta_dtype, wide
 
 from .machine_code import Code
 
@@ -19,6 +19,8 @@ NARROW = (torch.bfloat16, torch.float16)
 
 KERNELS = (*KINDS, "apply", "measure", "norm")
 """Those that walk over chunks; "tune" does not."""
+
+WITH_DELTA = (*KINDS, "apply", "measure")
 
 JUDGED = {"triton": MAIN, "cuda": DTYPES}
 """The dtypes whose kernels must keep the bounds. CUDA's keep them in all."""
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     kernel: str
     dtype: str
     state: str  # dtype of the base's state, or "" where the kernel has none
+    delta: str  # dtype of Δ, "" where the kernel has none; CUDA's read a wide or a narrow one
     architecture: int
     registers: int
     stack: int  # bytes of spills and local arrays a thread
@@ -65,12 +68,18 @@ def variants(kernel: str, dtype: torch.dtype) -> tuple[bool, ...]:
     return (False, True) if STATES.get(kernel) and dtype in NARROW else (False,)
 
 
-def traffic(kernel: str, dtype: torch.dtype, narrow: bool = False) -> Traffic:
-    """Return what a kernel moves for the elements in 16 bytes of weights."""
+def traffic(
+    kernel: str, dtype: torch.dtype, narrow: bool = False, narrow_delta: bool = False
+) -> Traffic:
+    """Return what a kernel moves for the elements in 16 bytes of weights.
+
+    A narrow Δ beside float32 weights is not counted: its accesses are of 8 bytes.
+    """
     share = 16 // dtype.itemsize
-    delta = share * wide(dtype).itemsize // 16
+    full = share * wide(dtype).itemsize // 16
+    delta = share * delta_dtype(dtype, narrow_delta).itemsize // 16
     if kernel in KINDS:
-        each = 1 if narrow else delta
+        each = 1 if narrow else full
         moved = delta + each * len(STATES[kernel])
         return Traffic(2 + moved, moved)  # g, x, Δ and the states
     if kernel == "apply":
@@ -104,13 +113,14 @@ def checked(
     code: Code,
     block_threads: int,
     narrow: bool = False,
+    narrow_delta: bool = False,
 ) -> Row:
     """Return a kernel's row with the bounds that it breaks, if its dtype is JUDGED."""
     # A warp's registers are handed out by 256, eight a thread.
     blocks = SM_REGISTERS // ((code.registers + 7) // 8 * 8 * block_threads)
     blocks = min(blocks, SM_SHARED[architecture] // max(code.shared, 1))
     threads = min(blocks * block_threads, SM_THREADS)
-    wanted = traffic(kernel, dtype, narrow)
+    wanted = traffic(kernel, dtype, narrow, narrow_delta)
     # Without weight decay accumulate leaves x alone.
     in_flight = threads * 16 * (wanted.loads - (kernel in KINDS))
     broken = []
@@ -122,15 +132,17 @@ def checked(
             broken.append(f"more than {most} registers")
         if code.loads < wanted.loads or code.stores < wanted.stores:
             broken.append(f"fewer than {wanted.loads} + {wanted.stores} accesses of 128 bits")
-        # The tuner works on a few hundred numbers.
-        if in_flight < IN_FLIGHT and kernel != "tune":
+        # The tuner works on a few hundred numbers; a narrow Δ leaves fewer bytes to load at all.
+        if in_flight < IN_FLIGHT and kernel != "tune" and not narrow_delta:
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
     state = "" if not STATES.get(kernel) else dtype if narrow else wide(dtype)
+    delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""
     return Row(
         backend,
         kernel,
         str(dtype).removeprefix("torch."),
         str(state).removeprefix("torch."),
+        str(delta).removeprefix("torch."),
         architecture,
         code.registers,
         code.stack,

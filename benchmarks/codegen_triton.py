@@ -11,14 +11,21 @@ from typing import Any
 import torch
 
 from mechanic_fused.bases import KINDS
-from mechanic_fused.bucket import wide
+from mechanic_fused.bucket import delta_dtype, wide
 
 from . import machine_code
-from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, Row, checked, variants
+from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, variants
 
 
-def source(kernel: str, dtype: torch.dtype, narrow: bool = False) -> Any:
-    """Return a Triton kernel as its launcher specialises it."""
+def source(
+    kernel: str, dtype: torch.dtype, narrow: bool = False, narrow_delta: bool = False
+) -> Any:
+    """Return a Triton kernel as its launcher specialises it.
+
+    Args:
+        narrow: the base's state is in the weights' dtype.
+        narrow_delta: Δ is in bfloat16.
+    """
     from mechanic_fused.triton_kernels import storage
     from triton.compiler import ASTSource
 
@@ -26,23 +33,27 @@ def source(kernel: str, dtype: torch.dtype, narrow: bool = False) -> Any:
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{verb}")
     function = getattr(module, f"{verb}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[wide(dtype)]
+    d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
     constants = {
         "accumulate": {
             "KIND": kernel,
             "X": x,
             "T": t,
+            "D": d,
             "S": x if narrow else t,
+            **({} if narrow_delta else {"clock": None}),
             **storage.sizes(dtype),
         },
-        "apply": {"BETAS": 6, "X": x, "T": t, **storage.sizes(dtype)},
+        "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},
         "norm": {"X": x, "T": t, **storage.sizes(dtype)},
         "tune": {"BETAS": 6, "COLUMNS": 8, "ROWS": 32},
     }[verb] | {"grad_scale": None, "found_inf": None, "clip": None}
     if kernel == "measure":
         constants |= {"tuner": None, "BETAS": 0}
+    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "clock")
     types = {
         **dict.fromkeys(("tensors", "chunks", "spans"), "*i64"),
-        **dict.fromkeys(("hyper", "partials", "sums", "tuner", "state", "constants"), "*fp64"),
+        **dict.fromkeys(doubles, "*fp64"),
         **{"tickets": "*i32", "chunk_count": "i32", "rows": "i32"},
     }
     names = function.arg_names
@@ -60,7 +71,11 @@ def source(kernel: str, dtype: torch.dtype, narrow: bool = False) -> Any:
 
 
 def compiled(
-    kernel: str, dtype: torch.dtype, architecture: int, narrow: bool = False
+    kernel: str,
+    dtype: torch.dtype,
+    architecture: int,
+    narrow: bool = False,
+    narrow_delta: bool = False,
 ) -> dict[str, Any]:
     """Return every stage of a kernel's compilation, from "ttir" to "cubin"."""
     from mechanic_fused.triton_kernels import storage
@@ -68,18 +83,26 @@ def compiled(
     from triton.compiler import compile as triton_compile
 
     target = GPUTarget("cuda", architecture, 32)
-    return triton_compile(source(kernel, dtype, narrow), target=target, options=storage.OPTIONS).asm
+    found = source(kernel, dtype, narrow, narrow_delta)
+    return triton_compile(found, target=target, options=storage.OPTIONS).asm
 
 
-def row(kernel: str, dtype: torch.dtype, architecture: int, narrow: bool = False) -> Row:
+def row(
+    kernel: str,
+    dtype: torch.dtype,
+    architecture: int,
+    narrow: bool = False,
+    narrow_delta: bool = False,
+) -> Row:
     """Compile one kernel and hold it against the bounds."""
     from mechanic_fused.triton_kernels import storage
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled(kernel, dtype, architecture, narrow)["cubin"])
+        file.write(compiled(kernel, dtype, architecture, narrow, narrow_delta)["cubin"])
         file.flush()
         (code,) = machine_code.read(Path(file.name), architecture).values()
-    return checked("triton", kernel, dtype, architecture, code, storage.THREADS, narrow)
+    threads = storage.THREADS
+    return checked("triton", kernel, dtype, architecture, code, threads, narrow, narrow_delta)
 
 
 def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
@@ -89,4 +112,6 @@ def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
             for kernel in KERNELS:
                 for narrow in variants(kernel, dtype):
                     yield row(kernel, dtype, architecture, narrow)
+                if kernel in WITH_DELTA and dtype is not torch.float64:
+                    yield row(kernel, dtype, architecture, narrow_delta=True)
         yield row("tune", torch.float64, architecture)

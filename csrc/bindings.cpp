@@ -19,7 +19,7 @@ T* pointer(int64_t address) {
 
 Bucket make_bucket(int64_t tensors, int64_t chunks, int64_t hyper, int64_t partials, int64_t sums,
                    int64_t tensor_count, int64_t chunk_count, int64_t scale_count, int64_t elements,
-                   int64_t kind, int64_t weight, int64_t state) {
+                   int64_t kind, int64_t weight, int64_t state, int64_t delta) {
   return {pointer<const Tensor>(tensors),
           pointer<const Chunk>(chunks),
           pointer<const Hyper>(hyper),
@@ -31,7 +31,8 @@ Bucket make_bucket(int64_t tensors, int64_t chunks, int64_t hyper, int64_t parti
           elements,
           Kind(kind),
           DType(weight),
-          DType(state)};
+          DType(state),
+          DType(delta)};
 }
 
 Vectors make_vectors(int64_t streams, int64_t chunks, int64_t partials, int64_t chunk_count,
@@ -57,11 +58,12 @@ void define_cuda(py::module_ m) {
            }),
            py::kw_only(), py::arg("spans"), py::arg("tickets"));
   py::class_<Scaler>(m, "Scaler")
-      .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip) {
+      .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip, int64_t steps) {
              return Scaler{pointer<const float>(grad_scale), pointer<const float>(found_inf),
-                           pointer<const double>(clip)};
+                           pointer<const double>(clip), pointer<const double>(steps)};
            }),
-           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip") = 0);
+           py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip") = 0,
+           py::arg("steps") = 0);
   m.def("ticket_count", &ticket_count, py::arg("chunk_count"), py::arg("scale_count"));
 
   const auto released = py::call_guard<py::gil_scoped_release>();
@@ -106,7 +108,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&make_bucket), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
            py::arg("hyper"), py::arg("partials"), py::arg("sums"), py::arg("tensor_count"),
            py::arg("chunk_count"), py::arg("scale_count"), py::arg("elements"), py::arg("kind"),
-           py::arg("weight"), py::arg("state"));
+           py::arg("weight"), py::arg("state"), py::arg("delta"));
   py::class_<Tuner>(m, "Tuner")
       .def(py::init(&make_tuner), py::kw_only(), py::arg("state"), py::arg("constants"),
            py::arg("scale_count"), py::arg("betas"));
@@ -124,10 +126,10 @@ PYBIND11_MODULE(_native, m) {
   auto cpu = m.def_submodule("cpu", "The verbs on the processor.");
   cpu.def(
       "accumulate",
-      [](const Bucket& bucket, int64_t clip, int threads) {
-        cpu::accumulate(bucket, pointer<const double>(clip), threads);
+      [](const Bucket& bucket, int64_t clip, int64_t steps, int threads) {
+        cpu::accumulate(bucket, pointer<const double>(clip), pointer<const double>(steps), threads);
       },
-      py::arg("bucket"), py::arg("clip"), py::arg("threads"), released);
+      py::arg("bucket"), py::arg("clip"), py::arg("steps"), py::arg("threads"), released);
   cpu.def("norm", &cpu::norm, py::arg("bucket"), py::arg("threads"), released);
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
   cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);

@@ -8,8 +8,9 @@ namespace mechanic {
 // A row of the tensor table. An address of 0: absent. bucket.py writes it.
 struct Tensor {
   int64_t gradient, weight, x_ref, delta, state0, state1, step;
-  int64_t scale;  // its row of the sums and of the tuner
-  int64_t group;  // its row of the hyperparameters
+  int64_t scale;   // its row of the sums and of the tuner
+  int64_t group;   // its row of the hyperparameters
+  int64_t number;  // its own in the optimizer
 };
 
 // A piece of work: elements [offset, offset + length) of one tensor.
@@ -38,8 +39,9 @@ struct Bucket {
   Sums* sums;      // one a scale
   int64_t tensor_count, chunk_count, scale_count, elements;
   Kind kind;
-  DType weight;  // of x, g and x_ref; Δ is float, or double beside double
-  DType state;   // of the base's own state: Δ's, or the weight's
+  DType weight;  // of x, g and x_ref; the arithmetic is in float, or double beside double
+  DType state;   // of the base's own state: the arithmetic's, or the weight's
+  DType delta;   // the arithmetic's, or bfloat16
 };
 
 // The tuner: rows of s, r, v, m (betas each), then two counters; constants as in tuner.py.

@@ -140,6 +140,24 @@ MECHANIC_INLINE T finite_or_zero(T g) {
   return g - g == T(0) ? g : T(0);
 }
 
+// A hash of 32 bits in which each depends on all, "lowbias32".
+// Source: C. Wellons, Prospecting for Hash Functions, 2018.
+MECHANIC_INLINE uint32_t scramble(uint32_t n) {
+  n = (n ^ (n >> 16)) * 0x7feb352du;
+  n = (n ^ (n >> 15)) * 0x846ca68bu;
+  return n ^ (n >> 16);
+}
+
+// What the random bits of a weight depend on, after so many steps; null: none are wanted.
+MECHANIC_INLINE uint32_t seed(const double* steps, int64_t number) {
+  return steps == nullptr ? 0 : scramble(scramble(uint32_t(int64_t(*steps))) + uint32_t(number));
+}
+
+// 16 random bits for an element, which is its place in the weight's memory.
+MECHANIC_INLINE uint32_t dither(uint32_t seed, uint32_t element) {
+  return scramble(element + seed) >> 16;
+}
+
 // x = x_ref + S delta
 template <class T>
 MECHANIC_INLINE T blend(T x_ref, T scale, T delta) {

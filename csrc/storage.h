@@ -71,6 +71,14 @@ MECHANIC_INLINE void narrow(float x, BFloat16& to) {
 #endif
 }
 
+// Up in magnitude as often as what is cut off is of a last place; bits: 16 random ones.
+MECHANIC_INLINE BFloat16 rounded_by(uint32_t bits, float x) {
+  const uint32_t given = bit_cast<uint32_t>(x);
+  // Bits that are added to a NaN could make a number of it.
+  const bool is_nan = (given & 0x7fffffffu) > 0x7f800000u;
+  return {uint16_t(is_nan ? 0x7fc0u | (given >> 16) : (given + bits) >> 16)};
+}
+
 MECHANIC_INLINE void narrow(float x, Half& to) {
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));

@@ -19,8 +19,12 @@ from .distributed import Groups, local, local_gradients
 GD, XD, GG, XX = range(4)
 """The columns of the sums: g·Δ, x·Δ, g·g, x·x."""
 
-TENSOR = ("gradient", "weight", "x_ref", "delta", "state0", "state1", "step", "scale", "group")
-"""The columns of a row of the tensor table: addresses (0: absent), then two row numbers."""
+TENSOR = (
+    *("gradient", "weight", "x_ref", "delta", "state0", "state1", "step"),
+    *("scale", "group", "number"),
+)
+"""The columns of a row of the tensor table: addresses (0: absent), two row numbers, and the
+weight's own number in the optimizer."""
 
 CHUNK = 1 << 17
 """Elements of a chunk, unless a backend's CHUNKS says otherwise for the device: small enough that
@@ -35,8 +39,13 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic and of Δ for weights of ``dtype``."""
+    """Return the dtype of the arithmetic, and of a Δ that is not narrow, for weights of a dtype."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
+    """Return the dtype of Δ beside weights of ``dtype``; narrow: bfloat16, but for float64."""
+    return torch.bfloat16 if narrow and dtype is not torch.float64 else wide(dtype)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -63,11 +72,13 @@ def chunk_table(sizes: list[int], chunk: int) -> Tensor:
 
 class Member(NamedTuple):
     """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
-    state entries, and the names of its base's state. Parameter and state may be DTensors."""
+    number in the optimizer, state entries, and the names of its base's state. Parameter and state
+    may be DTensors."""
 
     parameter: Tensor
     group: int
     row: int
+    number: int
     state: dict[str, Any]
     names: tuple[str, ...]
 
@@ -79,11 +90,12 @@ class Bucket:
     the rank's own parts of DTensors.
     ``shards`` are the process groups over which these weights are spread.
 
-    Attributes that backends read: ``kind`` (the update), ``wide`` (dtype of the arithmetic and of
-    Δ), ``weights``, ``grads``, ``x_ref``, ``delta``, ``states``, ``steps`` (lists, one entry a
-    weight), ``rows`` and ``groups`` (row of the sums and of the hyperparameters for each weight),
+    Attributes that backends read: ``kind`` (the update), ``wide`` (dtype of the arithmetic),
+    ``narrow_delta`` (whether Δ is in bfloat16), ``weights``, ``grads``, ``x_ref``, ``delta``,
+    ``states``, ``steps`` (lists, one entry a weight), ``rows``, ``groups`` and ``numbers`` (of each
+    weight: row of the sums and of the hyperparameters, and its number in the optimizer),
     ``hyper`` (groups, 8) float64, ``sums`` (scales, 4) float64 and ``partials`` (chunks, 4),
-    ``tensors`` (weights, 9) and ``chunks`` (chunks, 3) int64. ``handle`` is the backend's own.
+    ``tensors`` (weights, 10) and ``chunks`` (chunks, 3) int64. ``handle`` is the backend's own.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class Bucket:
         self.weights = [local(x).detach() for x in self.parameters]
         self.rows = [member.row for member in members]
         self.groups = [member.group for member in members]
+        self.numbers = [member.number for member in members]
         self.strides = [x.stride() for x in self.weights]
         self.shapes = [x.shape for x in self.weights]
         self.contiguous = [x.is_contiguous() for x in self.weights]
@@ -119,6 +132,7 @@ class Bucket:
         ]
         self.x_ref = [local(ours["x_ref"]) for ours in self.ours]
         self.delta = [local(ours["delta"]) for ours in self.ours]
+        self.narrow_delta = self.delta[0].dtype is not self.wide
         self.states = [
             tuple(local(member.state[name]) for name in member.names) for member in members
         ]
@@ -138,6 +152,7 @@ class Bucket:
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.clip: Tensor | None = None
+        self.clock: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
         self.places = [(m.state, name) for m in members for name in ("delta", *m.names[:1])]
@@ -208,6 +223,7 @@ class Bucket:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None = None,
+        clock: Tensor | None = None,
     ) -> None:
         """Write this step's addresses and hyperparameters into the tables.
 
@@ -215,10 +231,11 @@ class Bucket:
         ``live_lr`` (group → tensor), ``grad_scale`` and ``found_inf`` are for kernels that read
         them on the device; empty and None where the host has read them already. ``clip``, (2,)
         float64 on the bucket's device, is (N², max_norm), which ``accumulate`` clips gradients by;
-        its numbers may come later, from the sums of ``norm``.
+        its numbers may come later, from the sums of ``norm``. ``clock``, 0-dim float64 there, is
+        the count of the tuner's steps, which the rounding of a narrow Δ goes by.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
-        self.clip = clip
+        self.clip, self.clock = clip, clock
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
         if 0 in addresses:
             addresses = [self._address(g) for g in self.grads]
@@ -294,6 +311,6 @@ class Bucket:
             table[i] = torch.tensor(
                 [0, x.data_ptr(), self.x_ref[i].data_ptr(), self.delta[i].data_ptr()]
                 + (states + [0, 0])[:2]
-                + [step, self.rows[i], self.groups[i]]
+                + [step, self.rows[i], self.groups[i], self.numbers[i]]
             )
         return table

@@ -19,7 +19,7 @@ class DeviceTables:
     """The tables of a bucket on its device, at addresses that never change.
 
     Attributes:
-        tensors: (weights, 9) int64, a row of bucket.TENSOR a weight.
+        tensors: (weights, 10) int64, a row of bucket.TENSOR a weight.
         chunks: (chunks, 3) int64: tensor, offset, length.
         hyper: (groups, 8) float64, a row of bases.HYPER a param group.
         spans: (scales, 4) int64: first chunk, chunks, first tensor and tensors of each scale.

@@ -61,7 +61,10 @@ def mechanize(
     Returns:
         A class whose constructor takes Base's own arguments and, by keyword, ``s_decay``,
         ``tuner_betas``, ``s_init``, ``tuner_eps``, ``variant``, ``scale``, ``backend`` and
-        ``narrow_state`` (keep Base's state in the weight's dtype instead of float32).
+        ``narrow_state`` (keep Base's state in the weight's dtype instead of float32) and
+        ``narrow_delta`` (keep Δ in bfloat16 instead of float32, rounded up or down by the odds of
+        where it lies between two numbers, so that small updates count on average; float64 weights
+        keep theirs).
 
     Raises:
         TypeError: if Base is not an optimizer class, or needs a closure at every step.

@@ -39,7 +39,7 @@ def accumulate(
     for bucket, parts in zip(buckets, moved, strict=True):
         for i, x in enumerate(bucket.weights):
             if bucket.grads[i] is not None:
-                bucket.delta[i].add_(parts[i] - x.to(bucket.wide))
+                reference.move_delta(bucket, i, parts[i] - x.to(bucket.wide))
 
 
 def rehearse(

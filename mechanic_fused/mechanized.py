@@ -35,6 +35,7 @@ class Mechanized(Stepping):
     _base: type[Optimizer]
     _class_options: dict[str, Any]
     _reads_scaler = False
+    _narrow_delta = False
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class Mechanized(Stepping):
         scale: str | None = None,
         backend: str | None = None,
         narrow_state: bool = False,
+        narrow_delta: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         extra_groups: Sequence[Any] = (),
@@ -55,8 +57,9 @@ class Mechanized(Stepping):
     ) -> None:
         if not hasattr(self, "_base"):
             raise TypeError("Mechanized has no base of its own: use mechanize(Base)")
-        if not isinstance(narrow_state, bool):
-            raise ValueError(f"narrow_state must be True or False, got {narrow_state!r}")
+        for name, value in (("narrow_state", narrow_state), ("narrow_delta", narrow_delta)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         given = {
             "s_decay": s_decay,
             "tuner_betas": tuner_betas,
@@ -72,7 +75,7 @@ class Mechanized(Stepping):
         self._backend = chosen["backend"]
         check_scale(self._scale_kind)
         backends.check(self._backend)
-        self._narrow_state = narrow_state
+        self._narrow_state, self._narrow_delta = narrow_state, narrow_delta
         self.max_grad_norm = check_norm(max_grad_norm)
         self.reduce_group = reduce_group
         self.extra_groups = tuple(extra_groups)
@@ -102,6 +105,7 @@ class Mechanized(Stepping):
                 self._backend,
                 self._scale_kind,
                 self._narrow_state,
+                self._narrow_delta,
                 tuner,
                 self.reduce_group,
             )
@@ -198,7 +202,8 @@ class Mechanized(Stepping):
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "_tuner_options _scale_kind _backend _narrow_state max_grad_norm _rehearsed".split()
+        kept = "_tuner_options _scale_kind _backend max_grad_norm _rehearsed".split()
+        kept += ["_narrow_state", "_narrow_delta"]
         lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
         ours = {name: getattr(self, name) for name in kept}
         return {**super().__getstate__(), **ours, "_lost_groups": lost}

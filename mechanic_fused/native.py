@@ -54,11 +54,11 @@ def accumulate(bucket: Bucket) -> None:
     """Take g·Δ and g·g with the old Δ; move the base's state and Δ on by one update."""
     if bucket.device.type == "cuda":
         seen = bucket.handle
-        scaler = _scaler(bucket.grad_scale, bucket.found_inf, bucket.clip)
+        scaler = _scaler(bucket.grad_scale, bucket.found_inf, bucket.clip, bucket.clock)
         _launch(_native.cuda.accumulate, bucket.device, seen.table, seen.folding, scaler)
     else:
-        clip = _number(bucket.clip, torch.float64)
-        _native.cpu.accumulate(bucket.handle, clip, torch.get_num_threads())
+        numbers = [_number(number, torch.float64) for number in (bucket.clip, bucket.clock)]
+        _native.cpu.accumulate(bucket.handle, *numbers, torch.get_num_threads())
 
 
 def norm(bucket: Bucket) -> None:
@@ -120,6 +120,7 @@ def _table(bucket: Bucket, tables: Bucket | DeviceTables) -> Any:
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
         weight=KERNEL_DTYPES.index(bucket.dtype),
         state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.wide),
+        delta=KERNEL_DTYPES.index(bucket.delta[0].dtype),
     )
 
 
@@ -132,19 +133,25 @@ def _tuner(tuner: Tuner) -> Any:
     )
 
 
-def _scaler(grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None) -> Any:
+def _scaler(
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None = None,
+    clock: Tensor | None = None,
+) -> Any:
     return _native.cuda.Scaler(
         grad_scale=_number(grad_scale, torch.float32),
         found_inf=_number(found_inf, torch.float32),
         clip=_number(clip, torch.float64),
+        steps=_number(clock, torch.float64),
     )
 
 
 def _number(number: Tensor | None, dtype: torch.dtype) -> int:
-    """Return the address of numbers that kernels read: GradScaler's are float32, clip's float64."""
+    """Return the address of numbers that kernels read: GradScaler's are float32, ours float64."""
     if not torch.is_tensor(number):
         return 0
     if number.dtype is not dtype:
-        names = "clip" if dtype is torch.float64 else "grad_scale and found_inf"
+        names = "clip and clock" if dtype is torch.float64 else "grad_scale and found_inf"
         raise TypeError(f"{names} must be {dtype}, got {number.dtype}")
     return number.data_ptr()

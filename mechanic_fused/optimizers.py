@@ -13,6 +13,7 @@ _TUNED = """{formula}, with a learned scale: x = x_ref + S·Δ, and Δ sums what
         s_decay, tuner_betas, s_init, tuner_eps, variant, scale, backend: the tuner's own, by
             keyword: see :func:`mechanic_fused.mechanize`.
         narrow_state: keep {base}'s state in the weights' dtype instead of float32.
+        narrow_delta: keep Δ in bfloat16 instead of float32, with stochastic rounding.
 
     Raises:
         ValueError: for options out of range.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
-from .bucket import GG, KERNEL_DTYPES, Bucket, Member, is_dense, wide
+from .bucket import GG, KERNEL_DTYPES, Bucket, Member, delta_dtype, is_dense, wide
 from .distributed import Groups, Rows, local, shards
 from .pace import PEAK
 from .tuner import Tuner
@@ -41,6 +41,7 @@ class StepPlan:
         backend: the name of a backend, or "auto".
         scale: which weights share a scale: "global", "group" or "parameter".
         narrow_state: keep the base's state in the weight's dtype instead of float32.
+        narrow_delta: keep Δ in bfloat16 instead of float32.
         tuner: gets a row for each scale.
         reduce_group: the process group over which plain weights are sharded, or None.
 
@@ -57,6 +58,7 @@ class StepPlan:
         backend: str,
         scale: str,
         narrow_state: bool,
+        narrow_delta: bool,
         tuner: Tuner,
         reduce_group: Any = None,
     ) -> None:
@@ -72,7 +74,7 @@ class StepPlan:
             for i, member in enumerate(sorted_members):
                 p = member.parameter
                 member.state.update(states.get(p, {}))
-                state.ensure(member.state, p, kind, kept)
+                state.ensure(member.state, p, kind, kept, delta_dtype(sort.dtype, narrow_delta))
                 # On the general road a weight without a gradient so far keeps its entries here.
                 if kind != GENERAL or p in states:
                     states[p].update(member.state)
@@ -109,7 +111,7 @@ class StepPlan:
         self, param_groups: list[Group], scale: str, backend: str, reduce_group: Any
     ) -> dict[Sort, list[Member]]:
         members: dict[Sort, list[Member]] = {}
-        row = 0
+        row = count = 0
         for number, group in enumerate(param_groups):
             kind = GENERAL if self.base is None else self.base.kind(group)
             for p in group["params"]:
@@ -123,9 +125,10 @@ class StepPlan:
                         name = "reference"
                     groups = shards(p, reduce_group)
                     sort = Sort(kind, p.device, p.dtype, name, groups, local(p) is not p)
-                    member = Member(p, number, row, {}, STATES.get(kind, ()))
+                    member = Member(p, number, row, count, {}, STATES.get(kind, ()))
                     members.setdefault(sort, []).append(member)
                 row += scale == "parameter"
+                count += 1
         return members
 
     def fits(self, param_groups: list[Group], base: Base | None, reduce_group: Any) -> bool:
@@ -223,7 +226,8 @@ class StepPlan:
         self.tuner.found_inf = there[1]
         for bucket in self.buckets:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
-            bucket.load(hyper, live_lr, *near)
+            clock = self.tuner.to(bucket.device).counters[0, 0] if bucket.narrow_delta else None
+            bucket.load(hyper, live_lr, near[0], near[1], clock=clock)
             bucket.backend.prepare(bucket)
 
     def reconcile(self, everything: bool = False) -> None:

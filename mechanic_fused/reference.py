@@ -23,6 +23,9 @@ from .tuner import Tuner
 PIECE = 1 << 22
 """Elements that ``shift`` and ``square`` work on at a time."""
 
+WORD = 0xFFFFFFFF
+"""The bits that a 32-bit number keeps."""
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -143,6 +146,7 @@ def accumulate(bucket: Bucket) -> None:
     """Take the sums with the old Δ, then Δ += u with u from the base's update.
 
     A weight without a gradient is left as it is; an element that is not finite enters u as g = 0.
+    Δ may be kept in bfloat16.
     """
     inner_products(bucket)
     update = UPDATES[bucket.kind]
@@ -160,9 +164,53 @@ def accumulate(bucket: Bucket) -> None:
         u, *moved = update(g, x, *(state.to(bucket.wide) for state in states), c)
         for state, new in zip(states, moved, strict=True):
             state.copy_(new)
-        bucket.delta[i].add_(u)
+        move_delta(bucket, i, u)
         if bucket.steps:
             bucket.steps[i].add_(1)
+
+
+def move_delta(bucket: Bucket, i: int, u: Tensor) -> None:
+    """Δ += u; in bfloat16 the sum is rounded up or down by the odds of where it lies between."""
+    delta = bucket.delta[i]
+    if not bucket.narrow_delta:
+        delta.add_(u)
+        return
+    # Elements are counted as they lie in memory, whatever the order of the axes.
+    element = torch.arange(delta.numel(), device=delta.device)
+    bits = dither(seed(bucket.clock, bucket.numbers[i]), element)  # type: ignore[arg-type]
+    bits = bits.as_strided(delta.shape, delta.stride())
+    delta.copy_(rounded_by(bits, delta.to(bucket.wide) + u))
+
+
+def scramble(n: Tensor) -> Tensor:
+    """Return a hash of numbers below 2³², in which each bit depends on all: "lowbias32".
+
+    Source: C. Wellons, Prospecting for Hash Functions, 2018.
+    """
+    n = (n ^ n >> 16) * 0x7FEB352D & WORD
+    n = (n ^ n >> 15) * 0x846CA68B & WORD
+    return n ^ n >> 16
+
+
+def seed(steps: Tensor, number: int) -> Tensor:
+    """Return what the random bits of weight ``number`` depend on, after so many steps."""
+    return scramble(scramble(steps.long() & WORD) + number & WORD)
+
+
+def dither(seed: Tensor, element: Tensor) -> Tensor:
+    """Return 16 random bits for each element, which is its place in the weight's memory."""
+    return scramble(element + seed & WORD) >> 16
+
+
+def rounded_by(bits: Tensor, x: Tensor) -> Tensor:
+    """Return float32 x in bfloat16: up in magnitude as often as what is cut off is of a last place.
+
+    Args:
+        bits: 16 random ones for each element.
+    """
+    cut = (x.view(torch.int32) + bits).to(torch.int32) & ~0xFFFF
+    # Bits that are added to a NaN could make a number of it.
+    return torch.where(x.isfinite(), cut.view(torch.float32), x).to(torch.bfloat16)
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
@@ -202,8 +250,8 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
 
 
 def blend(x_ref: Tensor, delta: Tensor, s: Tensor) -> Tensor:
-    """Return round(x_ref + S·Δ) in the weight's dtype; ``s`` is S in Δ's dtype."""
-    return (x_ref.to(delta.dtype) + s * delta).to(x_ref.dtype)
+    """Return round(x_ref + S·Δ) in the weight's dtype; ``s`` is S in the dtype of arithmetic."""
+    return (x_ref.to(s.dtype) + s * delta.to(s.dtype)).to(x_ref.dtype)
 
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
@@ -247,12 +295,12 @@ def shift(bucket: Bucket, i: int, scale: Tensor) -> None:
 
 
 def _shift(x: Tensor, x_ref: Tensor, delta: Tensor, s: Tensor) -> None:
-    wide = delta.dtype
+    wide = s.dtype
     # Where somebody has repaired a weight, a Δ that it had spoiled starts anew.
     delta.copy_(torch.where(delta.isfinite() | ~x.isfinite(), delta, 0.0))
     written = blend(x_ref, delta, s)
     moved = x_ref.to(wide) + (x.to(wide) - written.to(wide))
     # Where x had overflowed there is no difference to go by, but x itself tells.
-    afresh = x.to(wide) - s * delta
+    afresh = x.to(wide) - s * delta.to(wide)
     moved = torch.where(written.isfinite() & x_ref.isfinite(), moved, afresh)
     x_ref.copy_(torch.where(x == written, x_ref, moved.to(x_ref.dtype)))

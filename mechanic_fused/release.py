@@ -67,7 +67,7 @@ class GradientRelease:
         if part is None:
             part = self.parts[weight] = bucket.part(i)
         part.gather()
-        part.load(bucket.hyper_rows, bucket.live_lr, None, None)
+        part.load(bucket.hyper_rows, bucket.live_lr, None, None, clock=bucket.clock)
         part.backend.prepare(part)
         part.backend.accumulate(part)
         part.grads = [None]

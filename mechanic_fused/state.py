@@ -20,7 +20,9 @@ OURS = ("x_ref", "delta")
 """The entries that Mechanic adds to a parameter's state."""
 
 
-def ensure(state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype) -> None:
+def ensure(
+    state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype, delta: torch.dtype
+) -> None:
     """Make what is missing of a weight's state, and give the rest the weight's layout and device.
 
     Args:
@@ -28,10 +30,11 @@ def ensure(state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype) -> N
         x: the weight.
         kind: its update, which names the base's own entries; "general": the base makes them.
         dtype: the dtype of the base's entries.
+        delta: the dtype of Δ.
     """
     names = STATES.get(kind, ())
     if kind not in STATES:
-        # The base of the general road steps on copies in Δ's dtype, so its state has that too.
+        # The base of the general road steps on wide copies, so its state is wide too.
         for name, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
                 like_weight = value.shape == x.shape
@@ -51,7 +54,7 @@ def ensure(state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype) -> N
         if "x_ref" in state
         else x.detach().clone(memory_format=torch.preserve_format)
     )
-    state["delta"] = conform(state.get("delta"), x, wide(x.dtype))
+    state["delta"] = conform(state.get("delta"), x, delta)
 
 
 def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,6 +111,16 @@ def test_narrow_state_gives_the_bits_of_the_reference(shared_scale, case, dtype)
             assert opt.state[p]["delta"].dtype is WIDE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["sgd", *FULL])
+def test_narrow_delta_gives_the_bits_of_the_reference(shared_scale, case, dtype):
+    base, options = CASES[case]
+    pairs = twins(base, of_sizes(dtype), narrow_delta=True, **QUICK, **options)
+    assert_lockstep(shared_scale, pairs, STEPS)
+    kept = torch.float64 if dtype is torch.float64 else torch.bfloat16
+    assert all(opt.state[p]["delta"].dtype is kept for opt, params in pairs for p in params)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_whole_run_agrees_without_help(cpp, dtype):
     """Here S is each one's own."""

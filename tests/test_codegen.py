@@ -38,6 +38,15 @@ def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
 
 
 @compiles
+@pytest.mark.parametrize("kernel", bounds.WITH_DELTA)
+@pytest.mark.parametrize("dtype", bounds.MAIN, ids=str)
+def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
+    row = codegen.codegen_triton.row(kernel, dtype, 90, narrow_delta=True)
+    assert not row.broken, codegen.line(row)
+    assert row.delta == "bfloat16"
+
+
+@compiles
 @pytest.mark.parametrize("architecture", bounds.ARCHITECTURES)
 def test_the_tuner_compiles(architecture):
     assert codegen.codegen_triton.row("tune", torch.float64, architecture).registers > 0
@@ -128,3 +137,5 @@ def test_traffic_is_what_the_step_must_move():
     assert bounds.traffic("adam", torch.bfloat16, narrow=True) == (6, 4)
     assert bounds.traffic("sgd", torch.float64) == (3, 1)
     assert bounds.traffic("apply", torch.bfloat16) == (3, 1)
+    assert bounds.traffic("adam", torch.bfloat16, narrow_delta=True) == (7, 5)
+    assert bounds.traffic("apply", torch.bfloat16, narrow_delta=True) == (2, 1)

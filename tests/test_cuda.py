@@ -129,8 +129,21 @@ def test_narrow_state(lockstep, case, dtype):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_misaligned_weights(lockstep, dtype):
-    pairs = twins("adamw", SIZES, dtype, offset=1, weight_decay=0.1)
+@pytest.mark.parametrize("case", ["sgd", "momentum", "adamw", "lion"])
+def test_narrow_delta(lockstep, case, dtype):
+    base, options = CASES[case]
+    pairs = twins(base, SIZES, dtype, narrow_delta=True, **options)
+    for t in range(FEW):
+        step_all(pairs, t)
+        assert_equal(pairs)
+
+
+@on_gpu
+@pytest.mark.parametrize("narrow_delta", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_weights(lockstep, dtype, narrow_delta):
+    options = {"weight_decay": 0.1, "narrow_delta": narrow_delta}
+    pairs = twins("adamw", SIZES, dtype, offset=1, **options)
     for t in range(FEW):
         step_all(pairs, t)
         assert_equal(pairs)

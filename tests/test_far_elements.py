@@ -61,32 +61,40 @@ def tables_of(found):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "narrow_state"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ("dtype", "narrow"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"narrow_state": True}),
+        (torch.bfloat16, {"narrow_delta": True}),
+    ],
     ids=str,
 )
-def test_elements_beyond_the_range_of_32_bits(verbs, dtype, narrow_state):
+def test_elements_beyond_the_range_of_32_bits(verbs, dtype, narrow):
     """Addresses are lowered and offsets raised by as much: the elements are where they were."""
     name, module, device = verbs
     results = []
     for far in (0, FAR):
         params = [torch.nn.Parameter(x.to(device)) for x in of_sizes(dtype, (0, 3, 1025, 4100))()]
-        opt = FUSED["adamw"](
-            params, weight_decay=0.1, backend=name, narrow_state=narrow_state, **QUICK
-        )
+        opt = FUSED["adamw"](params, weight_decay=0.1, backend=name, **narrow, **QUICK)
         for t in range(2):
             for i, p in enumerate(params):
                 p.grad = random_gradient(p, t, i).to(device)
             opt.step()
         (found,) = opt._plan.buckets
         assert found.gather()
-        found.load([list(row) for row in found.hyper_rows], {}, None, None)
+        clock = opt._tuner.counters[0, 0] if narrow.get("narrow_delta") else None
+        found.load([list(row) for row in found.hyper_rows], {}, None, None, clock=clock)
         module.prepare(found)
         tables = tables_of(found)
         tables.chunks[:, 1] += far
-        state = dtype if narrow_state else torch.float32
+        state = dtype if narrow.get("narrow_state") else torch.float32
         widths = dict.fromkeys(("gradient", "weight", "x_ref"), dtype.itemsize)
-        widths |= {"delta": 4, "state0": state.itemsize, "state1": state.itemsize}
+        widths |= {
+            "delta": found.delta[0].element_size(),
+            "state0": state.itemsize,
+            "state1": state.itemsize,
+        }
         for column, width in widths.items():
             tables.tensors[:, bucket.TENSOR.index(column)] -= far * width
         module.accumulate(found)

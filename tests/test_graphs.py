@@ -124,6 +124,12 @@ def test_replays_have_the_bits_of_steps_outside_a_graph(backend, base, dtype):
         pair.check(t)
 
 
+def test_a_narrow_delta_is_rounded_by_other_bits_in_each_replay(backend):
+    pair = Pair(backend, base="sgd", narrow_delta=True)
+    for t in range(WARM_UP, STEPS):
+        pair.check(t)
+
+
 def test_a_step_outside_the_graph_may_come_between_two_replays(backend):
     """Also one whose gradients lie elsewhere: the graph has kept its own addresses."""
     pair = Pair(backend)

@@ -183,6 +183,7 @@ class TestSteps:
             ("adamw", {"weight_decay": 0.1}),
             ("sgd", {"momentum": 0.9, "scale": "group"}),
             ("lion", {"scale": "parameter"}),
+            ("adamw", {"narrow_delta": True}),
         ],
     )
     def test_twenty_steps_read_nothing_and_go_by_what_stands_on_the_device(

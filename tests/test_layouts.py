@@ -101,3 +101,23 @@ def test_an_automatic_start(ranks, layout, size):
 def test_collectives_of_a_step(ranks, layout, size, calls):
     """One for each process group that shards anything."""
     assert ranks(size).run("layouts.count_collectives", layout) == [calls] * size
+
+
+@named("fsdp2", "hsdp", "fsdp2 x tp", "ddp", "zero1", "fsdp1")
+def test_a_narrow_delta_on_ranks(ranks, layout, size):
+    """Replicas round alike, to the bit; shards by bits of their own, so only nearly as one."""
+    results = ranks(size).run("layouts.run", layout, "adamw", STEPS, narrow_delta=True)
+    expected = layouts.single("adamw", STEPS)
+    start = dict(layouts.model().named_parameters())
+    for result in results:
+        assert torch.equal(result["scale"], results[0]["scale"])
+        torch.testing.assert_close(result["scale"], expected["scale"], rtol=0.01, atol=0)
+        for name, x in result["weights"].items():
+            assert torch.equal(x, results[0]["weights"].get(name, x))
+    found = {name: x for result in results for name, x in result["weights"].items()}
+    error, moved = 0.0, 0.0
+    for name, x in expected["weights"].items():
+        error += float((found[name].reshape(x.shape) - x).square().sum())
+        moved += float((x - start[name].detach()).square().sum())
+    # A rounding of Δ errs by 2⁻⁸ of it at most, and the errors of STEPS are independent.
+    assert 0 < error <= (2.0**-8) ** 2 * STEPS * moved

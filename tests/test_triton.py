@@ -97,6 +97,20 @@ class TestAgainstReference:
         base, options = CASES[case]
         lockstep(twins(base, of_sizes(dtype, FEWER), narrow_state=True, **options))
 
+    @pytest.mark.parametrize(
+        ("case", "dtype"),
+        [
+            ("sgd", torch.float32),
+            ("adamw", torch.float32),
+            ("adamw", torch.bfloat16),
+            ("lion decay", torch.float16),
+        ],
+        ids=str,
+    )
+    def test_narrow_delta(self, lockstep, case, dtype):
+        base, options = CASES[case]
+        lockstep(twins(base, of_sizes(dtype, FEWER), narrow_delta=True, **options))
+
     @pytest.mark.slow
     def test_many_weights_beside_a_large_one(self, lockstep):
         sizes = [1 + i % 17 for i in range(40)] + [bucket.CHUNK, 2 * bucket.CHUNK + 1]

@@ -7,13 +7,14 @@ import triton.language as tl
 
 from mechanic_fused.bucket import Bucket
 
-from .formulas import adam, coefficients, lion, momentum, sgd
+from .formulas import adam, coefficients, dither, lion, momentum, seed, sgd
 from .storage import (
     CHUNK_COLUMNS,
     DELTA,
     DTYPES,
     GRADIENT,
     GROUP,
+    NUMBER,
     SCALE,
     STATE0,
     STATE1,
@@ -24,22 +25,36 @@ from .storage import (
     at,
     narrow,
     read,
+    rounded_by,
     widen,
 )
 from .sums import FOLD, draw_ticket, fold, launch
 
 
 @triton.jit
-def move(g_at, x_at, delta_at, state0_at, state1_at, mask, x_mask, c, KIND: tl.constexpr):
+def move(
+    g_at,
+    x_at,
+    delta_at,
+    state0_at,
+    state1_at,
+    mask,
+    x_mask,
+    c,
+    key,
+    element,
+    KIND: tl.constexpr,
+    T: tl.constexpr,
+):
     """One block: Δ += u, the state moves on; returns the products g·Δ (old Δ) and g·g, float64.
 
-    g enters the products as it is, and u as 0 where it is not finite.
+    g enters the products as it is, and u as 0 where it is not finite. With a ``key`` the new Δ is
+    rounded to bfloat16 by random bits, of each element's number in its weight.
     """
-    T: tl.constexpr = delta_at.dtype.element_ty
     S: tl.constexpr = state0_at.dtype.element_ty
     g = widen(read(g_at, mask), T) * c.gradient
     x = widen(read(x_at, x_mask), T)
-    delta = read(delta_at, mask)
+    delta = widen(read(delta_at, mask), T)
     wide_g = g.to(tl.float64)
     g = tl.where(g - g == 0, g, 0.0)
     if KIND == "sgd":
@@ -55,7 +70,11 @@ def move(g_at, x_at, delta_at, state0_at, state1_at, mask, x_mask, c, KIND: tl.c
         tl.store(state1_at, narrow(state1, S), mask=mask)
     if KIND != "sgd":
         tl.store(state0_at, narrow(state0, S), mask=mask)
-    tl.store(delta_at, delta + u, mask=mask)
+    if key is None:
+        tl.store(delta_at, delta + u, mask=mask)
+    else:
+        bits = dither(key, element.to(tl.uint32))
+        tl.store(delta_at, rounded_by(bits, delta + u), mask=mask)
     return wide_g * delta.to(tl.float64), wide_g * wide_g
 
 
@@ -86,10 +105,12 @@ def accumulate_kernel(
     grad_scale,
     found_inf,
     clip,
+    clock,
     chunk_count,
     KIND: tl.constexpr,
     X: tl.constexpr,
     T: tl.constexpr,
+    D: tl.constexpr,
     S: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -97,8 +118,9 @@ def accumulate_kernel(
     """sums[:, 0] = Σ g·Δ and sums[:, 2] = Σ g·g over the old Δ; then Δ = Δ + u, state = state'.
 
     A program a chunk, then one a scale, which matters for scales without chunks only. Arithmetic
-    in T (Δ's dtype), one rounding an operation; products and their sums in float64; the state is
-    rounded to S. Where found_inf is not 0, or a gradient is absent, nothing changes.
+    in T, one rounding an operation; products and their sums in float64; Δ is kept in D and the
+    state in S; ``clock``, the count of steps, is there where D is narrower than T. Where found_inf
+    is not 0, or a gradient is absent, nothing changes.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -118,6 +140,9 @@ def accumulate_kernel(
         h = hyper + tl.load(tensor + GROUP) * 8
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
+        key = None
+        if clock is not None:
+            key = seed(tl.load(clock), tl.load(tensor + NUMBER))
         reads_x = (tl.load(h + 4) != 0) | (tl.load(h + 5) != 0)
 
         # An absent gradient has no elements.
@@ -135,13 +160,16 @@ def accumulate_kernel(
             more_gd, more_gg = move(
                 aligned_at(g, offset, X) + i,
                 aligned_at(x, offset, X) + i,
-                aligned_at(delta, offset, T) + i,
+                aligned_at(delta, offset, D) + i,
                 aligned_at(state0, offset, S) + i,
                 aligned_at(state1, offset, S) + i,
                 None,
                 reads_x,
                 c,
+                key,
+                offset + i,
                 KIND,
+                T,
             )
             gd += more_gd
             gg += more_gg
@@ -157,13 +185,16 @@ def accumulate_kernel(
             more_gd, more_gg = move(
                 at(g, offset, X) + i,
                 at(x, offset, X) + i,
-                at(delta, offset, T) + i,
+                at(delta, offset, D) + i,
                 at(state0, offset, S) + i,
                 at(state1, offset, S) + i,
                 i < length,
                 i < x_length,
                 c,
+                key,
+                offset + i,
                 KIND,
+                T,
             )
             gd += more_gd
             gg += more_gg
@@ -191,6 +222,8 @@ def accumulate(bucket: Bucket) -> None:
         grad_scale=bucket.grad_scale,
         found_inf=bucket.found_inf,
         clip=bucket.clip,
+        clock=bucket.clock,
         KIND=bucket.kind,
         S=DTYPES[state],
+        D=DTYPES[bucket.delta[0].dtype],
     )

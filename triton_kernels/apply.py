@@ -12,6 +12,7 @@ from mechanic_fused.tuner import Tuner
 from .storage import (
     CHUNK_COLUMNS,
     DELTA,
+    DTYPES,
     SCALE,
     TENSOR_COLUMNS,
     WEIGHT,
@@ -41,10 +42,9 @@ def blend(x_ref, scale, delta):
 
 
 @triton.jit
-def settle(x_at, x_ref_at, delta_at, mask, scale, WRITES: tl.constexpr):
+def settle(x_at, x_ref_at, delta_at, mask, scale, WRITES: tl.constexpr, T: tl.constexpr):
     """One block: x = round(x_ref + S·Δ) where WRITES; returns the products x·Δ and x·x, float64."""
-    T: tl.constexpr = delta_at.dtype.element_ty
-    delta = read(delta_at, mask)
+    delta = widen(read(delta_at, mask), T)
     if WRITES:
         x = narrow(blend(widen(read(x_ref_at, mask), T), scale, delta), x_at.dtype.element_ty)
         tl.store(x_at, x, mask=mask)
@@ -68,12 +68,13 @@ def apply_kernel(
     BETAS: tl.constexpr,
     X: tl.constexpr,
     T: tl.constexpr,
+    D: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """x = round(x_ref + S·Δ); then sums[:, 1] = Σ x·Δ and sums[:, 3] = Σ x·x of the rounded x.
 
-    S, a float64 sum, is rounded to T (Δ's dtype), as are S·Δ and the sum; x is rounded to X, to
+    S, a float64 sum, is rounded to T, as are S·Δ and the sum; Δ lies in D; x is rounded to X, to
     even; products and their sums are float64. ``tuner`` is its state, a row a scale, or None: then
     x is not written and the sums are of x as it stands, in the same order, so that bits agree.
     """
@@ -108,10 +109,11 @@ def apply_kernel(
             more_xd, more_xx = settle(
                 aligned_at(x, offset, X) + i,
                 aligned_at(x_ref, offset, X) + i,
-                aligned_at(delta, offset, T) + i,
+                aligned_at(delta, offset, D) + i,
                 None,
                 scale,
                 WRITES,
+                T,
             )
             xd += more_xd
             xx += more_xx
@@ -127,10 +129,11 @@ def apply_kernel(
             more_xd, more_xx = settle(
                 at(x, offset, X) + i,
                 at(x_ref, offset, X) + i,
-                at(delta, offset, T) + i,
+                at(delta, offset, D) + i,
                 i < length,
                 scale,
                 WRITES,
+                T,
             )
             xd += more_xd
             xx += more_xx
@@ -153,6 +156,7 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
         tuner=tuner.state,
         found_inf=bucket.found_inf,
         BETAS=len(tuner.betas),
+        D=DTYPES[bucket.delta[0].dtype],
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.parameters)
@@ -160,4 +164,5 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
 
 def measure(bucket: Bucket) -> None:
     """Take x·Δ and x·x from x as it stands."""
-    launch(apply_kernel, bucket, tuner=None, found_inf=None, BETAS=0)
+    dtype = DTYPES[bucket.delta[0].dtype]
+    launch(apply_kernel, bucket, tuner=None, found_inf=None, BETAS=0, D=dtype)

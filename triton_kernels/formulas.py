@@ -110,6 +110,29 @@ def coefficients(hyper, grad_scale, clip, step, KIND: tl.constexpr, T: tl.conste
 
 
 @triton.jit
+def scramble(n):
+    """A hash of uint32 in which each bit depends on all, "lowbias32".
+
+    Source: C. Wellons, Prospecting for Hash Functions, 2018.
+    """
+    n = (n ^ (n >> 16)) * 0x7FEB352D
+    n = (n ^ (n >> 15)) * 0x846CA68B
+    return n ^ (n >> 16)
+
+
+@triton.jit
+def seed(steps, number):
+    """What the random bits of weight ``number`` depend on, after so many steps."""
+    return scramble(scramble(steps.to(tl.int64).to(tl.uint32)) + number.to(tl.uint32))
+
+
+@triton.jit
+def dither(seed, element):
+    """16 random bits for each element, uint32, which is its place in the weight's memory."""
+    return scramble(element + seed) >> 16
+
+
+@triton.jit
 def sgd(g, x, c):
     """u = −lr·(g + l2·x)."""
     return -(c.rate * (g + c.l2 * x))

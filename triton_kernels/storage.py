@@ -22,8 +22,8 @@ DTYPES = {
 }
 
 # The columns of a row of the tensor table (bucket.TENSOR) and of the hyperparameters (bases.HYPER).
-GRADIENT, WEIGHT, X_REF, DELTA, STATE0, STATE1, STEP, SCALE, GROUP, TENSOR_COLUMNS = (
-    tl.constexpr(i) for i in range(10)
+GRADIENT, WEIGHT, X_REF, DELTA, STATE0, STATE1, STEP, SCALE, GROUP, NUMBER, TENSOR_COLUMNS = (
+    tl.constexpr(i) for i in range(11)
 )
 CHUNK_COLUMNS = tl.constexpr(3)
 
@@ -86,3 +86,16 @@ def narrow(x, dtype: tl.constexpr):
         return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def rounded_by(bits, x):
+    """float32 x in bfloat16: up in magnitude as often as what is cut off is of a last place.
+
+    ``bits`` are 16 random ones, uint32.
+    """
+    given = x.to(tl.uint32, bitcast=True)
+    # Bits that are added to a NaN could make a number of it.
+    is_nan = (given & 0x7FFFFFFF) > 0x7F800000
+    high = tl.where(is_nan, (given >> 16) | 0x7FC0, (given + bits) >> 16)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)

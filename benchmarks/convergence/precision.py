@@ -24,8 +24,8 @@ class Precision:
         weights: the dtype of the model's weights and gradients.
         autocast: products in bfloat16 from wider weights.
         scaled: a GradScaler, whose factor the optimizer's kernels take away.
-        delta: None, or how Δ is rounded to bfloat16 after each step, "nearest" or "stochastic".
-            A trial of a form that the kernels do not have: Δ stays in a float32 tensor.
+        delta: None, or how Δ is rounded to bfloat16 at each step: "stochastic", by the option
+            ``narrow_delta``, or "nearest", a trial of what the kernels do not do, in float32.
     """
 
     weights: torch.dtype = torch.float32
@@ -53,22 +53,12 @@ TASK = "char"
 
 
 class Rounded(Trainer):
-    """Rounds Δ to bfloat16 after each step."""
+    """Rounds Δ to the nearest bfloat16 after each step."""
 
     def step(self) -> None:
         super().step()
         for state in self.optimizer.state.values():
-            bits = state["delta"].view(torch.int32)
-            bits.add_(self.lower(bits)).bitwise_and_(~0xFFFF)
-
-    def lower(self, bits: Tensor) -> Any:
-        """Return what is added to the half of a float32 that a bfloat16 does not have."""
-        return 1 << 15
-
-
-class RoundedStochastically(Rounded):
-    def lower(self, bits: Tensor) -> Any:
-        return torch.randint_like(bits, 1 << 16)
+            state["delta"].copy_(state["delta"].bfloat16())
 
 
 class Scaled(Trainer):
@@ -89,9 +79,6 @@ class Scaled(Trainer):
         self.scheduler.step()
 
 
-ROUNDED = {"nearest": Rounded, "stochastic": RoundedStochastically}
-
-
 def narrowed(make: Make, precision: Precision) -> Make:
     """Return the same method over a problem in another precision."""
 
@@ -105,7 +92,7 @@ def narrowed(make: Make, precision: Precision) -> Make:
         parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.rate)
         if precision.scaled:
             return Scaled(*parts)
-        return ROUNDED[precision.delta](*parts) if precision.delta else trainer
+        return Rounded(*parts) if precision.delta == "nearest" else trainer
 
     return made
 
@@ -113,8 +100,8 @@ def narrowed(make: Make, precision: Precision) -> Make:
 def bytes_of(method: str, name: str) -> float:
     """Return the bytes a parameter of the weights and of all that the optimizer keeps.
 
-    A rounded Δ counts as the bfloat16 that it stands for. Gradients, in the weights' dtype, come on
-    top.
+    A Δ that is rounded by way of trial counts as the bfloat16 that it stands for. Gradients, in the
+    weights' dtype, come on top.
     """
     precision = PRECISIONS[name]
     base, ours, _ = BASES["AdamW"]

@@ -74,6 +74,8 @@ def _make(spec: Spec, arm: ExitStack) -> Make:
     precision = PRECISIONS.get(spec.arm)
     if precision and precision.scaled:
         options = {"fused": True}  # takes GradScaler's factor away in the kernels
+    if precision and precision.delta == "stochastic":
+        options = {"narrow_delta": True}
     make = mechanic(base, **options) if name else plain(base, spec.lr)
     return narrowed(make, precision) if precision else make
 

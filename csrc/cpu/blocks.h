@@ -125,12 +125,36 @@ MECHANIC_INLINE void add_products(const T* a, const T* b, int n, Lanes& lanes) {
   if (i < n) add_products_wide(a + i, b + i, n - i, lanes);
 }
 
+// Δ as it lies in memory: wide or narrow, the other one is null.
+template <class T>
+struct Delta {
+  T* wide;
+  BFloat16* narrow;
+  uint32_t seed;  // of the first element's random bits
+
+  // n elements from start on, in memory or, widened, in room.
+  MECHANIC_INLINE T* read(int64_t start, int n, T* room) const {
+    if (!narrow) return wide + start;
+    for (int i = 0; i < n; ++i) room[i] = T(widen(narrow[start + i]));
+    return room;
+  }
+
+  // The same elements back from room.
+  MECHANIC_INLINE void write(int64_t start, int n, const T* room) const {
+    if (!narrow) return;
+    const uint32_t first = seed + uint32_t(start);
+    for (int i = 0; i < n; ++i) {
+      narrow[start + i] = rounded_by(dither(first, uint32_t(i)), float(room[i]));
+    }
+  }
+};
+
 // The four arrays of one accumulate that are walked together; x may be absent.
 template <class X, class S>
 struct Streams {
   const X* g;
   const X* x;
-  Wide<X>* delta;
+  Delta<Wide<X>> delta;
   S *state0, *state1;
 };
 
@@ -140,7 +164,8 @@ MECHANIC_INLINE void accumulate_block(const Streams<X, S>& at, int64_t start, in
   using T = Wide<X>;
   const X* __restrict g = at.g + start;
   const X* __restrict x = kReadsX ? at.x + start : nullptr;
-  T* __restrict delta = at.delta + start;
+  alignas(64) T room[kRun];
+  T* __restrict delta = at.delta.read(start, n, room);
   S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
   S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
   alignas(64) T gradient[kRun];
@@ -155,6 +180,7 @@ MECHANIC_INLINE void accumulate_block(const Streams<X, S>& at, int64_t start, in
     if (Base::kStates > 0) narrow(a, state0[i]);
     if (Base::kStates > 1) narrow(b, state1[i]);
   }
+  at.delta.write(start, n, delta);
 }
 
 // lanes.ab += g.delta with the old delta, lanes.aa += g.g; delta += u.
@@ -204,9 +230,11 @@ MECHANIC_INLINE void put_block(const X* fresh, X* x, int n, bool streams) {
 // Write x = round(x_ref + S delta) if there is an x_ref, then measure what stands in x:
 // lanes.ab += x.delta, lanes.aa += x.x.
 template <class X>
-MECHANIC_INLINE void apply_block(const X* __restrict x_ref, const Wide<X>* __restrict delta,
+MECHANIC_INLINE void apply_block(const X* __restrict x_ref, const Delta<Wide<X>>& at, int64_t start,
                                  X* __restrict x, int n, Wide<X> scale, bool streams,
                                  Lanes& lanes) {
+  alignas(64) Wide<X> room[kBlock];
+  const Wide<X>* __restrict delta = at.read(start, n, room);
   alignas(64) X fresh[kBlock];
   alignas(64) Wide<X> rounded[kBlock];
   if (x_ref) {
@@ -222,14 +250,15 @@ MECHANIC_INLINE void apply_block(const X* __restrict x_ref, const Wide<X>* __res
 }
 
 template <class X>
-MECHANIC_CLONES void apply_run(const X* x_ref, const Wide<X>* delta, X* x, int64_t n, Wide<X> scale,
-                               bool streams, Lanes& out) {
+MECHANIC_CLONES void apply_run(const X* x_ref, const Delta<Wide<X>>& at, X* x, int64_t n,
+                               Wide<X> scale, bool streams, Lanes& out) {
+  const Delta<Wide<X>> delta = at;
   Lanes lanes = {};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
-    apply_block<X>(x_ref ? x_ref + i : nullptr, delta + i, x + i, kBlock, scale, streams, lanes);
+    apply_block<X>(x_ref ? x_ref + i : nullptr, delta, i, x + i, kBlock, scale, streams, lanes);
   }
-  apply_block<X>(x_ref ? x_ref + i : nullptr, delta + i, x + i, int(n - i), scale, false, lanes);
+  apply_block<X>(x_ref ? x_ref + i : nullptr, delta, i, x + i, int(n - i), scale, false, lanes);
 #if defined(__SSE2__)
   if (streams) _mm_sfence();  // or another thread might read a weight before its store is done
 #endif

@@ -6,8 +6,8 @@
 
 namespace mechanic::cpu {
 
-// clip: (N^2, max_norm) or null.
-void accumulate(const Bucket& bucket, const double* clip, int threads);
+// clip: (N^2, max_norm) or null; steps: taken so far, or null where Δ is wide.
+void accumulate(const Bucket& bucket, const double* clip, const double* steps, int threads);
 void apply(const Bucket& bucket, const Tuner& tuner, int threads);
 void measure(const Bucket& bucket, int threads);
 void norm(const Bucket& bucket, int threads);

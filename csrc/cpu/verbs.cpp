@@ -15,8 +15,20 @@ T* at(int64_t address, int64_t offset) {
   return address == 0 ? nullptr : reinterpret_cast<T*>(address) + offset;
 }
 
+// Δ of a chunk; steps are needed where a narrow one is to be written.
+template <class X>
+Delta<Wide<X>> delta_of(const Bucket& bucket, const Chunk& chunk, const double* steps) {
+  const Tensor& tensor = bucket.tensors[chunk.tensor];
+  const uint32_t first = seed(steps, tensor.number) + uint32_t(chunk.offset);
+  if (bucket.delta == DType::kBFloat16) {
+    return {nullptr, at<BFloat16>(tensor.delta, chunk.offset), first};
+  }
+  return {at<Wide<X>>(tensor.delta, chunk.offset), nullptr, first};
+}
+
 template <class Base, class X, class S>
-void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, const double* clip, Sums& partial) {
+void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, const double* clip,
+                      const double* steps, Sums& partial) {
   using T = Wide<X>;
   const Tensor& tensor = bucket.tensors[chunk.tensor];
   partial.gd = partial.gg = 0;
@@ -27,7 +39,7 @@ void accumulate_chunk(const Bucket& bucket, const Chunk& chunk, const double* cl
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
   const Streams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset), at<X>(tensor.weight, chunk.offset),
-      at<T>(tensor.delta, chunk.offset), at<S>(tensor.state0, chunk.offset),
+      delta_of<X>(bucket, chunk, steps), at<S>(tensor.state0, chunk.offset),
       at<S>(tensor.state1, chunk.offset)};
   Lanes lanes;
   if (hyper.l2 != 0 || hyper.decay != 0) {
@@ -56,7 +68,7 @@ void apply_chunk(const Bucket& bucket, const Chunk& chunk, const double* scale, 
   const Tensor& tensor = bucket.tensors[chunk.tensor];
   Lanes lanes;
   apply_run<X>(scale ? at<const X>(tensor.x_ref, chunk.offset) : nullptr,
-               at<const Wide<X>>(tensor.delta, chunk.offset), at<X>(tensor.weight, chunk.offset),
+               delta_of<X>(bucket, chunk, nullptr), at<X>(tensor.weight, chunk.offset),
                chunk.length, Wide<X>(scale ? *scale : 0), bucket.elements >= kStreamed, lanes);
   partial.xd = fold(lanes.ab);
   partial.xx = fold(lanes.aa);
@@ -115,16 +127,16 @@ void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
 
 }  // namespace
 
-void accumulate(const Bucket& bucket, const double* clip, int threads) {
+void accumulate(const Bucket& bucket, const double* clip, const double* steps, int threads) {
   for_kind(bucket.kind, [&](auto base) {
     for_weight(bucket.weight, [&](auto weight) {
       using X = decltype(weight);
       const bool narrow = bucket.state == bucket.weight;
       for_chunks(bucket, threads, false, [&](const Chunk& chunk, Sums& partial) {
         if (narrow) {
-          accumulate_chunk<decltype(base), X, X>(bucket, chunk, clip, partial);
+          accumulate_chunk<decltype(base), X, X>(bucket, chunk, clip, steps, partial);
         } else {
-          accumulate_chunk<decltype(base), X, Wide<X>>(bucket, chunk, clip, partial);
+          accumulate_chunk<decltype(base), X, Wide<X>>(bucket, chunk, clip, steps, partial);
         }
       });
     });

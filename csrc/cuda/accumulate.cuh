@@ -15,7 +15,7 @@ template <class X, class S>
 struct Streams {
   const X* gradient;
   const X* weight;
-  Wide<X>* delta;
+  Delta<Wide<X>> delta;
   S* state0;
   S* state1;
   bool reads_x;  // only with weight decay: the bytes are worth a uniform branch
@@ -30,10 +30,11 @@ __device__ __forceinline__ Pair accumulate_span(const Streams<X, S>& at, int beg
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
     T g[N], delta[N], a[N] = {}, b[N] = {}, x[N] = {};
     load<Reuse::kNever>(at.gradient + i, g);
-    load<Reuse::kSoon>(at.delta + i, delta);
     if constexpr (Base::kStates > 0) load<Reuse::kNever>(at.state0 + i, a);
     if constexpr (Base::kStates > 1) load<Reuse::kNever>(at.state1 + i, b);
     if (at.reads_x) load<Reuse::kNever>(at.weight + i, x);
+    // The last one, since widening a narrow Δ waits for it.
+    at.delta.template load<Reuse::kSoon>(i, delta);
 #pragma unroll
     for (int l = 0; l < N; ++l) {
       const T gradient = g[l] * c.gradient;
@@ -42,7 +43,7 @@ __device__ __forceinline__ Pair accumulate_span(const Streams<X, S>& at, int beg
       sum.second = fma(double(gradient), double(gradient), sum.second);
       delta[l] = delta[l] + Base::update(finite_or_zero(gradient), x[l], a[l], b[l], c);
     }
-    store<Reuse::kSoon>(delta, at.delta + i);
+    at.delta.template store<Reuse::kSoon>(i, delta);
     if constexpr (Base::kStates > 0) store<Reuse::kNever>(a, at.state0 + i);
     if constexpr (Base::kStates > 1) store<Reuse::kNever>(b, at.state1 + i);
   }
@@ -65,12 +66,13 @@ __device__ __forceinline__ Pair accumulate_chunk(const Bucket& bucket, const Ten
   Streams<X, S> at = {};
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weight = address<const X>(tensor.weight, chunk.offset);
-  at.delta = address<T>(tensor.delta, chunk.offset);
+  at.delta = delta_of<T>(bucket, tensor, chunk, scaler.steps);
   if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
   if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
   at.reads_x = hyper.l2 != 0 || hyper.decay != 0;
   const int n = int(chunk.length);
-  const int body = packed<X>(n, at.gradient, at.weight, at.delta, at.state0, at.state1);
+  const int body =
+      packed<X>(n, at.gradient, at.weight, at.delta.wide, at.delta.narrow, at.state0, at.state1);
   __syncthreads();
   const Coefficients<T> c = shared;
   Pair sum = {0, 0};

@@ -9,7 +9,7 @@ namespace {
 template <class X>
 struct Streams {
   const X* x_ref;
-  const Wide<X>* delta;
+  Delta<Wide<X>> delta;
   X* x;
 };
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ Pair apply_span(const Streams<X>& at, int begin, int 
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
     Wide<X> delta[N], x[N];
-    load<Reuse::kNever>(at.delta + i, delta);
+    at.delta.template load<Reuse::kNever>(i, delta);
     if constexpr (kWrites) {
       load<Reuse::kNever>(at.x_ref + i, x);
 #pragma unroll
@@ -45,8 +45,11 @@ __device__ __forceinline__ Pair apply_span(const Streams<X>& at, int begin, int 
   return sum;
 }
 
+// Blocks of a multiprocessor: as many as no kernel of these spills with.
+constexpr int kBlocks = 6;
+
 template <bool kWrites, class X>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     apply_kernel(Bucket bucket, Folding folding, Tuner tuner, Scaler scaler) {
   if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
   using Folded = Columns<&Sums::xd, &Sums::xx>;
@@ -60,11 +63,11 @@ __global__ void __launch_bounds__(kThreads)
   const double* s = tuner.state + tensor.scale * (4 * tuner.betas + 2);
   const auto scale = Wide<X>(kWrites ? total(s, tuner.betas) : 0);
   const Streams<X> at = {address<const X>(tensor.x_ref, chunk.offset),
-                         address<const Wide<X>>(tensor.delta, chunk.offset),
+                         delta_of<Wide<X>>(bucket, tensor, chunk, nullptr),
                          address<X>(tensor.weight, chunk.offset)};
   const int n = int(chunk.length);
   // measure adds in the same order as apply, so that their bits agree: x_ref decides for both.
-  const int body = packed<X>(n, at.x_ref, at.delta, at.x);
+  const int body = packed<X>(n, at.x_ref, at.delta.wide, at.delta.narrow, at.x);
   Pair sum = {0, 0};
   sum = apply_span<kLanes<X>, kWrites>(at, 0, body, scale, sum);
   sum = apply_span<1, kWrites>(at, body, n, scale, sum);

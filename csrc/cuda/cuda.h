@@ -26,11 +26,12 @@ inline int64_t ticket_count(int64_t chunk_count, int64_t scale_count) {
   return chunk_count / kGroup + 2 * scale_count;
 }
 
-// Numbers on the device that decide about a step's gradients, or null: GradScaler's and clipping's.
+// Numbers on the device that decide about a step, or null: GradScaler's, clipping's, the tuner's.
 struct Scaler {
   const float* grad_scale;  // what the gradients have been multiplied by
   const float* found_inf;   // not 0: nothing changes in this step
   const double* clip;       // (N^2, max_norm)
+  const double* steps;      // taken so far: what the rounding of a narrow Δ goes by
 };
 
 // Errors are std::runtime_error with the verb's and the CUDA call's name.
