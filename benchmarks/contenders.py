@@ -61,13 +61,14 @@ def torch_sgd(form: str) -> Contender:
     )
 
 
-def adamw(backend: str = "auto", decay: float = DECAY) -> Contender:
+def adamw(backend: str = "auto", decay: float = DECAY, narrow_delta: bool = False) -> Contender:
     """Return our AdamW, named after its backend where that is chosen."""
     suffix = "" if backend == "auto" else f", {backend}"
+    suffix += ", narrow Δ" if narrow_delta else ""
     return Contender(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
-            weights, lr=1.0, weight_decay=decay, backend=backend
+            weights, lr=1.0, weight_decay=decay, backend=backend, narrow_delta=narrow_delta
         ),
         ours=True,
     )

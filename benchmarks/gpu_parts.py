@@ -66,6 +66,9 @@ def our_backends(device: torch.device) -> list[str]:
 def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
     ours = [contenders.adamw(name) for name in our_backends(device)]
     pairs = [(contender, FUSED) for contender in ours]
+    if case.dtype is torch.bfloat16:
+        names = our_backends(device)
+        pairs += [(contenders.adamw(name, narrow_delta=True), FUSED) for name in names]
     pairs += [(FOREACH, FUSED)]
     if case.name.startswith("1.5B"):
         return pairs  # the packages' copies would not fit beside another optimizer
@@ -179,6 +182,7 @@ def sanitize(backend: str, device: torch.device) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         for make in (
             lambda w: mechanic_fused.MechanicAdamW(w, lr=1.0, backend=backend),
+            lambda w: mechanic_fused.MechanicAdamW(w, backend=backend, narrow_delta=True),
             lambda w: mechanic_fused.MechanicSGD(w, lr=0.1, momentum=0.9, backend=backend),
             lambda w: mechanic_fused.MechanicLion(w, lr=0.1, backend=backend),
         ):

@@ -22,6 +22,7 @@ COPY_SIZE = 1 << 28
 
 OURS = contenders.adamw()
 OURS_PLAIN = contenders.adamw(decay=0.0)
+OURS_NARROW = contenders.adamw(narrow_delta=True)
 OURS_SGD = contenders.sgd()
 FUSED = contenders.torch_adamw("fused")
 FUSED_PLAIN = contenders.torch_adamw("fused", decay=0.0)
@@ -97,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         if case.name not in chosen.cases:
             continue
         pairs = PAIRS + MORE_PAIRS * (case.name == "35M")
+        pairs += [(OURS_NARROW, FUSED)] * (case.dtype is torch.bfloat16)
         small = case.shrunk() if chosen.quick else case
         for row in measure.rows_of(small, pairs, device, effort):
             record["rows"].append(row)

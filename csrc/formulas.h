@@ -153,9 +153,12 @@ MECHANIC_INLINE uint32_t seed(const double* steps, int64_t number) {
   return steps == nullptr ? 0 : scramble(scramble(uint32_t(int64_t(*steps))) + uint32_t(number));
 }
 
-// 16 random bits for an element, which is its place in the weight's memory.
+// 16 random bits for an element, which is its place in the weight's memory: the upper half of the
+// hash, which its last step leaves as it is.
 MECHANIC_INLINE uint32_t dither(uint32_t seed, uint32_t element) {
-  return scramble(element + seed) >> 16;
+  uint32_t n = element + seed;
+  n = (n ^ (n >> 16)) * 0x7feb352du;
+  return ((n ^ (n >> 15)) * 0x846ca68bu) >> 16;
 }
 
 // x = x_ref + S delta

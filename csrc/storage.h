@@ -71,12 +71,10 @@ MECHANIC_INLINE void narrow(float x, BFloat16& to) {
 #endif
 }
 
-// Up in magnitude as often as what is cut off is of a last place; bits: 16 random ones.
+// Up in magnitude as often as what is cut off is of a last place; bits: 16 random ones. x is the
+// result of an operation: its NaNs are quiet ones, which cutting leaves NaN and adding might not.
 MECHANIC_INLINE BFloat16 rounded_by(uint32_t bits, float x) {
-  const uint32_t given = bit_cast<uint32_t>(x);
-  // Bits that are added to a NaN could make a number of it.
-  const bool is_nan = (given & 0x7fffffffu) > 0x7f800000u;
-  return {uint16_t(is_nan ? 0x7fc0u | (given >> 16) : (given + bits) >> 16)};
+  return {uint16_t((bit_cast<uint32_t>(x) + (x == x ? bits : 0)) >> 16)};
 }
 
 MECHANIC_INLINE void narrow(float x, Half& to) {

@@ -92,10 +92,9 @@ def narrow(x, dtype: tl.constexpr):
 def rounded_by(bits, x):
     """float32 x in bfloat16: up in magnitude as often as what is cut off is of a last place.
 
-    ``bits`` are 16 random ones, uint32.
+    ``bits`` are 16 random ones, uint32; x is the result of an operation, so its NaNs are quiet
+    ones, which cutting leaves NaN and adding might not.
     """
-    given = x.to(tl.uint32, bitcast=True)
-    # Bits that are added to a NaN could make a number of it.
-    is_nan = (given & 0x7FFFFFFF) > 0x7F800000
-    high = tl.where(is_nan, (given >> 16) | 0x7FC0, (given + bits) >> 16)
+    bits = tl.where(x == x, bits, 0)
+    high = (x.to(tl.uint32, bitcast=True) + bits) >> 16
     return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
