@@ -31,9 +31,7 @@ def conditions(commit: str | None = None) -> Row:
     built = ROOT / "mechanic_fused" / "_build.txt"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(
-            ["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]
-        ),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": commit or _commit(),
         "mechanic_fused": mechanic_fused.__version__,
         "extension": built.read_text().strip() if built.exists() else "no word of how it was built",
@@ -46,8 +44,15 @@ def conditions(commit: str | None = None) -> Row:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def _module() -> str:
+    """Return the name by which this program was started."""
+    program = Path(sys.argv[0])
+    return f"benchmarks.{program.parent.name if program.stem == '__main__' else program.stem}"
 
 
 def _commit() -> str:
