@@ -71,7 +71,8 @@ def test_triton_reads_gradients_16_bytes_at_a_time_and_adds_in_order(dtype, arch
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_coefficient_is_made_in_float64(architecture):
     """Of a constant that is 1e-6 in float64, not in float32, and rounded as the reference does."""
-    options = {"KIND": "sgd", "S": triton.language.float32}
+    wide = triton.language.float32
+    options = {"KIND": "sgd", "S": wide, "D": wide, "clock": None}
     clipped = ptx_of("accumulate", torch.float32, architecture, **options)
     plain = ptx_of("accumulate", torch.float32, architecture, clip=None, **options)
     constant = "0d3EB0C6F7A0B5ED8D"
