@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .pace import know_rate, pace
-from .tuner import OPTIONS
+from .variants import OPTIONS
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from . import backends
 from .mechanized import Mechanized
-from .tuner import BETAS, CHECKED, check_scale, checked_options
+from .tuner import check_scale
+from .variants import BETAS, CHECKED, checked_options
 
 Log = Callable[[dict[str, Any]], None]
 

@@ -15,15 +15,8 @@ from .pace import PEAK
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .stepping import Stepping
-from .tuner import (
-    CHECKED,
-    STARTED,
-    Tuner,
-    check_saved,
-    check_scale,
-    checked_options,
-    scale_keys,
-)
+from .tuner import Tuner, check_saved, check_scale, scale_keys
+from .variants import CHECKED, STARTED, checked_options
 
 
 class Mechanized(Stepping):

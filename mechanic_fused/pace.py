@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuner import VARIANTS
+from .variants import VARIANTS
 
 PEAK = "peak_lr"
 """The entry of every param group with the largest lr that it has been seen to have."""

@@ -14,7 +14,8 @@ from .bases import STATES, STEPPED
 from .bucket import is_dense, wide
 from .distributed import dtensor, like, local
 from .pace import PEAK
-from .tuner import KEY, OPTIONS
+from .tuner import KEY
+from .variants import OPTIONS
 
 OURS = ("x_ref", "delta")
 """The entries that Mechanic adds to a parameter's state."""

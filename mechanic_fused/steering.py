@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from . import backends, state
 from .pace import PEAK, know_rate, pace
-from .tuner import KEY, STARTED
+from .tuner import KEY
+from .variants import STARTED
 
 
 class Steering(Optimizer):

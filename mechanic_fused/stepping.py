@@ -15,7 +15,7 @@ from .distributed import Rows, step_together
 from .plan import StepPlan
 from .release import GradientRelease, check_releasable
 from .steering import Steering
-from .tuner import ZERO_WEIGHT, needs_start, start
+from .variants import ZERO_WEIGHT, needs_start, start
 
 
 class Stepping(Steering):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mechanic_fused import tuner
+from mechanic_fused import variants as constants
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 20
@@ -100,12 +100,12 @@ def test_the_interval_is_that_of_paired_differences(convergence):
 
 
 def test_an_arm_changes_one_run_only(convergence):
-    variants, start = dict(tuner.VARIANTS), tuner.START
+    variants, start = dict(constants.VARIANTS), constants.START
     losses = {}
     for arm in convergence.ablations.ARMS:
         spec = convergence.runs.Spec("digits_mlp", 1, "Mechanic AdamW", 0.0, arm, 0)
         losses[arm] = convergence.runs.run(spec, shorter=10)["train_loss"]
-        assert (tuner.VARIANTS, tuner.START) == (variants, start)
+        assert (constants.VARIANTS, constants.START) == (variants, start)
     assert all(map(math.isfinite, losses.values()))
     others = {arm: loss for arm, loss in losses.items() if arm != "default"}
     same = {arm for arm, loss in others.items() if loss == losses["default"]}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from mechanic_fused import tuner
+from mechanic_fused import variants
 
 from .methods import BASES
 
@@ -23,12 +23,12 @@ def _options(**options: Any) -> Arm:
 
 def _constants(**constants: Any) -> Arm:
     """The default with other constants, for as long as a run lasts."""
-    row = replace(tuner.VARIANTS[DEFAULT], **constants)
-    return {}, patch.dict(tuner.VARIANTS, {DEFAULT: row})
+    row = replace(variants.VARIANTS[DEFAULT], **constants)
+    return {}, patch.dict(variants.VARIANTS, {DEFAULT: row})
 
 
 def _start(c: float) -> Arm:
-    return {}, patch.object(tuner, "START", c)
+    return {}, patch.object(variants, "START", c)
 
 
 ALL, ONE = tuple(BASES), ("AdamW",)
