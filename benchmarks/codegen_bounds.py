@@ -91,14 +91,17 @@ def traffic(
     return Traffic(0, 0)
 
 
-def most_registers(backend: str, kernel: str, dtype: torch.dtype) -> int:
+def most_registers(
+    backend: str, kernel: str, dtype: torch.dtype, narrow_delta: bool = False
+) -> int:
     """Return how many registers a thread may take.
 
-    A 16-bit block gives each thread of Triton 8 elements, not 4. In CUDA it is what leaves room
+    A 16-bit block gives each thread of Triton 8 elements, not 4; the random bits of a narrow Δ take
+    some more, with as many programs on an SM. In CUDA it is what leaves room
     for the blocks that accumulate.cuh counts on, and in the other kernels for a thousand threads.
     """
     if backend == "triton":
-        return {torch.float32: 104, torch.bfloat16: 160}[dtype]
+        return {torch.float32: 104, torch.bfloat16: 160}[dtype] + 8 * narrow_delta
     if kernel in KINDS:
         blocks = (3 if kernel == "adam" else 4) + (dtype is torch.float32)
         return SM_REGISTERS // (blocks * 256) // 8 * 8
@@ -125,7 +128,7 @@ def checked(
     in_flight = threads * 16 * (wanted.loads - (kernel in KINDS))
     broken = []
     if dtype in JUDGED[backend]:
-        most = most_registers(backend, kernel, dtype)
+        most = most_registers(backend, kernel, dtype, narrow_delta)
         if code.stack or code.local or code.local_accesses:
             broken.append("spills or local memory")
         if code.registers > most:
