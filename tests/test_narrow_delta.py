@@ -139,6 +139,26 @@ def test_delta_is_kept_in_bfloat16_and_two_runs_have_the_same_bits(cls, dtype):
     assert float(found[0][0]["delta"].abs().sum()) > 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "narrow_state", "narrow_delta", "expected"),
+    [
+        (torch.float32, False, False, 20),
+        (torch.float32, True, True, 18),
+        (torch.bfloat16, False, False, 16),
+        (torch.bfloat16, True, False, 12),
+        (torch.bfloat16, False, True, 14),
+        (torch.float16, True, True, 10),
+    ],
+    ids=str,
+)
+def test_bytes_a_parameter_are_those_of_the_docs(dtype, narrow_state, narrow_delta, expected):
+    p = weight(64, dtype=dtype)
+    opt = MechanicAdamW([p], narrow_state=narrow_state, narrow_delta=narrow_delta, **QUICK)
+    run(opt, [p], 2)
+    kept = [p, *(x for x in opt.state[p].values() if torch.is_tensor(x) and x.dim())]
+    assert sum(x.element_size() for x in kept) == expected
+
+
 def test_float64_weights_keep_their_delta():
     p = weight(3, dtype=torch.float64)
     opt = MechanicAdamW([p], narrow_delta=True)
