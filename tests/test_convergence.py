@@ -160,6 +160,7 @@ def test_precisions_count_their_bytes(convergence):
     assert bytes_of("Mechanic AdamW", "bfloat16 weights") == 16
     assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ to nearest") == 14
     assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ stochastic") == 14
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights and state, Δ stochastic") == 10
     assert bytes_of("AdamW", "float32") == 12
     assert bytes_of("AdamW", "bfloat16 weights") == 6
 

@@ -24,6 +24,7 @@ class Precision:
         weights: the dtype of the model's weights and gradients.
         autocast: products in bfloat16 from wider weights.
         scaled: a GradScaler, whose factor the optimizer's kernels take away.
+        state: Mechanic's base keeps its state in the weights' dtype, as torch's AdamW does.
         delta: None, or how Δ is rounded to bfloat16 at each step: "stochastic", by the option
             ``narrow_delta``, or "nearest", a trial of what the kernels do not do, in float32.
     """
@@ -31,7 +32,18 @@ class Precision:
     weights: torch.dtype = torch.float32
     autocast: bool = False
     scaled: bool = False
+    state: bool = False
     delta: str | None = None
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What a mechanized optimizer is made with; fused lets kernels take away the factor."""
+        wanted = {
+            "fused": self.scaled,
+            "narrow_state": self.state,
+            "narrow_delta": self.delta == "stochastic",
+        }
+        return {name: True for name, is_wanted in wanted.items() if is_wanted}
 
 
 PRECISIONS = {
@@ -40,6 +52,9 @@ PRECISIONS = {
     "bfloat16 weights": Precision(torch.bfloat16),
     "bfloat16 weights, Δ to nearest": Precision(torch.bfloat16, delta="nearest"),
     "bfloat16 weights, Δ stochastic": Precision(torch.bfloat16, delta="stochastic"),
+    "bfloat16 weights and state, Δ stochastic": Precision(
+        torch.bfloat16, state=True, delta="stochastic"
+    ),
     "float16 weights, GradScaler": Precision(torch.float16, scaled=True),
 }
 
@@ -106,11 +121,12 @@ def bytes_of(method: str, name: str) -> float:
     precision = PRECISIONS[name]
     base, ours, _ = BASES["AdamW"]
     weight = nn.Parameter(torch.ones(8, 8, dtype=precision.weights))
-    optimizer = (ours if method.startswith("Mechanic") else base)([weight])
+    is_ours = method.startswith("Mechanic")
+    optimizer = ours([weight], **precision.options) if is_ours else base([weight])
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = {"weight": weight, **optimizer.state[weight]}
     sizes = {k: t.element_size() for k, t in kept.items() if torch.is_tensor(t) and t.dim()}
-    if precision.delta:
+    if precision.delta == "nearest":
         sizes["delta"] = 2
     return sum(sizes.values())

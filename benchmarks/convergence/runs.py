@@ -72,10 +72,8 @@ def _make(spec: Spec, arm: ExitStack) -> Make:
         options, change = ARMS[spec.arm][1]
         arm.enter_context(change)
     precision = PRECISIONS.get(spec.arm)
-    if precision and precision.scaled:
-        options = {"fused": True}  # takes GradScaler's factor away in the kernels
-    if precision and precision.delta == "stochastic":
-        options = {"narrow_delta": True}
+    if precision:
+        options = precision.options
     make = mechanic(base, **options) if name else plain(base, spec.lr)
     return narrowed(make, precision) if precision else make
 
