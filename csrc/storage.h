@@ -26,7 +26,7 @@ MECHANIC_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Δ and the arithmetic: double beside double, float beside everything else.
+// The arithmetic, and a Δ that is not narrow: double beside double, float beside everything else.
 template <class X>
 struct WideOf {
   using type = float;

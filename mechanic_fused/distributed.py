@@ -130,6 +130,14 @@ def shards(weight: Tensor, reduce_group: Any) -> Groups:
     )
 
 
+def place(groups: Groups) -> int:
+    """Return this rank's number among those that hold different parts of a weight."""
+    found = 0
+    for group in groups:
+        found = found * group.size() + torch.distributed.get_rank(group)
+    return found
+
+
 def merge(parts: Iterable[Rows]) -> Rows:
     """Return rows added up by their groups."""
     merged: Rows = {}

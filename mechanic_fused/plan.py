@@ -11,10 +11,13 @@ from torch import Tensor
 from . import backends, distributed, reference, state
 from .bases import STATES, Base, Group
 from .bucket import GG, KERNEL_DTYPES, Bucket, Member, delta_dtype, is_dense, wide
-from .distributed import Groups, Rows, local, shards
+from .distributed import Groups, Rows, local, place, shards
 from .pace import PEAK
 from .tuner import Tuner
 from .weights import check_weights
+
+PLACE = 16
+"""Where a weight's number holds the rank's place among its shards, so that they round apart."""
 
 GENERAL = "general"
 """The kind of a bucket whose update the base optimizer makes itself."""
@@ -125,7 +128,8 @@ class StepPlan:
                         name = "reference"
                     groups = shards(p, reduce_group)
                     sort = Sort(kind, p.device, p.dtype, name, groups, local(p) is not p)
-                    member = Member(p, number, row, count, {}, STATES.get(kind, ()))
+                    own = place(groups) << PLACE | count
+                    member = Member(p, number, row, own, {}, STATES.get(kind, ()))
                     members.setdefault(sort, []).append(member)
                 row += scale == "parameter"
                 count += 1

@@ -308,3 +308,17 @@ CHANGES = {
     "all": drop_all_gradients,
     "nan": spoil,
 }
+
+
+def rounded_shards():
+    """Δ after a step that is the same everywhere: this rank's part, then of a replicated weight."""
+    mesh = flat_mesh()
+    found = []
+    for placement in (Shard(0), Replicate()):
+        whole = distribute_tensor(torch.zeros(8, 64), mesh, [placement])
+        weight = nn.Parameter(whole)
+        weight.grad = torch.full_like(weight, -1.001)
+        opt = MechanicSGD([weight], lr=1.0, narrow_delta=True, **OPTIONS)
+        opt.step()
+        found.append(opt.state[weight]["delta"].to_local())
+    return found

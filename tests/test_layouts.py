@@ -121,3 +121,10 @@ def test_a_narrow_delta_on_ranks(ranks, layout, size):
         moved += float((x - start[name].detach()).square().sum())
     # A rounding of Δ errs by 2⁻⁸ of it at most, and the errors of STEPS are independent.
     assert 0 < error <= (2.0**-8) ** 2 * STEPS * moved
+
+
+def test_shards_of_a_weight_are_rounded_by_bits_of_their_own(ranks):
+    (shard, replica), (other_shard, other_replica) = ranks(2).run("layouts.rounded_shards")
+    assert not torch.equal(shard, other_shard)
+    assert torch.equal(replica, other_replica)
+    assert shard.unique().numel() == 2  # the two neighbours of 1.001

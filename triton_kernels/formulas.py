@@ -43,7 +43,7 @@ def power(base, exponent):
 
 
 class Coefficients(NamedTuple):
-    """What an update needs beside registers: made in float64 once a chunk, in Δ's dtype here."""
+    """What an update needs beside registers: made in float64 once a chunk, here in T."""
 
     gradient: tl.tensor  # multiplies g: see multiplier
     beta1: tl.tensor
