@@ -1,10 +1,16 @@
-"""What the ranks of test_probe.py run."""
+"""What tests of LineProbe have in common, and what their ranks run."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mechanic_fused.tuners import LineProbe
+
+MULTIPLES = (-1.0, 0.0, 0.5, 1.0, 2.0)
+
+
+def batch(t):
+    return torch.randn(16, 4, generator=torch.Generator().manual_seed(t))
 
 
 def losses_of_ranks():
