@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from ..picture import GRID, OTHERS, OURS
@@ -20,35 +21,44 @@ def draw(rows: Rows, tasks: list[str], protocol: Protocol, caption: str, path: P
     from matplotlib import pyplot
 
     found = list(cells(tasks, protocol))
+    bases = [base for base in BASES if any(base in TASKS[task].bases for task in tasks)]
+    width = 3.3 * len(bases)
     figure, axes = pyplot.subplots(
         len(found),
-        len(BASES),
-        figsize=(3.3 * len(BASES), 1.55 * len(found) + 0.8),
+        len(bases),
+        figsize=(width, 1.55 * len(found) + 0.8),
         squeeze=False,
         layout="constrained",
     )
     for line, (task, horizon) in zip(axes, found, strict=True):
-        for axis, base in zip(line, BASES, strict=True):
+        for axis, base in zip(line, bases, strict=True):
             _panel(axis, rows, task, horizon, base, protocol)
         line[0].set_ylabel(
             f"{task}, {horizon * TASKS[task].steps:,}\n{TASKS[task].metric}", fontsize=7
         )
-    for axis, base in zip(axes[0], BASES, strict=True):
+    for axis, base in zip(axes[0], bases, strict=True):
         axis.set_title(base, fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate", fontsize=7)
-    figure.suptitle(
-        "Validation: a grid of learning rates (grey; dark: its best on fresh seeds) and\n"
-        f"Mechanic (red, on the same fresh seeds; its learning rate is learned) · {caption}",
-        fontsize=8,
+    title = (
+        "Validation: a grid of learning rates (grey; dark: its best on fresh seeds) and Mechanic "
+        f"(red, on the same fresh seeds; its learning rate is learned) · {caption}"
     )
+    # So many letters of this size go into an inch.
+    figure.suptitle("\n".join(wrap(title, int(14 * width))), fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _panel(axis: Any, rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> None:
     column = score(task)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.set_xscale("log")
+    # The labels of a short axis would lie on top of each other.
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(**{**GRID, "zorder": 0})
     axis.tick_params(labelsize=6)
     rates = grid(rows, task, horizon, base, protocol)
