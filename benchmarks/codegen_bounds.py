@@ -73,7 +73,7 @@ def traffic(
 ) -> Traffic:
     """Return what a kernel moves for the elements in 16 bytes of weights.
 
-    A narrow Δ beside float32 weights is not counted: its accesses are of 8 bytes.
+    A narrow Δ beside float32 weights is not counted: its accesses are of 8 bytes, see ``halves``.
     """
     share = 16 // dtype.itemsize
     full = share * wide(dtype).itemsize // 16
@@ -91,17 +91,22 @@ def traffic(
     return Traffic(0, 0)
 
 
+def halves(kernel: str, dtype: torch.dtype, narrow_delta: bool) -> int:
+    """Return how many loads of 8 bytes a thread adds to those of 16."""
+    return int(narrow_delta and kernel in WITH_DELTA and dtype is torch.float32)
+
+
 def most_registers(
     backend: str, kernel: str, dtype: torch.dtype, narrow_delta: bool = False
 ) -> int:
     """Return how many registers a thread may take.
 
-    A 16-bit block gives each thread of Triton 8 elements, not 4; the random bits of a narrow Δ take
-    some more, with as many programs on an SM. In CUDA it is what leaves room
+    A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
+    may take 112 for 104, which leaves an SM the same four programs. In CUDA it is what leaves room
     for the blocks that accumulate.cuh counts on, and in the other kernels for a thousand threads.
     """
     if backend == "triton":
-        return {torch.float32: 104, torch.bfloat16: 160}[dtype] + 8 * narrow_delta
+        return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kernel in KINDS:
         blocks = (3 if kernel == "adam" else 4) + (dtype is torch.float32)
         return SM_REGISTERS // (blocks * 256) // 8 * 8
@@ -125,7 +130,8 @@ def checked(
     threads = min(blocks * block_threads, SM_THREADS)
     wanted = traffic(kernel, dtype, narrow, narrow_delta)
     # Without weight decay accumulate leaves x alone.
-    in_flight = threads * 16 * (wanted.loads - (kernel in KINDS))
+    loaded = 16 * (wanted.loads - (kernel in KINDS)) + 8 * halves(kernel, dtype, narrow_delta)
+    in_flight = threads * loaded
     broken = []
     if dtype in JUDGED[backend]:
         most = most_registers(backend, kernel, dtype, narrow_delta)
@@ -135,8 +141,8 @@ def checked(
             broken.append(f"more than {most} registers")
         if code.loads < wanted.loads or code.stores < wanted.stores:
             broken.append(f"fewer than {wanted.loads} + {wanted.stores} accesses of 128 bits")
-        # The tuner works on a few hundred numbers; a narrow Δ leaves fewer bytes to load at all.
-        if in_flight < IN_FLIGHT and kernel != "tune" and not narrow_delta:
+        # The tuner works on a few hundred numbers.
+        if in_flight < IN_FLIGHT and kernel != "tune":
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
     state = "" if not STATES.get(kernel) else dtype if narrow else wide(dtype)
     delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""

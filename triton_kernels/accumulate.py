@@ -49,7 +49,7 @@ def move(
     """One block: Δ += u, the state moves on; returns the products g·Δ (old Δ) and g·g, float64.
 
     g enters the products as it is, and u as 0 where it is not finite. With a ``key`` the new Δ is
-    rounded to bfloat16 by random bits, of each element's number in its weight.
+    rounded to bfloat16 by random bits, of the ``key`` and each element's number in its chunk.
     """
     S: tl.constexpr = state0_at.dtype.element_ty
     g = widen(read(g_at, mask), T) * c.gradient
@@ -142,7 +142,7 @@ def accumulate_kernel(
         c = coefficients(h, grad_scale, clip, step, KIND, T)
         key = None
         if clock is not None:
-            key = seed(tl.load(clock), tl.load(tensor + NUMBER))
+            key = seed(tl.load(clock), tl.load(tensor + NUMBER)) + offset.to(tl.uint32)
         reads_x = (tl.load(h + 4) != 0) | (tl.load(h + 5) != 0)
 
         # An absent gradient has no elements.
@@ -167,7 +167,7 @@ def accumulate_kernel(
                 reads_x,
                 c,
                 key,
-                offset + i,
+                i,
                 KIND,
                 T,
             )
@@ -192,7 +192,7 @@ def accumulate_kernel(
                 i < x_length,
                 c,
                 key,
-                offset + i,
+                i,
                 KIND,
                 T,
             )
