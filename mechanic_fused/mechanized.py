@@ -28,6 +28,7 @@ class Mechanized(Stepping):
     _base: type[Optimizer]
     _class_options: dict[str, Any]
     _reads_scaler = False
+    # Pickles of an older version lack it.
     _narrow_delta = False
 
     def __init__(

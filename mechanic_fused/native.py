@@ -57,8 +57,9 @@ def accumulate(bucket: Bucket) -> None:
         scaler = _scaler(bucket.grad_scale, bucket.found_inf, bucket.clip, bucket.clock)
         _launch(_native.cuda.accumulate, bucket.device, seen.table, seen.folding, scaler)
     else:
-        numbers = [_number(number, torch.float64) for number in (bucket.clip, bucket.clock)]
-        _native.cpu.accumulate(bucket.handle, *numbers, torch.get_num_threads())
+        clip = _number("clip", bucket.clip, torch.float64)
+        clock = _number("clock", bucket.clock, torch.float64)
+        _native.cpu.accumulate(bucket.handle, clip, clock, torch.get_num_threads())
 
 
 def norm(bucket: Bucket) -> None:
@@ -140,18 +141,17 @@ def _scaler(
     clock: Tensor | None = None,
 ) -> Any:
     return _native.cuda.Scaler(
-        grad_scale=_number(grad_scale, torch.float32),
-        found_inf=_number(found_inf, torch.float32),
-        clip=_number(clip, torch.float64),
-        steps=_number(clock, torch.float64),
+        grad_scale=_number("grad_scale", grad_scale, torch.float32),
+        found_inf=_number("found_inf", found_inf, torch.float32),
+        clip=_number("clip", clip, torch.float64),
+        steps=_number("clock", clock, torch.float64),
     )
 
 
-def _number(number: Tensor | None, dtype: torch.dtype) -> int:
+def _number(name: str, number: Tensor | None, dtype: torch.dtype) -> int:
     """Return the address of numbers that kernels read: GradScaler's are float32, ours float64."""
     if not torch.is_tensor(number):
         return 0
     if number.dtype is not dtype:
-        names = "clip and clock" if dtype is torch.float64 else "grad_scale and found_inf"
-        raise TypeError(f"{names} must be {dtype}, got {number.dtype}")
+        raise TypeError(f"{name} must be {dtype}, got {number.dtype}")
     return number.data_ptr()

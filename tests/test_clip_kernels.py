@@ -213,7 +213,7 @@ def test_a_small_norm_changes_no_bit(contender, clip):
 def test_a_wrong_dtype_is_refused(contender):
     ready = Ready(contender, "sgd", torch.float32, clip=HALF)
     ready.bucket.clip = ready.bucket.clip.float()
-    with pytest.raises(TypeError, match="clip and clock must be torch.float64, got torch.float32"):
+    with pytest.raises(TypeError, match="clip must be torch.float64, got torch.float32"):
         ready.verbs.accumulate(ready.bucket)
 
 
