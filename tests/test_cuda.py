@@ -117,22 +117,12 @@ def test_same_bits_as_the_reference(lockstep, case, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["momentum", "adamw", "lion"])
-def test_narrow_state(lockstep, case, dtype):
-    base, options = CASES[case]
-    pairs = twins(base, SIZES, dtype, narrow_state=True, **options)
-    for t in range(FEW):
-        step_all(pairs, t)
-        assert_equal(pairs)
-
-
-@on_gpu
+@pytest.mark.parametrize("narrow", ["narrow_state", "narrow_delta"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["sgd", "momentum", "adamw", "lion"])
-def test_narrow_delta(lockstep, case, dtype):
+def test_narrow_state_and_delta(lockstep, case, dtype, narrow):
     base, options = CASES[case]
-    pairs = twins(base, SIZES, dtype, narrow_delta=True, **options)
+    pairs = twins(base, SIZES, dtype, **{narrow: True}, **options)
     for t in range(FEW):
         step_all(pairs, t)
         assert_equal(pairs)

@@ -154,12 +154,13 @@ def test_a_changed_number_counts_in_the_next_replay_once_it_is_refreshed(backend
         pair.check(t)
 
 
-def test_a_tensor_lr_counts_in_the_next_replay(backend):
-    pair = Pair(backend, lr=torch.ones((), device=GPU))
+@pytest.mark.parametrize(("variant", "slope"), [("scaled", -1 / 64), ("optax", 1 / 16)])
+def test_a_tensor_lr_counts_in_the_next_replay(backend, variant, slope):
+    """A rising one only where no peak is known: the host sees a number rise, and not a tensor."""
+    pair = Pair(backend, lr=torch.ones((), device=GPU), variant=variant)
     for t in range(WARM_UP, STEPS):
-        # Falling: of a rising one only a number is seen, since the host does not read a tensor.
-        pair.opt.param_groups[0]["lr"].fill_(1 - t / 64)
-        pair.other.param_groups[0]["lr"] = 1 - t / 64
+        pair.opt.param_groups[0]["lr"].fill_(1 + slope * t)
+        pair.other.param_groups[0]["lr"] = 1 + slope * t
         pair.check(t)
 
 
