@@ -48,7 +48,7 @@ def build(module):
     version = subprocess.check_output([*shlex.split(cxx), "--version"], text=True).splitlines()[0]
     os.stat(f"{get_path('include')}/Python.h")
     nvcc = which("nvcc") or which(os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc")
-    nvcc = nvcc if glob("csrc/cuda/*.cu") else None
+    nvcc = nvcc if glob("csrc/cuda/*.cu") and os.environ.get("MECHANIC_CUDA") != "0" else None
     if nvcc and run_ninja(module, cxx, nvcc):
         return f"built by {version}, with CUDA by {nvcc}"
     if run_ninja(module, cxx):

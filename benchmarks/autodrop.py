@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mechanic_fused.tuners.autodrop import AutoDrop
-from mechanic_fused.tuners.motion import Motion
+from mechanic_fused.tuners.trajectory import Trajectory
 
 from . import cases, records, tables, timing
 from .convergence.text import example
@@ -43,14 +43,14 @@ def passes(case: cases.Case, rounds: int) -> tuple[list[Row], int]:
     """Return a row for each pass, timed by turns with a copy of the same bytes; and the weights."""
     device = torch.device("cpu")
     weights = [torch.nn.Parameter(x) for x in case.draw(device, spread=0.02, seed=1)]
-    motion = Motion(weights, True, "auto", None)
-    motion.space.add(motion.previous, motion.space.weights, a=0.0)
-    motion.space.add(motion.sum, motion.space.weights, a=0.0, c=1.5)
+    motion = Trajectory(weights, True, "auto", None)
+    motion.space.axpby(motion.previous, motion.space.weights, a=0.0)
+    motion.space.axpby(motion.sum, motion.space.weights, a=0.0, c=1.5)
     motion.turned(motion.sum)
     elements = case.parameters
 
     def add() -> None:
-        motion.space.add(motion.sum, motion.space.weights, a=1.0)
+        motion.space.axpby(motion.sum, motion.space.weights, a=1.0)
 
     def turn() -> None:
         motion.turned(motion.sum)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechanic_fused.bases import HYPER
+from mechanic_fused.backends.layout import HYPER
 
 Shape = tuple[int, ...]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from mechanic_fused.bases import KINDS, STATES
-from mechanic_fused.bucket import delta_dtype, wide
+from mechanic_fused.backends.layout import KINDS, STATES, compute_dtype
+from mechanic_fused.bucket import delta_dtype
 
 from .machine_code import Code
 
@@ -76,7 +76,7 @@ def traffic(
     A narrow Δ beside float32 weights is not counted: its accesses are of 8 bytes, see ``halves``.
     """
     share = 16 // dtype.itemsize
-    full = share * wide(dtype).itemsize // 16
+    full = share * compute_dtype(dtype).itemsize // 16
     delta = share * delta_dtype(dtype, narrow_delta).itemsize // 16
     if kernel in KINDS:
         each = 1 if narrow else full
@@ -144,7 +144,7 @@ def checked(
         # The tuner works on a few hundred numbers.
         if in_flight < IN_FLIGHT and kernel != "tune":
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
-    state = "" if not STATES.get(kernel) else dtype if narrow else wide(dtype)
+    state = "" if not STATES.get(kernel) else dtype if narrow else compute_dtype(dtype)
     delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""
     return Row(
         backend,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mechanic_fused.bases import KINDS
-from mechanic_fused.bucket import delta_dtype, wide
+from mechanic_fused.backends.layout import KINDS, compute_dtype
+from mechanic_fused.bucket import delta_dtype
 
 from . import machine_code
 from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, variants
@@ -32,7 +32,7 @@ def source(
     verb = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate")}.get(kernel, kernel)
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{verb}")
     function = getattr(module, f"{verb}_kernel")
-    x, t = storage.DTYPES[dtype], storage.DTYPES[wide(dtype)]
+    x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
     d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
     constants = {
         "accumulate": {

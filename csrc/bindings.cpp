@@ -52,14 +52,14 @@ Tuner make_tuner(int64_t state, int64_t constants, int64_t scale_count, int64_t 
 #ifdef MECHANIC_CUDA
 void define_cuda(py::module_ m) {
   using namespace cuda;
-  py::class_<Folding>(m, "Folding")
+  py::class_<Reduction>(m, "Reduction")
       .def(py::init([](int64_t spans, int64_t tickets) {
-             return Folding{pointer<const Span>(spans), pointer<unsigned>(tickets)};
+             return Reduction{pointer<const Span>(spans), pointer<unsigned>(tickets)};
            }),
            py::kw_only(), py::arg("spans"), py::arg("tickets"));
-  py::class_<Scaler>(m, "Scaler")
+  py::class_<StepScalars>(m, "StepScalars")
       .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip, int64_t steps) {
-             return Scaler{pointer<const float>(grad_scale), pointer<const float>(found_inf),
+             return StepScalars{pointer<const float>(grad_scale), pointer<const float>(found_inf),
                            pointer<const double>(clip), pointer<const double>(steps)};
            }),
            py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip") = 0,
@@ -69,31 +69,31 @@ void define_cuda(py::module_ m) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def(
       "accumulate",
-      [](const Bucket& bucket, const Folding& folding, const Scaler& scaler, int64_t stream) {
+      [](const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, int64_t stream) {
         accumulate(bucket, folding, scaler, pointer<CUstream_st>(stream));
       },
       py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
   m.def(
       "norm",
-      [](const Bucket& bucket, const Folding& folding, const Scaler& scaler, int64_t stream) {
+      [](const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, int64_t stream) {
         norm(bucket, folding, scaler, pointer<CUstream_st>(stream));
       },
       py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
   m.def(
       "tune",
-      [](int64_t sums, const Tuner& tuner, const Scaler& scaler, int64_t stream) {
+      [](int64_t sums, const Tuner& tuner, const StepScalars& scaler, int64_t stream) {
         tune(pointer<const Sums>(sums), tuner, scaler, pointer<CUstream_st>(stream));
       },
       py::arg("sums"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"), released);
   m.def(
       "apply",
-      [](const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
+      [](const Bucket& bucket, const Reduction& folding, const Tuner& tuner, const StepScalars& scaler,
          int64_t stream) { apply(bucket, folding, tuner, scaler, pointer<CUstream_st>(stream)); },
       py::arg("bucket"), py::arg("folding"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"),
       released);
   m.def(
       "measure",
-      [](const Bucket& bucket, const Folding& folding, int64_t stream) {
+      [](const Bucket& bucket, const Reduction& folding, int64_t stream) {
         measure(bucket, folding, pointer<CUstream_st>(stream));
       },
       py::arg("bucket"), py::arg("folding"), py::arg("stream"), released);
@@ -137,16 +137,16 @@ PYBIND11_MODULE(_native, m) {
       "tune", [](int64_t sums, const Tuner& tuner) { cpu::tune(pointer<const Sums>(sums), tuner); },
       py::arg("sums"), py::arg("tuner"), released);
   cpu.def(
-      "displace",
+      "step_along",
       [](const Vectors& vectors, int64_t c, int threads) {
-        cpu::displace(vectors, pointer<const double>(c), threads);
+        cpu::step_along(vectors, pointer<const double>(c), threads);
       },
       py::arg("vectors"), py::arg("c"), py::arg("threads"), released);
-  cpu.def("add", &cpu::add, py::arg("vectors"), py::arg("a"), py::arg("c"), py::arg("threads"),
+  cpu.def("axpby", &cpu::axpby, py::arg("vectors"), py::arg("a"), py::arg("c"), py::arg("threads"),
           released);
-  cpu.def("turn", &cpu::turn, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def("difference_dots", &cpu::difference_dots, py::arg("vectors"), py::arg("threads"), released);
   cpu.def("dots", &cpu::dots, py::arg("vectors"), py::arg("threads"), released);
-  cpu.def("largest", &cpu::largest, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def("abs_max", &cpu::abs_max, py::arg("vectors"), py::arg("threads"), released);
   cpu.def(
       "adarem",
       [](const Vectors& vectors, const AdaRemOptions& options, int64_t peaks, int threads) {

@@ -142,7 +142,7 @@ MECHANIC_INLINE T finite_or_zero(T g) {
 
 // A hash of 32 bits in which each depends on all, "lowbias32".
 // Source: C. Wellons, Prospecting for Hash Functions, 2018.
-MECHANIC_INLINE uint32_t scramble(uint32_t n) {
+MECHANIC_INLINE uint32_t hash32(uint32_t n) {
   n = (n ^ (n >> 16)) * 0x7feb352du;
   n = (n ^ (n >> 15)) * 0x846ca68bu;
   return n ^ (n >> 16);
@@ -150,12 +150,12 @@ MECHANIC_INLINE uint32_t scramble(uint32_t n) {
 
 // What the random bits of a weight depend on, after so many steps; null: none are wanted.
 MECHANIC_INLINE uint32_t seed(const double* steps, int64_t number) {
-  return steps == nullptr ? 0 : scramble(scramble(uint32_t(int64_t(*steps))) + uint32_t(number));
+  return steps == nullptr ? 0 : hash32(hash32(uint32_t(int64_t(*steps))) + uint32_t(number));
 }
 
 // 16 random bits for an element, which is its place in the weight's memory: the upper half of the
 // hash, which its last step leaves as it is.
-MECHANIC_INLINE uint32_t dither(uint32_t seed, uint32_t element) {
+MECHANIC_INLINE uint32_t random_bits16(uint32_t seed, uint32_t element) {
   uint32_t n = element + seed;
   n = (n ^ (n >> 16)) * 0x7feb352du;
   return ((n ^ (n >> 15)) * 0x846ca68bu) >> 16;
@@ -169,7 +169,7 @@ MECHANIC_INLINE T blend(T x_ref, T scale, T delta) {
 
 // x = w - c d
 template <class T>
-MECHANIC_INLINE T displaced(T w, T c, T d) {
+MECHANIC_INLINE T stepped_along(T w, T c, T d) {
   return w - c * d;
 }
 

@@ -73,7 +73,7 @@ MECHANIC_INLINE void narrow(float x, BFloat16& to) {
 
 // Up in magnitude as often as what is cut off is of a last place; bits: 16 random ones. x is the
 // result of an operation: its NaNs are quiet ones, which cutting leaves NaN and adding might not.
-MECHANIC_INLINE BFloat16 rounded_by(uint32_t bits, float x) {
+MECHANIC_INLINE BFloat16 stochastic_round(uint32_t bits, float x) {
   return {uint16_t((bit_cast<uint32_t>(x) + (x == x ? bits : 0)) >> 16)};
 }
 

@@ -13,39 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bases import HYPER, STEPPED
-from .distributed import Groups, local, local_gradients
-
-GD, XD, GG, XX = range(4)
-"""The columns of the sums: g·Δ, x·Δ, g·g, x·x."""
-
-TENSOR = (
-    *("gradient", "weight", "x_ref", "delta", "state0", "state1", "step"),
-    *("scale", "group", "number"),
+from .backends.layout import (
+    CPU_CHUNK,
+    HYPER,
+    STEPPED,
+    TENSOR,
+    compute_dtype,
 )
-"""The columns of a row of the tensor table: addresses (0: absent), two row numbers, and the
-weight's own number in the optimizer."""
-
-CHUNK = 1 << 17
-"""Elements of a chunk, unless a backend's CHUNKS says otherwise for the device: small enough that
-threads share a model evenly, large enough that starting to read its streams costs little (36 M
-floats on two cores: apply fell from 8.5 ms by 2^14 to 6.5 ms by 2^18 in one trial, and by less in
-others, when memory was slower).
-"""
-
-
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""Of the weights that kernels work on, in the order of chunk.h's DType."""
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic, and of a Δ that is not narrow, for weights of a dtype."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from .distributed import Groups, local, local_gradients
 
 
 def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
     """Return the dtype of Δ beside weights of ``dtype``; narrow: bfloat16, but for float64."""
-    return torch.bfloat16 if narrow and dtype is not torch.float64 else wide(dtype)
+    return torch.bfloat16 if narrow and dtype is not torch.float64 else compute_dtype(dtype)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -70,7 +50,7 @@ def chunk_table(sizes: list[int], chunk: int) -> Tensor:
     return torch.stack([tensor, offset, (elements[tensor] - offset).clamp(max=chunk)], 1)
 
 
-class Member(NamedTuple):
+class ParamSlot(NamedTuple):
     """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
     number in the optimizer, state entries, and the names of its base's state. Parameter and state
     may be DTensors."""
@@ -90,8 +70,8 @@ class Bucket:
     the rank's own parts of DTensors.
     ``shards`` are the process groups over which these weights are spread.
 
-    Attributes that backends read: ``kind`` (the update), ``wide`` (dtype of the arithmetic),
-    ``narrow_delta`` (whether Δ is in bfloat16), ``weights``, ``grads``, ``x_ref``, ``delta``,
+    Attributes that backends read: ``kind`` (the update), ``compute_dtype`` (dtype of the arithmetic),
+    ``delta_is_bfloat16`` (whether Δ is in bfloat16), ``weights``, ``grads``, ``x_ref``, ``delta``,
     ``states``, ``steps`` (lists, one entry a weight), ``rows``, ``groups`` and ``numbers`` (of each
     weight: row of the sums and of the hyperparameters, and its number in the optimizer),
     ``hyper`` (groups, 8) float64, ``sums`` (scales, 4) float64 and ``partials`` (chunks, 4),
@@ -102,7 +82,7 @@ class Bucket:
         self,
         backend: ModuleType,
         kind: str,
-        members: list[Member],
+        members: list[ParamSlot],
         groups: int,
         scales: int,
         shards: Groups,
@@ -115,7 +95,7 @@ class Bucket:
         self.kind = kind
         self.dtype = first.dtype
         self.device = first.device
-        self.wide = wide(first.dtype)
+        self.compute_dtype = compute_dtype(first.dtype)
         self.parameters = [member.parameter for member in members]
         self.weights = [local(x).detach() for x in self.parameters]
         self.rows = [member.row for member in members]
@@ -132,7 +112,7 @@ class Bucket:
         ]
         self.x_ref = [local(ours["x_ref"]) for ours in self.ours]
         self.delta = [local(ours["delta"]) for ours in self.ours]
-        self.narrow_delta = self.delta[0].dtype is not self.wide
+        self.delta_is_bfloat16 = self.delta[0].dtype is not self.compute_dtype
         self.states = [
             tuple(local(member.state[name]) for name in member.names) for member in members
         ]
@@ -142,29 +122,29 @@ class Bucket:
         self.hyper_rows: list[list[float]] = []
         self.sums = torch.zeros(scales, 4, dtype=torch.float64, device=self.device)
         self.tensors = self._tensor_table()
-        self.chunk = getattr(backend, "CHUNKS", {}).get(self.device.type, CHUNK)
+        self.chunk = backend.CHUNK.get(self.device.type, CPU_CHUNK)
         self.chunks = chunk_table(self.sizes, self.chunk)
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
-        self.remember()
+        self.note_versions()
         self.addresses = self.tensors[:, 1].tolist()
         self.gradient_addresses: list[int] = []
         self.live_lr: dict[int, Tensor] = {}
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.clip: Tensor | None = None
-        self.clock: Tensor | None = None
+        self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
         self.places = [(m.state, name) for m in members for name in ("delta", *m.names[:1])]
         self.held = [state[name] for state, name in self.places]
 
-    def part(self, i: int) -> Bucket:
+    def single(self, i: int) -> Bucket:
         """Return a bucket of weight i alone, with the same state."""
         return Bucket(
             self.backend, self.kind, [self.members[i]], len(self.hyper), len(self.sums), self.shards
         )
 
-    def gather(self, fresh: bool = True) -> bool:
+    def collect_gradients(self, fresh: bool = True) -> bool:
         """Look at every gradient; raise for one that cannot be used; True if there is any.
 
         Args:
@@ -223,7 +203,7 @@ class Bucket:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         clip: Tensor | None = None,
-        clock: Tensor | None = None,
+        step_count: Tensor | None = None,
     ) -> None:
         """Write this step's addresses and hyperparameters into the tables.
 
@@ -231,11 +211,11 @@ class Bucket:
         ``live_lr`` (group → tensor), ``grad_scale`` and ``found_inf`` are for kernels that read
         them on the device; empty and None where the host has read them already. ``clip``, (2,)
         float64 on the bucket's device, is (N², max_norm), which ``accumulate`` clips gradients by;
-        its numbers may come later, from the sums of ``norm``. ``clock``, 0-dim float64 there, is
+        its numbers may come later, from the sums of ``norm``. ``step_count``, 0-dim float64 there, is
         the count of the tuner's steps, which the rounding of a narrow Δ goes by.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
-        self.clip, self.clock = clip, clock
+        self.clip, self.step_count = clip, step_count
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
         if 0 in addresses:
             addresses = [self._address(g) for g in self.grads]
@@ -263,7 +243,7 @@ class Bucket:
             return self.parameters
         return [x._local_tensor for x in self.parameters]  # type: ignore[attr-defined]
 
-    def converted(self) -> bool:
+    def is_stale(self) -> bool:
         """Return whether a weight has another storage, shape or layout, or another state, than
         the tables say."""
         weights = self._parts()
@@ -283,7 +263,7 @@ class Bucket:
             [tensors[i].stride() == self.strides[i] for i in self.permuted]
         )
 
-    def written(self) -> list[int]:
+    def externally_modified(self) -> list[int]:
         """Return the weights that somebody else has written since ``remember``."""
         versions = self._versions()
         if versions == self.versions:
@@ -291,7 +271,7 @@ class Bucket:
         pairs = zip(versions, self.versions, strict=True)
         return [i for i, (now, then) in enumerate(pairs) if now != then]
 
-    def remember(self) -> None:
+    def note_versions(self) -> None:
         """Note the weights' versions after our own writes."""
         self.versions = self._versions()
 

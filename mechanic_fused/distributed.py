@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pace import know_rate, pace
-from .variants import OPTIONS
+from .lr_schedule import pace, track_peak_lr
+from .options import OPTIONS
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple: every rank has all of it."""
@@ -203,7 +203,7 @@ def step_together(optimizers: Sequence[Any]) -> None:
     groups = [group for opt in optimizers for group in opt.param_groups]
     started = any([opt._started for opt in optimizers])
     if started:
-        know_rate(groups, started)
+        track_peak_lr(groups, started)
     check_alike(optimizers)
     extra = tuple(dict.fromkeys(g for opt in optimizers for g in opt.extra_groups))
     try:
@@ -215,7 +215,7 @@ def step_together(optimizers: Sequence[Any]) -> None:
         if any(rows):
             if not started:
                 # Not before: the lr of a dry step tells nothing.
-                know_rate(groups, started)
+                track_peak_lr(groups, started)
             norms = merge([opt.measure_start() for opt in optimizers])
             if norms:
                 start = reduce(norms, extra)

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from . import backends
 from .mechanized import Mechanized
+from .options import BETAS, CHECKED, checked_options
 from .tuner import check_scale
-from .variants import BETAS, CHECKED, checked_options
 
 Log = Callable[[dict[str, Any]], None]
 

@@ -64,7 +64,7 @@ class Lion(Optimizer):
             closure: evaluates the model again and returns the loss, which ``step`` returns.
         """
         # The formula stands in reference.py alone, which imports the table that names this class.
-        from .reference import coefficients, lion
+        from .backends.formulas import coefficients, lion
 
         loss = None
         if closure is not None:

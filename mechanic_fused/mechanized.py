@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, bases, state
-from .pace import PEAK
+from . import backends, fused_bases, state
+from .gradient_release import GradientRelease, check_releasable
+from .lr_schedule import PEAK
+from .options import CHECKED, STARTED, checked_options
 from .plan import StepPlan
-from .release import GradientRelease, check_releasable
 from .stepping import Stepping
 from .tuner import Tuner, check_saved, check_scale, scale_keys
-from .variants import CHECKED, STARTED, checked_options
 
 
 class Mechanized(Stepping):
@@ -85,7 +85,7 @@ class Mechanized(Stepping):
         self._plan: StepPlan | None = None
         self._tuner: Tuner | None = None
         self._has_started: bool | None = None
-        self._rehearsed = self._skips = False
+        self._dry_run_done = self._skips = False
         self._squared_norm: Tensor | None = None
 
     def _current_plan(self) -> StepPlan:
@@ -123,12 +123,12 @@ class Mechanized(Stepping):
             self._has_started = bool(self._current_tuner().counters[:, 0].any())
         return self._has_started
 
-    def _fused_base(self) -> bases.Base | None:
-        return None if self._refusal() else bases.TABLE[self._base]
+    def _fused_base(self) -> fused_bases.Base | None:
+        return None if self._refusal() else fused_bases.TABLE[self._base]
 
     def _refusal(self) -> str | None:
         """Return why the general road is in use, or None."""
-        base = bases.TABLE.get(self._base)
+        base = fused_bases.TABLE.get(self._base)
         if base is None:
             return f"{self._base.__name__} has no fused update"
         return next(filter(None, (base.refusal(group) for group in self.param_groups)), None)
@@ -196,7 +196,7 @@ class Mechanized(Stepping):
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "_tuner_options _scale_kind _backend max_grad_norm _rehearsed".split()
+        kept = "_tuner_options _scale_kind _backend max_grad_norm _dry_run_done".split()
         kept += ["_narrow_state", "_narrow_delta"]
         lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
         ours = {name: getattr(self, name) for name in kept}
@@ -213,12 +213,12 @@ class Mechanized(Stepping):
         # Another of the constructor's marks: without it a base of the general road asks each group
         # whether it is capturable, and not every base knows that option.
         self._warned_capturable_if_run_uncaptured = True
-        rehearsed = state.get("_rehearsed", False)
+        rehearsed = state.get("_dry_run_done", False)
         if "reduce_group" not in vars(self):
             self.reduce_group, self.extra_groups = None, ()
             self._release = None
         self._forget()
-        self._rehearsed = rehearsed
+        self._dry_run_done = rehearsed
 
 
 def check_norm(max_grad_norm: float | None) -> float | None:

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, distributed, reference, state
-from .bases import STATES, Base, Group
-from .bucket import GG, KERNEL_DTYPES, Bucket, Member, delta_dtype, is_dense, wide
+from . import backends, distributed, state
+from .backends import reference
+from .backends.layout import GG, KERNEL_DTYPES, STATES, compute_dtype
+from .bucket import Bucket, ParamSlot, delta_dtype, is_dense
 from .distributed import Groups, Rows, local, place, shards
-from .pace import PEAK
+from .fused_bases import Base, Group
+from .lr_schedule import PEAK
+from .param_checks import check_weights
 from .tuner import Tuner
-from .weights import check_weights
 
 PLACE = 16
 """Where a weight's number holds the rank's place among its shards, so that they round apart."""
@@ -73,7 +75,7 @@ class StepPlan:
         members = self._sort(param_groups, scale, backend, reduce_group)
         for sort, sorted_members in members.items():
             kind = sort.kind
-            kept = sort.dtype if narrow_state else wide(sort.dtype)
+            kept = sort.dtype if narrow_state else compute_dtype(sort.dtype)
             for i, member in enumerate(sorted_members):
                 p = member.parameter
                 member.state.update(states.get(p, {}))
@@ -86,7 +88,7 @@ class StepPlan:
         scales = len(tuner.keys)
         self.buckets = [
             Bucket(
-                backends.MODULES[sort.backend](),
+                backends.load(sort.backend),
                 sort.kind,
                 sorted_members,
                 len(param_groups),
@@ -104,7 +106,7 @@ class StepPlan:
         self.alone = not any(self.groups)
         near = (bucket.backend for bucket in self.buckets if bucket.device == tuner.device)
         name = backends.resolve(backend, tuner.device.type)
-        self.tuning = next(near, backends.MODULES[name]())
+        self.tuning = next(near, backends.load(name))
         self.fresh = True
         self.present = False
         self.release: Any = None
@@ -112,8 +114,8 @@ class StepPlan:
 
     def _sort(
         self, param_groups: list[Group], scale: str, backend: str, reduce_group: Any
-    ) -> dict[Sort, list[Member]]:
-        members: dict[Sort, list[Member]] = {}
+    ) -> dict[Sort, list[ParamSlot]]:
+        members: dict[Sort, list[ParamSlot]] = {}
         row = count = 0
         for number, group in enumerate(param_groups):
             kind = GENERAL if self.base is None else self.base.kind(group)
@@ -129,7 +131,7 @@ class StepPlan:
                     groups = shards(p, reduce_group)
                     sort = Sort(kind, p.device, p.dtype, name, groups, local(p) is not p)
                     own = place(groups) << PLACE | count
-                    member = Member(p, number, row, own, {}, STATES.get(kind, ()))
+                    member = ParamSlot(p, number, row, own, {}, STATES.get(kind, ()))
                     members.setdefault(sort, []).append(member)
                 row += scale == "parameter"
                 count += 1
@@ -141,12 +143,12 @@ class StepPlan:
             self.signature == signature(param_groups, base)
             and self.reduce_group is reduce_group
             and len(self.states) >= self.state_count
-            and not any(bucket.converted() for bucket in self.buckets)
+            and not any(bucket.is_stale() for bucket in self.buckets)
         )
 
-    def gather(self) -> bool:
+    def collect_gradients(self) -> bool:
         """Look at every gradient before anything changes; True if there is any at all."""
-        found = any([bucket.gather(self.fresh) for bucket in self.buckets])
+        found = any([bucket.collect_gradients(self.fresh) for bucket in self.buckets])
         self.present = found or bool(self.release and self.release.taken)
         return self.present
 
@@ -230,8 +232,8 @@ class StepPlan:
         self.tuner.found_inf = there[1]
         for bucket in self.buckets:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
-            clock = self.tuner.to(bucket.device).counters[0, 0] if bucket.narrow_delta else None
-            bucket.load(hyper, live_lr, near[0], near[1], clock=clock)
+            clock = self.tuner.to(bucket.device).counters[0, 0] if bucket.delta_is_bfloat16 else None
+            bucket.load(hyper, live_lr, near[0], near[1], step_count=clock)
             bucket.backend.prepare(bucket)
 
     def reconcile(self, everything: bool = False) -> None:
@@ -242,15 +244,15 @@ class StepPlan:
         """
         everything = everything or self.fresh
         for bucket in self.buckets:
-            written = bucket.written()
+            written = bucket.externally_modified()
             if not (written or everything):
                 continue
             scale = self.tuner.scale().to(bucket.device)
             for i in range(len(bucket.weights)) if everything else written:
-                reference.shift(bucket, i, scale)
+                reference.shift_reference(bucket, i, scale)
             bucket.backend.measure(bucket)
             # Gradient release comes by here again before the weights are written.
-            bucket.remember()
+            bucket.note_versions()
         self.fresh = False
 
     def clip(self, squared_norm: Tensor, max_norm: float) -> None:
@@ -280,8 +282,8 @@ class StepPlan:
             row = bucket.sums.new_zeros(3)
             for i, group in enumerate(bucket.groups):
                 if ratios[group]:
-                    row[0] += reference.square(bucket.weights[i])
-                    row[1] += reference.square(bucket.delta[i]) * ratios[group] ** 2
+                    row[0] += reference.squared_norm(bucket.weights[i])
+                    row[1] += reference.squared_norm(bucket.delta[i]) * ratios[group] ** 2
                     row[2] += bucket.sizes[i]
             # A step that took some gradients for 0 is none to go by.
             row[1] += 0.0 * bucket.sums[:, GG].sum()
@@ -325,7 +327,7 @@ class StepPlan:
         """Write the weights; the last bucket first, since its Δ is the likeliest to be in cache."""
         for bucket in reversed(self.buckets):
             bucket.backend.apply(bucket, self.tuner.to(bucket.device))
-            bucket.remember()
+            bucket.note_versions()
 
     def finish(self) -> None:
         """Let go of the gradients, or they would outlive the next zero_grad."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .bases import STATES, STEPPED
-from .bucket import is_dense, wide
+from .backends.layout import STATES, STEPPED, compute_dtype
+from .bucket import is_dense
 from .distributed import dtensor, like, local
-from .pace import PEAK
+from .lr_schedule import PEAK
+from .options import OPTIONS
 from .tuner import KEY
-from .variants import OPTIONS
 
 OURS = ("x_ref", "delta")
 """The entries that Mechanic adds to a parameter's state."""
@@ -39,7 +39,7 @@ def ensure(
         for name, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
                 like_weight = value.shape == x.shape
-                inner = wide(x.dtype)
+                inner = compute_dtype(x.dtype)
                 state[name] = conform(value, x, inner) if like_weight else value.to(inner)
     established = any(state.get(name) is not None for name in names)
     for name in names:

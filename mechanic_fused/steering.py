@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, state
-from .pace import PEAK, know_rate, pace
+from .lr_schedule import PEAK, pace, track_peak_lr
+from .options import STARTED
 from .tuner import KEY
-from .variants import STARTED
 
 
 class Steering(Optimizer):
@@ -132,7 +132,7 @@ class Steering(Optimizer):
         that is a tensor on the device is live by itself.
         """
         if self._started:
-            know_rate(self.param_groups, started=True)
+            track_peak_lr(self.param_groups, started=True)
             plan = self._current_plan()
             plan.load(self.param_groups, None, None)
             plan.tuner.set_pace(pace(self.param_groups))

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import general
-from .bucket import GG
+from . import fallback
+from .backends.layout import GG
 from .distributed import Rows, step_together
+from .gradient_release import GradientRelease, check_releasable
+from .options import ZERO_WEIGHT, needs_start, start
 from .plan import StepPlan
-from .release import GradientRelease, check_releasable
 from .steering import Steering
-from .variants import ZERO_WEIGHT, needs_start, start
 
 
 class Stepping(Steering):
@@ -34,7 +34,7 @@ class Stepping(Steering):
     _release: GradientRelease | None
     _has_started: bool | None
     _lost_groups: bool
-    _rehearsed: bool
+    _dry_run_done: bool
     _skips: bool
     _base_step: Any
 
@@ -97,7 +97,7 @@ class Stepping(Steering):
         if self._release is not None:
             self._release.check(plan, scaled=found_inf is not None)
             plan.release = self._release
-        if not plan.gather() and not shared:
+        if not plan.collect_gradients() and not shared:
             return {}
         if shared and found_inf is not None:
             found_inf = plan.agree(found_inf, self.extra_groups)
@@ -126,9 +126,9 @@ class Stepping(Steering):
             return {}
         if not self._started:
             if answers is None or not answers[0]:
-                self._rehearse(plan)
+                self._dry_run(plan)
                 return {}
-            if self._rehearsed:
+            if self._dry_run_done:
                 self.state.clear()
             plan.capture()
             self._has_started = True
@@ -137,7 +137,7 @@ class Stepping(Steering):
             self._squared_norm = answers[1]
         plan.reconcile()
         if plan.base is None:
-            general.accumulate(self, plan.buckets, self._base_step())
+            fallback.accumulate(self, plan.buckets, self._base_step())
         else:
             plan.accumulate()
         return plan.sums(shared)
@@ -217,7 +217,7 @@ class Stepping(Steering):
             raise RuntimeError("prepare() must come first: see mechanic_fused.step_together")
         return self._plan
 
-    def _rehearse(self, plan: StepPlan) -> None:
+    def _dry_run(self, plan: StepPlan) -> None:
         """Let the base make its state in a dry step, as the fused road has done already.
 
         Checkpoint loaders look for the entries that they are to fill. What the base has put there
@@ -225,8 +225,8 @@ class Stepping(Steering):
         """
         if plan.base is None and not self.state:
             plan.load(self.param_groups, None, None)
-            general.rehearse(self, plan.buckets, self._base_step())
-            self._rehearsed = True
+            fallback.dry_run(self, plan.buckets, self._base_step())
+            self._dry_run_done = True
 
     def _log(self) -> None:
         every = self._class_options["log_every"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .variants import AUTO, CHECKED, OPTIONS, UNCALIBRATED, VARIANTS, checked_options
+from .options import AUTO, CHECKED, OPTIONS, UNCALIBRATED, VARIANTS, checked_options
 
 KEY = "mechanic"
 """The entry of every param group that holds the tuner's state (or the group's rows of it)."""
@@ -108,10 +108,25 @@ class Tuner:
         """(scales, 2): steps taken, and (in the first row) steps with non-finite sums."""
         return self.state[:, 4 * len(self._betas) :]
 
-    def part(self, index: int) -> Tensor:
-        """Return s, r, v or m (index 0 … 3) as a view of the state, (scales, betas)."""
+    def _block(self, index: int) -> Tensor:
         n = len(self._betas)
         return self.state[:, index * n : (index + 1) * n]
+
+    @property
+    def s(self) -> Tensor:
+        return self._block(0)
+
+    @property
+    def r(self) -> Tensor:
+        return self._block(1)
+
+    @property
+    def v(self) -> Tensor:
+        return self._block(2)
+
+    @property
+    def m(self) -> Tensor:
+        return self._block(3)
 
     def scale(self, rows: Tensor | None = None) -> Tensor:
         """Return S = Σ s of all scales or of some rows, (scales,), a new tensor.
@@ -171,7 +186,7 @@ class Tuner:
     def begin(self) -> None:
         """Put s to s_init where the variant starts there: s_init is known only now."""
         if self._variant.s_starts_at_init:
-            self.part(0).fill_(self._s_init / len(self._betas))
+            self.s.fill_(self._s_init / len(self._betas))
 
     def _send(self) -> None:
         """Write the constants to where kernels read them, if they have changed; never waits."""

@@ -85,7 +85,7 @@ class Ready:
         self.verbs = self.bucket.backend
         sign = -1.0 if options.get("maximize") else 1.0
         live = backend in READS_ON_DEVICE and loss_scale != 1
-        self.bucket.gather()
+        self.bucket.collect_gradients()
         self.bucket.load(
             [[*row[:-1], sign if live else sign / loss_scale] for row in self.bucket.hyper_rows],
             {},

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from cases import FUSED, STEPS, SUM_RTOL, WIDE, assert_same, assert_within, ulp
 
-from mechanic_fused import backends, reference
+from mechanic_fused import backends
+from mechanic_fused.backends import reference
 
 # Up to eight float products are added in float before they go on in double.
 FLOAT_SUM_RTOL = 8 * 2.0**-24
@@ -25,7 +26,7 @@ class SharedScale:
 def share_scale(monkeypatch):
     """cpp's sums must be those of the reference; then cpp learns from the same numbers as the
     reference, must come to the same, and goes on with it."""
-    native = backends.MODULES["cpp"]()
+    native = backends.load("cpp")
     tune_reference, tune_cpp = reference.tune, native.tune
     recorded = []
     shared = SharedScale()

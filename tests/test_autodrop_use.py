@@ -10,7 +10,7 @@ from autodrop_runs import ALWAYS, NEVER, drift
 from cases import SUM_RTOL, assert_same, make_weights, run, set_gradients, values
 
 from mechanic_fused.tuners import AutoDrop
-from mechanic_fused.tuners.motion import smooth
+from mechanic_fused.tuners.trajectory import smooth
 
 
 def saved_and_loaded(tree):

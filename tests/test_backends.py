@@ -17,7 +17,8 @@ from cases import (
 )
 from lockstep import FLOAT_SUM_RTOL, assert_lockstep, random_gradient, share_scale, state_of, twins
 
-from mechanic_fused import backends, bases, reference
+from mechanic_fused import backends
+from mechanic_fused.backends import formulas, layout
 
 VERBS = ("prepare", "norm", "accumulate", "tune", "apply", "measure")
 
@@ -73,7 +74,7 @@ def of_sizes(dtype, sizes=SIZES):
 
 
 def test_backends_have_the_same_functions():
-    modules = {row.name: backends.MODULES[row.name]() for row in backends.table() if row.available}
+    modules = {row.name: backends.load(row.name) for row in backends.table() if row.available}
     signatures = {
         name: {verb: list(inspect.signature(getattr(module, verb)).parameters) for verb in VERBS}
         for name, module in modules.items()
@@ -88,7 +89,7 @@ def test_memory_that_nobody_wrote_is_nan():
 
 
 def test_there_is_an_update_for_every_kind():
-    assert tuple(reference.UPDATES) == bases.KINDS == tuple(bases.STATES)
+    assert tuple(formulas.UPDATES) == layout.KINDS == tuple(layout.STATES)
 
 
 @pytest.mark.parametrize(("case", "dtype"), [*main_combinations(CASES)])
@@ -104,7 +105,7 @@ def test_narrow_state_gives_the_bits_of_the_reference(shared_scale, case, dtype)
     pairs = twins(base, of_sizes(dtype), narrow_state=True, **QUICK, **options)
     assert_lockstep(shared_scale, pairs, STEPS)
     for opt, params in pairs:
-        kept = bases.STATES[bases.TABLE[opt._base].kind(opt.param_groups[0])]
+        kept = layout.STATES[fused_bases.TABLE[opt._base].kind(opt.param_groups[0])]
         assert kept
         for p in params:
             assert all(opt.state[p][name].dtype is dtype for name in kept)

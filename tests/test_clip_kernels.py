@@ -24,8 +24,9 @@ from clip_cases import (
 )
 from conftest import skip_unless_available
 
-from mechanic_fused import backends, bucket, general, reference
-from mechanic_fused.bucket import GD, GG, XD, XX
+from mechanic_fused import backends, fallback
+from mechanic_fused.backends import reference
+from mechanic_fused.backends.layout import GD, GG, XD, XX
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CONTENDERS = [
@@ -50,13 +51,13 @@ LOSS_SCALE = 3.0
 def contender(request, monkeypatch):
     """The name of a backend."""
     skip_unless_available(request.param)
-    monkeypatch.setattr(bucket, "CHUNK", CHUNK)
+    monkeypatch.setitem(backends.load(request.param).CHUNK, "cpu", CHUNK)
     if request.param == "cuda":
         # Of as many chunks as a GPU folds in more than one group of them.
-        monkeypatch.setitem(backends.MODULES["cuda"]().CHUNKS, "cuda", 8)
+        monkeypatch.setitem(backends.load("cuda").CHUNK, "cuda", 8)
     if INTERPRETED:
         # It takes milliseconds a block, whatever its size: fewer and larger ones.
-        monkeypatch.setattr(backends.MODULES["triton"]().storage, "THREADS", CHUNK // 4)
+        monkeypatch.setattr(backends.load("triton").storage, "THREADS", CHUNK // 4)
     return request.param
 
 
@@ -153,7 +154,7 @@ def test_threads_change_no_bit_of_a_norm(cpp):
     opt.step()
     [found] = opt._plan.buckets
     p.grad = g
-    found.gather()
+    found.collect_gradients()
     found.load(found.hyper_rows, {}, None, None)
     sums = []
     for threads in (1, 2, 3):
@@ -227,9 +228,9 @@ def test_the_general_road_lends_clipped_gradients():
             if t == 0:
                 opt.step()
         [own] = opt._plan.buckets
-        own.gather()
+        own.collect_gradients()
         own.load(own.hyper_rows, {}, None, None, clip and torch.tensor(clip).double())
-        general.accumulate(opt, [own], opt._base_step())
+        fallback.accumulate(opt, [own], opt._base_step())
         found.append([opt.state[p], own.sums])
     assert_same(found[1], found[0])
 

@@ -9,7 +9,7 @@ import torch
 from cases import FUSED, QUICK, SUM_RTOL
 from conftest import skip_unless_available
 
-from mechanic_fused.bucket import GG, wide
+from mechanic_fused.backends.layout import GG, compute_dtype
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,7 +38,7 @@ def ptx_of(verb, dtype, architecture, **constants):
 
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{verb}")
     kernel = getattr(module, f"{verb}_kernel")
-    x, t = storage.DTYPES[dtype], storage.DTYPES[wide(dtype)]
+    x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
     constants |= {"X": x, "T": t, "grad_scale": None, "found_inf": None, **storage.sizes(dtype)}
     types = {**TYPES, "chunk_count": "i32", **dict.fromkeys(constants, "constexpr")}
     signature = {name: types[name] for name in kernel.arg_names}
@@ -91,7 +91,7 @@ def clipped(request):
         p.grad = torch.full_like(p, 3.0)
     opt.step()
     [found] = opt._plan.buckets
-    found.gather()
+    found.collect_gradients()
     clip = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cuda")
     found.load(found.hyper_rows, {}, None, None, clip)
     found.backend.prepare(found)

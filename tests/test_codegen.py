@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from mechanic_fused.bases import KINDS
+from mechanic_fused.backends.layout import KINDS
 
 pytest.importorskip("triton")
 codegen = pytest.importorskip("benchmarks.codegen")

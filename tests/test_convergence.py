@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mechanic_fused import variants as constants
+from mechanic_fused import options as constants
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = 20

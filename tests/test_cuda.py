@@ -9,7 +9,8 @@ import torch
 from cases import FEW, FUSED, QUICK, SIZES, SUM_RTOL, assert_same, differs, noise, snapshot
 from conftest import skip_unless_available
 
-from mechanic_fused import backends, reference
+from mechanic_fused import backends
+from mechanic_fused.backends import reference
 
 GPU = "cuda"
 CASES = {
@@ -39,7 +40,7 @@ def built():
 @pytest.fixture
 def lockstep(built, monkeypatch):
     """The GPU's sums must be the reference's; then it learns from the same numbers."""
-    native = backends.MODULES["cuda"]()
+    native = backends.load("cuda")
     tune_reference, tune_native = reference.tune, native.tune
     recorded = []
 
@@ -160,7 +161,7 @@ def test_misaligned_gradients(lockstep, dtype):
 @pytest.mark.parametrize("scale", ["global", "group", "parameter"])
 def test_scales(lockstep, monkeypatch, scale, chunk):
     """Of no chunk, of one, and (in chunks of 256 elements) of more than one group of chunks."""
-    monkeypatch.setitem(backends.MODULES["cuda"]().CHUNKS, GPU, chunk)
+    monkeypatch.setitem(backends.load("cuda").CHUNK, GPU, chunk)
     pairs = twins("adamw", (*SIZES, 0, 1 << 17), torch.float32, scale=scale, groups=3)
     for t in range(FEW):
         step_all(pairs, t)

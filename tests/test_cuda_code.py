@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import skip_unless_available
 
-from mechanic_fused.bases import KINDS
+from mechanic_fused.backends.layout import KINDS
 
 codegen = pytest.importorskip("benchmarks.codegen")
 bounds = pytest.importorskip("benchmarks.codegen_bounds")
@@ -47,7 +47,7 @@ def test_the_kernels_keep_the_bounds(rows):
 def test_the_main_path_moves_16_bytes_at_a_time_and_nothing_twice(rows):
     for row in rows:
         dtype = getattr(torch, row.dtype)
-        narrow = row.state not in ("", str(bounds.wide(dtype)).removeprefix("torch."))
+        narrow = row.state not in ("", str(bounds.compute_dtype(dtype)).removeprefix("torch."))
         loads, stores = bounds.traffic(row.kernel, dtype, narrow)
         if row.kernel in bounds.WITH_DELTA and dtype in bounds.NARROW:
             # The other side of a branch: a narrow Δ. Beside float32 its accesses have 8 bytes.
@@ -81,7 +81,7 @@ def test_an_error_names_the_verb_and_the_call():
     too_many = dict.fromkeys(("tensors", "chunks", "hyper", "partials", "sums"), 0)
     too_many |= dict.fromkeys(("tensor_count", "scale_count", "elements", "kind"), 0)
     bucket = native.Bucket(**too_many, chunk_count=1 << 31, weight=0, state=0, delta=0)
-    folding = native.cuda.Folding(spans=0, tickets=0)
-    scaler = native.cuda.Scaler(grad_scale=0, found_inf=0)
+    folding = native.cuda.Reduction(spans=0, tickets=0)
+    scaler = native.cuda.StepScalars(grad_scale=0, found_inf=0)
     with pytest.raises(RuntimeError, match="mechanic_fused accumulate: cudaLaunchKernel: "):
         native.cuda.accumulate(bucket, folding, scaler, 0)

@@ -150,7 +150,7 @@ def test_a_backend_that_is_not_here_says_what_to_install(name):
 
 def test_without_the_extension_auto_is_the_reference(monkeypatch):
     monkeypatch.setitem(sys.modules, "mechanic_fused._native", None)
-    monkeypatch.delitem(sys.modules, "mechanic_fused.native", raising=False)
+    monkeypatch.delitem(sys.modules, "mechanic_fused.backends.native", raising=False)
     with pytest.raises(ValueError, match="backend 'cpp' is not available: .*compiler"):
         MechanicAdamW(make_weights(), backend="cpp")
     params = make_weights()

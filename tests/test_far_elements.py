@@ -8,14 +8,15 @@ from cases import FUSED, QUICK, assert_same
 from conftest import skip_unless_available
 from triton_lockstep import INTERPRETED, of_sizes, random_gradient, triton_module, written
 
-from mechanic_fused import backends, bucket, device_tables
+from mechanic_fused import backends
+from mechanic_fused.backends import device_tables, layout
 
 # Beyond what 32 bits count, signed or not.
 FAR = 1 << 33
 HUGE = 3 << 31
 
 
-@pytest.mark.parametrize("chunk", [1 << 13, bucket.CHUNK])
+@pytest.mark.parametrize("chunk", [1 << 13, layout.CPU_CHUNK])
 def test_chunks_of_a_huge_weight_cover_it_once(chunk):
     sizes = (5, HUGE + 7, 0, chunk)
     table = bucket.chunk_table(list(sizes), chunk)
@@ -49,7 +50,7 @@ def verbs(request, monkeypatch):
     if on_gpu and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     skip_unless_available(name)
-    module = triton_module(monkeypatch) if name == "triton" else backends.MODULES[name]()
+    module = triton_module(monkeypatch) if name == "triton" else backends.load(name)
     return name, module, "cuda" if on_gpu else "cpu"
 
 
@@ -82,9 +83,9 @@ def test_elements_beyond_the_range_of_32_bits(verbs, dtype, narrow):
                 p.grad = random_gradient(p, t, i).to(device)
             opt.step()
         (found,) = opt._plan.buckets
-        assert found.gather()
+        assert found.collect_gradients()
         clock = opt._tuner.counters[0, 0] if narrow.get("narrow_delta") else None
-        found.load([list(row) for row in found.hyper_rows], {}, None, None, clock=clock)
+        found.load([list(row) for row in found.hyper_rows], {}, None, None, step_count=clock)
         module.prepare(found)
         tables = tables_of(found)
         tables.chunks[:, 1] += far

@@ -10,7 +10,7 @@ from cases import FUSED, QUICK, STEPS, assert_same, noise
 from conftest import skip_unless_available
 
 from mechanic_fused import MechanicAdamW
-from mechanic_fused.device_tables import SPARES
+from mechanic_fused.backends.device_tables import SPARES
 
 GPU = "cuda"
 WARM_UP = 3

@@ -9,7 +9,8 @@ import torch
 from cases import QUICK, assert_same, build
 from runs import RADAM
 
-from mechanic_fused import MechanicAdamW, MechanicLion, MechanicSGD, reference
+from mechanic_fused import MechanicAdamW, MechanicLion, MechanicSGD
+from mechanic_fused.backends import formulas
 
 STEPS = 12
 SIGMAS = 6
@@ -61,8 +62,8 @@ def test_the_rounding_takes_each_neighbour_as_often_as_it_is_near():
     count = 4096
     total = torch.zeros(len(x), dtype=torch.float64)
     for t in range(count):
-        bits = reference.dither(reference.seed(torch.tensor(float(t)), 3), torch.arange(len(x)))
-        found = reference.rounded_by(bits, x).double()
+        bits = formulas.random_bits16(formulas.rounding_seed(torch.tensor(float(t)), 3), torch.arange(len(x)))
+        found = formulas.stochastic_round(bits, x).double()
         assert ((found == low) | (found == high)).all()
         total += found
     part = (x.double() - low) / (high - low)
@@ -79,7 +80,7 @@ def test_what_is_not_finite_stays_what_it_is():
     # A NaN whose only bits are among those that are cut off.
     x = torch.cat([x, torch.tensor([0x7F800001, 0x7FFFFFFF], dtype=torch.int32)])
     for bits in (0, 1, 0xFFFF):
-        found = reference.rounded_by(torch.full((6,), bits), x.view(torch.float32))
+        found = formulas.stochastic_round(torch.full((6,), bits), x.view(torch.float32))
         assert found.isnan().tolist() == [True, True, False, False, True, True]
         assert found[2:4].tolist() == [inf, -inf]
 
@@ -88,14 +89,14 @@ def test_the_bits_are_a_hash_of_step_weight_and_element():
     for step, number in ((0, 0), (1, 0), (7, 5), (1 << 33, 2)):
         key = scrambled(scrambled(step & MASK) + number & MASK)
         expected = [scrambled(i + key & MASK) >> 16 for i in range(100)]
-        key = reference.seed(torch.tensor(float(step), dtype=torch.float64), number)
-        assert reference.dither(key, torch.arange(100)).tolist() == expected
+        key = formulas.rounding_seed(torch.tensor(float(step), dtype=torch.float64), number)
+        assert formulas.random_bits16(key, torch.arange(100)).tolist() == expected
 
 
 def test_bits_of_neighbouring_elements_steps_and_weights_have_nothing_in_common():
     n = 1 << 16
     rows = [
-        reference.dither(reference.seed(torch.tensor(float(t)), number), torch.arange(n))
+        formulas.random_bits16(formulas.rounding_seed(torch.tensor(float(t)), number), torch.arange(n))
         for t, number in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1))
     ]
     rows.append(rows[0].roll(1))

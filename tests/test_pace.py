@@ -7,7 +7,7 @@ import torch
 from cases import STEPS, assert_same, gradients, make_weights, run, set_gradients, snapshot, values
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, step_together
-from mechanic_fused.pace import PEAK
+from mechanic_fused.lr_schedule import PEAK
 from mechanic_fused.tuner import PACE
 
 schedulers = torch.optim.lr_scheduler

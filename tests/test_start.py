@@ -21,7 +21,7 @@ from cases import (
 )
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, step_together
-from mechanic_fused.variants import START, UNCALIBRATED, ZERO_WEIGHT
+from mechanic_fused.options import START, UNCALIBRATED, ZERO_WEIGHT
 
 STEPS = 30
 LAMBDA = torch.optim.lr_scheduler.LambdaLR

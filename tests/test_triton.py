@@ -22,7 +22,7 @@ from triton_lockstep import (
     twins,
 )
 
-from mechanic_fused import bucket
+from mechanic_fused.backends import layout
 
 pytest.importorskip("triton")
 
@@ -113,7 +113,7 @@ class TestAgainstReference:
 
     @pytest.mark.slow
     def test_many_weights_beside_a_large_one(self, lockstep):
-        sizes = [1 + i % 17 for i in range(40)] + [bucket.CHUNK, 2 * bucket.CHUNK + 1]
+        sizes = [1 + i % 17 for i in range(40)] + [layout.CPU_CHUNK, 2 * layout.CPU_CHUNK + 1]
         lockstep(twins("adamw", of_sizes(torch.float32, sizes)), 3)
 
     @pytest.mark.parametrize("offset", [1, 4])
@@ -158,7 +158,7 @@ class TestAgainstReference:
                 {"params": params[4:], "lr": 0.5, "betas": (0.7, 0.9), "eps": 1e-6},
             ]
 
-        make = of_sizes(torch.float32, (5, 1025, 4100, 0, 3, 0, bucket.CHUNK + 1))
+        make = of_sizes(torch.float32, (5, 1025, 4100, 0, 3, 0, layout.CPU_CHUNK + 1))
         pairs = twins("adamw", make, groups, scale=scale)
         lockstep(pairs)
         tables = pairs[1][0]._plan.buckets[0].handle

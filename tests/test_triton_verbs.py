@@ -36,7 +36,7 @@ class TestVerbs:
             for t in range(2):
                 advance([(opt, params)], t)
             (found,) = opt._plan.buckets
-            assert found.gather()
+            assert found.collect_gradients()
             found.load([list(row) for row in found.hyper_rows], {}, None, None)
             return opt, params, found
 

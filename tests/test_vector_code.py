@@ -14,7 +14,7 @@ from conftest import skip_unless_available
 # no 16-bit arithmetic. The default clone is what every processor has: nothing to look for.
 REGISTERS = {"avx512f": "[yz]mm", "avx2": "ymm"}
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
-VERBS = ("apply", "norm", "displace", "add", "turn", "dots", "adarem")
+VERBS = ("apply", "norm", "step_along", "axpby", "difference_dots", "dots", "adarem")
 """Beside accumulate. ``largest`` has no arithmetic to look for."""
 KERNEL = re.compile(
     rf"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(VERBS)})_run<.*>)"

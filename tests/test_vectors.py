@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from cases import WIDE, assert_same
+from mechanic_fused.vectors.space.space import Space
 from triton_lockstep import DTYPES, INTERPRETED
 from vector_cases import (
     LAYOUTS,
@@ -26,8 +27,7 @@ from vector_cases import (
     vector,
 )
 
-from mechanic_fused.bucket import CHUNK
-from mechanic_fused.vectors import Space
+from mechanic_fused.backends.layout import CPU_CHUNK as CHUNK
 
 __all__ = ["place"]  # pytest finds the fixture here
 
@@ -69,7 +69,7 @@ class TestVerbs:
         assert_bits_of_reference(name, place, done, "flat", DTYPES)
 
     @on_backends("reference", "cpp")
-    @pytest.mark.parametrize("name", ["turn", "dots", "largest", "adarem"])
+    @pytest.mark.parametrize("name", ["difference_dots", "dots", "abs_max", "adarem"])
     def test_results_repeat_to_the_bit_on_any_number_of_threads(self, place, name):
         first = do(name, place)
         # torch's own sums may differ by threads, Triton runs on none of them.
@@ -83,9 +83,9 @@ class TestVerbs:
         weights = [torch.nn.Parameter(x) for x in vector(place, "flat", (dtype,), 0)]
         space = Space(weights, place.backend)
         w, d = space.copy(), vector(place, "flat", (WIDE[dtype],), 1)
-        space.displace(space.weights, w, d, 1.0)
+        space.step_along(space.weights, w, d, 1.0)
         assert not all(torch.equal(x, y) for x, y in zip(space.weights, w, strict=True))
-        space.displace(space.weights, w, d, torch.zeros((), device=place.device))
+        space.step_along(space.weights, w, d, torch.zeros((), device=place.device))
         assert_same(space.weights, w)
 
     @on_backends("reference", "cpp")
@@ -119,7 +119,7 @@ class TestVerbs:
                 vectors[0][i][1] = bad
             vectors[0][4][2] = torch.inf
 
-        found = do("largest", place, "flat", (dtype,), spoil).returned
+        found = do("abs_max", place, "flat", (dtype,), spoil).returned
         assert found[0] == 0 and found[1].isfinite() and found[1] > 0
         assert found[2] == torch.inf
         assert found[3:].isnan().all()
@@ -128,32 +128,32 @@ class TestVerbs:
     def test_the_largest_of_a_wide_vector(self, place):
         weights = [torch.nn.Parameter(x) for x in vector(place, "flat", (torch.bfloat16,), 0)]
         wide = vector(place, "flat", (torch.float32,), 1)
-        found = Space(weights, place.backend).largest(wide)
+        found = Space(weights, place.backend).abs_max(wide)
         assert found.tolist() == [float(x.abs().max()) if x.numel() else 0.0 for x in wide]
 
     @on_backends("reference", "cpp")
     def test_weights_without_elements(self, place):
         space = Space([torch.nn.Parameter(torch.empty(0, device=place.device))], place.backend)
         w, s = space.copy(), space.zeros()
-        space.displace(space.weights, w, s, 1.0)
-        space.add(s, w)
-        assert space.turn(s, w, w).tolist() == [0, 0]
+        space.step_along(space.weights, w, s, 1.0)
+        space.axpby(s, w)
+        assert space.difference_dots(s, w, w).tolist() == [0, 0]
         assert space.dots(w, w, s).tolist() == [0, 0, 0, 0]
-        assert space.largest(w).tolist() == [0]
-        peaks = space.largest(s)
+        assert space.abs_max(w).tolist() == [0]
+        peaks = space.abs_max(s)
         assert space.adarem(w, s, peaks, OPTIONS).tolist() == [0]
 
     @on_backends("reference", "cpp")
-    @pytest.mark.parametrize("name", ["displace", "adarem"])
+    @pytest.mark.parametrize("name", ["step_along", "adarem"])
     def test_a_backward_through_the_old_weights_raises(self, place, name):
         p = torch.nn.Parameter(torch.ones(3, device=place.device))
         space = Space([p], place.backend)
         loss = (p * p).sum()
         zeros = space.zeros()
-        if name == "displace":
-            space.displace(space.weights, space.copy(), zeros, 1.0)
+        if name == "step_along":
+            space.step_along(space.weights, space.copy(), zeros, 1.0)
         else:
-            space.adarem(zeros, space.zeros(), space.largest(zeros), OPTIONS)
+            space.adarem(zeros, space.zeros(), space.abs_max(zeros), OPTIONS)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -162,7 +162,7 @@ class TestVerbs:
         p = torch.nn.Parameter(torch.ones(3, device=place.device))
         space = Space([p], place.backend)
         loss = (p * p).sum()
-        space.displace(space.copy(), space.weights, space.zeros(), 1.0)
+        space.step_along(space.copy(), space.weights, space.zeros(), 1.0)
         loss.backward()
         assert p.grad.tolist() == [2, 2, 2]
 

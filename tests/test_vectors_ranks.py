@@ -7,12 +7,12 @@ import pytest
 import torch
 from cases import SUM_RTOL, assert_same
 from conftest import skip_unless_available
+from mechanic_fused.vectors.space.space import Space
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mechanic_fused.distributed import local
-from mechanic_fused.vectors import Space
-from mechanic_fused.vectors_reference import AdaRemOptions
+from mechanic_fused.vectors.reference import AdaRemOptions
 
 RANKS = 2
 # Uneven, a single row (the other rank has nothing), and one for a second dimension.
@@ -62,9 +62,9 @@ def verbs(layout, backend, spoilt=None):
     g, a, s = ([local(t) for t in v] for v in (g, a, s))
     found = {
         "dots": space.dots(g, a, s),
-        "largest": space.largest(g),
-        "turn": space.turn(s, g, a),
-        "adarem": space.adarem(g, s, space.largest(s), OPTIONS),
+        "abs_max": space.abs_max(g),
+        "difference_dots": space.difference_dots(s, g, a),
+        "adarem": space.adarem(g, s, space.abs_max(s), OPTIONS),
     }
     return found
 
@@ -76,11 +76,11 @@ def test_ranks_agree_with_a_single_process(ranks, layout, backend):
     first, second = ranks(RANKS).run("test_vectors_ranks.verbs", layout, backend)
     assert_same(second, first)
     expected = verbs("single", backend)
-    for name in ("largest", "adarem"):
+    for name in ("abs_max", "adarem"):
         assert_same(first[name], expected[name])
     g, a, s = (torch.cat([x.flatten() for x in full(seed)]).double() for seed in (1, 2, 3))
     fresh = (g.float() - a.float()).double()
-    products = {"dots": (g * g, g * a, a * a, g * s), "turn": (fresh * s, fresh * fresh)}
+    products = {"dots": (g * g, g * a, a * a, g * s), "difference_dots": (fresh * s, fresh * fresh)}
     for name, terms in products.items():
         sizes = torch.stack([term.abs().sum() for term in terms])
         sums = torch.stack([term.sum() for term in terms])
@@ -92,7 +92,7 @@ def test_ranks_agree_with_a_single_process(ranks, layout, backend):
 @pytest.mark.parametrize("layout", ["mesh", "parts"])
 def test_a_nan_of_one_rank_is_the_largest_everywhere(ranks, layout, row):
     for found in ranks(RANKS).run("test_vectors_ranks.verbs", layout, "reference", spoilt=row):
-        assert found["largest"].isnan().tolist() == [True, False, False, False]
+        assert found["abs_max"].isnan().tolist() == [True, False, False, False]
 
 
 def largest_beside_a_strided_part():
@@ -102,7 +102,7 @@ def largest_beside_a_strided_part():
     part = room[:4, 0] if rank else room[:4, 0].contiguous()
     spread = DTensor.from_local(part, mesh(), [Shard(0)], run_check=False)
     other = distribute_tensor(torch.arange(6.0), mesh(), [Shard(0)])
-    return Space([torch.nn.Parameter(other), torch.nn.Parameter(spread)], "cpp").largest(
+    return Space([torch.nn.Parameter(other), torch.nn.Parameter(spread)], "cpp").abs_max(
         [local(other), part]
     )
 

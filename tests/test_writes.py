@@ -26,7 +26,7 @@ from cases import (
     values,
 )
 
-from mechanic_fused import reference
+from mechanic_fused.backends import reference
 
 # Of x_ref, of x and, in float64, of the two sums that are expected here.
 ROUNDINGS = 4

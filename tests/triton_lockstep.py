@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import FEW, FUSED, QUICK, SUM_RTOL, assert_same, noise
 
-from mechanic_fused import backends, bucket, reference
+from mechanic_fused import backends
+from mechanic_fused.backends import layout, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,7 +44,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
 
 # Nothing; one; less than, across and beyond a thread's share, a block and a chunk.
-SIZES = (0, 1, 3, 63, 1025, 5003, bucket.CHUNK + 129)
+SIZES = (0, 1, 3, 63, 1025, 5003, layout.CPU_CHUNK + 129)
 FEWER = (0, 3, 1025, 4100)
 # The interpreter takes milliseconds a block, whatever its size: fewer and larger ones.
 INTERPRETED_THREADS = 512
@@ -51,7 +52,7 @@ INTERPRETED_THREADS = 512
 
 def triton_module(monkeypatch):
     """The Triton backend's module; in the interpreter its kernels run in larger blocks."""
-    module = backends.MODULES["triton"]()
+    module = backends.load("triton")
     if INTERPRETED:
         monkeypatch.setattr(module.storage, "THREADS", INTERPRETED_THREADS)
         interpreted = type(module.storage.read)

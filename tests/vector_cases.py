@@ -11,12 +11,12 @@ import pytest
 import torch
 from cases import SUM_RTOL, WIDE, assert_same
 from conftest import skip_unless_available
+from mechanic_fused.vectors.space.space import Space
 from triton_lockstep import DTYPES, INTERPRETED, triton_module
 
 from mechanic_fused import backends
-from mechanic_fused.bucket import CHUNK
-from mechanic_fused.vectors import Space
-from mechanic_fused.vectors_reference import AdaRemOptions
+from mechanic_fused.backends.layout import CPU_CHUNK as CHUNK
+from mechanic_fused.vectors.reference import AdaRemOptions
 
 # No number among them is one of any 16-bit dtype, so that their rounding counts too.
 A, C = 0.7, 1 / 3
@@ -57,15 +57,15 @@ def adarem(x, g, m, peak):
 
 
 VERBS = {
-    "displace": Verb(
-        "xnw", (0,), lambda s, x, w, d, _: s.displace(x, w, d, C), lambda x, w, d, _: (w - C * d,)
+    "step_along": Verb(
+        "xnw", (0,), lambda s, x, w, d, _: s.step_along(x, w, d, C), lambda x, w, d, _: (w - C * d,)
     ),
-    "put": Verb("wn", (0,), lambda s, a, x, _: s.add(a, x, 0.0, C), lambda a, x, _: (C * x,)),
-    "add": Verb("wn", (0,), lambda s, a, x, _: s.add(a, x, A, C), lambda a, x, _: (A * a + C * x,)),
-    "turn": Verb(
+    "put": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, 0.0, C), lambda a, x, _: (C * x,)),
+    "axpby": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, A, C), lambda a, x, _: (A * a + C * x,)),
+    "difference_dots": Verb(
         "wnn",
         (0,),
-        lambda s, old, a, b, _: s.turn(old, a, b),
+        lambda s, old, a, b, _: s.difference_dots(old, a, b),
         lambda old, a, b, _: (a - b,),
         lambda before, after: (after[0] * before[0], after[0] * after[0]),
     ),
@@ -75,11 +75,11 @@ VERBS = {
         lambda s, g, last, p, _: s.dots(g, last, p),
         products=lambda v, _: (v[0] * v[0], v[0] * v[1], v[1] * v[1], v[0] * v[2]),
     ),
-    "largest": Verb("n", (), lambda s, a, _: s.largest(a)),
+    "abs_max": Verb("n", (), lambda s, a, _: s.abs_max(a)),
     "adarem": Verb("xnw", (0, 2), lambda s, x, g, m, peaks: s.adarem(g, m, peaks, OPTIONS), adarem),
 }
 # Verb → the vector whose largest magnitudes it returns.
-PEAKS = {"largest": 0, "adarem": 2}
+PEAKS = {"abs_max": 0, "adarem": 2}
 
 
 def on_backends(*others):
@@ -124,12 +124,12 @@ def place(request, monkeypatch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no GPU; test_in_the_interpreter runs it")
     skip_unless_available(name)
-    module = backends.VECTORS[name]()
+    module = backends.load_vectors(name)
     if name == "triton":
         triton_module(monkeypatch)
         if INTERPRETED:
-            monkeypatch.setitem(module.CHUNKS, "cpu", INTERPRETED_CHUNK)
-    return Place(name, device, getattr(module, "CHUNKS", {}).get(device, CHUNK))
+            monkeypatch.setitem(module.CHUNK, "cpu", INTERPRETED_CHUNK)
+    return Place(name, device, module.CHUNK.get(device, CHUNK))
 
 
 def lay(values, layout):

@@ -3,6 +3,7 @@
 Same functions as reference.py; elementwise results agree with it to the bit.
 """
 
+from mechanic_fused.backends.layout import CPU_CHUNK
 from mechanic_fused.bucket import Bucket
 
 from .accumulate import accumulate
@@ -10,6 +11,9 @@ from .apply import apply, measure
 from .norm import norm
 from .sums import Tables
 from .tune import tune
+
+CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
+"""The CPU's size on a GPU too: 2^13, which the CUDA backend takes, has not been measured."""
 
 __all__ = ["accumulate", "apply", "measure", "norm", "prepare", "tune"]
 

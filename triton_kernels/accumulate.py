@@ -7,7 +7,7 @@ import triton.language as tl
 
 from mechanic_fused.bucket import Bucket
 
-from .formulas import adam, coefficients, dither, lion, momentum, seed, sgd
+from .formulas import adam, coefficients, lion, momentum, random_bits16, seed, sgd
 from .storage import (
     CHUNK_COLUMNS,
     DELTA,
@@ -25,10 +25,10 @@ from .storage import (
     at,
     narrow,
     read,
-    rounded_by,
+    stochastic_round,
     widen,
 )
-from .sums import FOLD, draw_ticket, fold, launch
+from .sums import FOLD, fold, launch, reduce_chunk
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def move(
     if key is None:
         tl.store(delta_at, delta + u, mask=mask)
     else:
-        bits = dither(key, element.to(tl.uint32))
-        tl.store(delta_at, rounded_by(bits, delta + u), mask=mask)
+        bits = random_bits16(key, element.to(tl.uint32))
+        tl.store(delta_at, stochastic_round(bits, delta + u), mask=mask)
     return wide_g * delta.to(tl.float64), wide_g * wide_g
 
 
@@ -201,7 +201,7 @@ def accumulate_kernel(
             start += TAIL
         total_gd += tl.sum(gd, 0)
         total_gg += tl.sum(gg, 0)
-        last = draw_ticket(program, row, total_gd, total_gg, partials, spans, tickets, 0)
+        last = reduce_chunk(program, row, total_gd, total_gg, partials, spans, tickets, 0)
     else:
         row = (program - chunk_count).to(tl.int64)
         last = tl.load(spans + row * 4 + 1) == 0
@@ -214,7 +214,7 @@ def accumulate_kernel(
 
 def accumulate(bucket: Bucket) -> None:
     """Take g·Δ and g·g with the old Δ; move the base's state and Δ on by one update."""
-    state = bucket.states[0][0].dtype if bucket.states[0] else bucket.wide
+    state = bucket.states[0][0].dtype if bucket.states[0] else bucket.compute_dtype
     launch(
         accumulate_kernel,
         bucket,
@@ -222,7 +222,7 @@ def accumulate(bucket: Bucket) -> None:
         grad_scale=bucket.grad_scale,
         found_inf=bucket.found_inf,
         clip=bucket.clip,
-        clock=bucket.clock,
+        step_count=bucket.step_count,
         KIND=bucket.kind,
         S=DTYPES[state],
         D=DTYPES[bucket.delta[0].dtype],

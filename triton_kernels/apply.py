@@ -23,7 +23,7 @@ from .storage import (
     read,
     widen,
 )
-from .sums import draw_ticket, fold, launch
+from .sums import fold, launch, reduce_chunk
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def apply_kernel(
             start += TAIL
         total_xd += tl.sum(xd, 0)
         total_xx += tl.sum(xx, 0)
-        last = draw_ticket(chunk, row, total_xd, total_xx, partials, spans, tickets, 1)
+        last = reduce_chunk(chunk, row, total_xd, total_xx, partials, spans, tickets, 1)
     else:
         row = (program - chunk_count).to(tl.int64)
         last = tl.load(spans + row * 4 + 1) == 0

@@ -110,7 +110,7 @@ def coefficients(hyper, grad_scale, clip, step, KIND: tl.constexpr, T: tl.conste
 
 
 @triton.jit
-def scramble(n):
+def hash32(n):
     """A hash of uint32 in which each bit depends on all, "lowbias32".
 
     Source: C. Wellons, Prospecting for Hash Functions, 2018.
@@ -123,13 +123,13 @@ def scramble(n):
 @triton.jit
 def seed(steps, number):
     """What the random bits of weight ``number`` depend on, after so many steps."""
-    return scramble(scramble(steps.to(tl.int64).to(tl.uint32)) + number.to(tl.uint32))
+    return hash32(hash32(steps.to(tl.int64).to(tl.uint32)) + number.to(tl.uint32))
 
 
 @triton.jit
-def dither(seed, element):
+def random_bits16(seed, element):
     """16 random bits for each element, uint32, which is its place in the weight's memory."""
-    return scramble(element + seed) >> 16
+    return hash32(element + seed) >> 16
 
 
 @triton.jit

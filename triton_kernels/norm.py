@@ -19,7 +19,7 @@ from .storage import (
     read,
     widen,
 )
-from .sums import draw_ticket, fold, launch
+from .sums import fold, launch, reduce_chunk
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def norm_kernel(
             gg += square(at(g, offset, X) + i, i < length, by, T)
             start += TAIL
         total += tl.sum(gg, 0)
-        last = draw_ticket(chunk, row, total, None, partials, spans, tickets, 2)
+        last = reduce_chunk(chunk, row, total, None, partials, spans, tickets, 2)
     else:
         row = (program - chunk_count).to(tl.int64)
         last = tl.load(spans + row * 4 + 1) == 0

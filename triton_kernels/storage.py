@@ -89,7 +89,7 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def rounded_by(bits, x):
+def stochastic_round(bits, x):
     """float32 x in bfloat16: up in magnitude as often as what is cut off is of a last place.
 
     ``bits`` are 16 random ones, uint32; x is the result of an operation, so its NaNs are quiet

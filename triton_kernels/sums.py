@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mechanic_fused.backends.device_tables import DeviceTables
 from mechanic_fused.bucket import Bucket
-from mechanic_fused.device_tables import DeviceTables
 
 from .storage import DTYPES, OPTIONS, on, sizes
 
@@ -52,7 +52,7 @@ def launch(kernel: Any, bucket: Bucket, **own: Any) -> None:
             sums=bucket.sums,
             chunk_count=len(tables.chunks),
             X=DTYPES[bucket.dtype],
-            T=DTYPES[bucket.wide],
+            T=DTYPES[bucket.compute_dtype],
             **sizes(bucket.dtype),
             **OPTIONS,
             **own,
@@ -60,7 +60,7 @@ def launch(kernel: Any, bucket: Bucket, **own: Any) -> None:
 
 
 @triton.jit
-def draw_ticket(chunk, row, first, second, partials, spans, tickets, COLUMN: tl.constexpr):
+def reduce_chunk(chunk, row, first, second, partials, spans, tickets, COLUMN: tl.constexpr):
     """Hand in a chunk's partial sums; True for its scale's last chunk.
 
     They belong to the columns COLUMN and COLUMN + 2; where the latter is none, ``second`` is None.

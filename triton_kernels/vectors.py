@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mechanic_fused.bucket import wide
-from mechanic_fused.vectors_reference import AdaRemOptions, Stream
+from mechanic_fused.backends.layout import CPU_CHUNK, GPU_CHUNK, compute_dtype
+from mechanic_fused.vectors.reference import AdaRemOptions, Stream
 
 from .storage import (
     CHUNK_COLUMNS,
@@ -28,25 +28,25 @@ from .storage import (
     widen,
 )
 
-CHUNKS = {"cuda": 1 << 13}
+CHUNK = {"cpu": CPU_CHUNK, "cuda": GPU_CHUNK}
 """Elements of a chunk on a GPU, where one is a program's work: short enough that the last programs
 of a launch end together, long enough (8 to 32 blocks) that starting one costs little."""
 
 NARROW, WIDE = "narrow", "wide"
 
 STREAMS = {
-    "displace": (NARROW, NARROW, WIDE),
+    "step_along": (NARROW, NARROW, WIDE),
     "put": (WIDE, NARROW),
-    "add": (WIDE, NARROW),
-    "turn": (WIDE, NARROW, NARROW),
+    "axpby": (WIDE, NARROW),
+    "difference_dots": (WIDE, NARROW, NARROW),
     "dots": (NARROW, NARROW, WIDE),
-    "largest": (NARROW,),
+    "abs_max": (NARROW,),
     "adarem": (NARROW, NARROW, WIDE),
 }
 """Verb → which streams are of the part's dtype and which of that of the arithmetic. put: add, but
 what was there is not read."""
 
-PARTIALS = {"turn": 2, "dots": 4, "largest": 1, "adarem": 1}
+PARTIALS = {"difference_dots": 2, "dots": 4, "abs_max": 1, "adarem": 1}
 """Verb → how many partial results a chunk leaves; 0 for the others."""
 
 
@@ -91,15 +91,15 @@ def bits_of_size(x):
 @triton.jit
 def act(first, second, third, mask, c, VERB: tl.constexpr, T: tl.constexpr):
     """One block of a verb: write what it writes; return its products, or sizes, or nothing."""
-    if VERB == "displace":
+    if VERB == "step_along":
         x = widen(read(second, mask), T) - c * read(third, mask)
         tl.store(first, narrow(x, first.dtype.element_ty), mask=mask)
     elif VERB == "put":
         tl.store(first, c * widen(read(second, mask), T), mask=mask)
-    elif VERB == "add":
+    elif VERB == "axpby":
         s = c[0] * read(first, mask) + c[1] * widen(read(second, mask), T)
         tl.store(first, s, mask=mask)
-    elif VERB == "turn":
+    elif VERB == "difference_dots":
         old = read(first, mask).to(tl.float64)
         fresh = widen(read(second, mask), T) - widen(read(third, mask), T)
         tl.store(first, fresh, mask=mask)
@@ -110,7 +110,7 @@ def act(first, second, third, mask, c, VERB: tl.constexpr, T: tl.constexpr):
         l = widen(read(second, mask), T).to(tl.float64)  # noqa: E741
         p = read(third, mask).to(tl.float64)
         return g * g, g * l, l * l, g * p
-    elif VERB == "largest":
+    elif VERB == "abs_max":
         return (bits_of_size(widen(read(first, mask), T)),)
     else:
         g = widen(read(second, mask), T)
@@ -226,11 +226,11 @@ def verb_kernel(
     second = tl.load(streams + tensor * 4 + 1)
     third = tl.load(streams + tensor * 4 + 2)
     c = None
-    if VERB == "displace":
+    if VERB == "step_along":
         c = tl.load(numbers).to(T)
     elif VERB == "put":
         c = tl.load(numbers + 1).to(T)
-    elif VERB == "add":
+    elif VERB == "axpby":
         c = tl.load(numbers).to(T), tl.load(numbers + 1).to(T)
     elif VERB == "adarem":
         c = adarem_coefficients(numbers, peaks, tensor, T)
@@ -253,19 +253,19 @@ def verb_kernel(
         tl.store(partials + chunk * 4 + 3, p3 + q3)
 
 
-def displace(part: Any, x: Stream, w: Stream, d: Stream, c: Tensor) -> None:
+def step_along(part: Any, x: Stream, w: Stream, d: Stream, c: Tensor) -> None:
     """x = round(w − c·d)."""
-    _launch(part, "displace", x, w, d, numbers=c)
+    _launch(part, "step_along", x, w, d, numbers=c)
 
 
-def add(part: Any, s: Stream, x: Stream, a: float, c: float) -> None:
+def axpby(part: Any, s: Stream, x: Stream, a: float, c: float) -> None:
     """s = a·s + c·x; where a = 0 s is not read."""
-    _launch(part, "add" if a else "put", s, x, numbers=_sent(part, [a, c]))
+    _launch(part, "axpby" if a else "put", s, x, numbers=_sent(part, [a, c]))
 
 
-def turn(part: Any, s: Stream, a: Stream, b: Stream) -> Tensor:
+def difference_dots(part: Any, s: Stream, a: Stream, b: Stream) -> Tensor:
     """s' = a − b; returns s'·s and s'·s', and s takes s'."""
-    _launch(part, "turn", s, a, b)
+    _launch(part, "difference_dots", s, a, b)
     return part.folded()[:2]
 
 
@@ -275,9 +275,9 @@ def dots(part: Any, g: Stream, l: Stream, p: Stream) -> Tensor:  # noqa: E741
     return part.folded()
 
 
-def largest(part: Any, a: Stream) -> Tensor:
+def abs_max(part: Any, a: Stream) -> Tensor:
     """Return max|a| of each weight."""
-    _launch(part, "largest", a, dtype=a[0].dtype)
+    _launch(part, "abs_max", a, dtype=a[0].dtype)
     return part.peaks()
 
 
@@ -302,7 +302,7 @@ def _launch(
     if part.handle is None:
         part.handle = part.chunks.to(part.device)
     dtype = dtype or part.dtype
-    types = {NARROW: DTYPES[dtype], WIDE: DTYPES[wide(dtype)]}
+    types = {NARROW: DTYPES[dtype], WIDE: DTYPES[compute_dtype(dtype)]}
     # An absent stream has address 0 and no use of its dtype.
     a, b, c = (types[width] for width in (*STREAMS[verb], WIDE, WIDE)[:3])
     with on(part.device):

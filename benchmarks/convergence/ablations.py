@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from mechanic_fused import variants
-
 from .methods import BASES
 
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
@@ -23,12 +21,12 @@ def _options(**options: Any) -> Arm:
 
 def _constants(**constants: Any) -> Arm:
     """The default with other constants, for as long as a run lasts."""
-    row = replace(variants.VARIANTS[DEFAULT], **constants)
-    return {}, patch.dict(variants.VARIANTS, {DEFAULT: row})
+    row = replace(options.VARIANTS[DEFAULT], **constants)
+    return {}, patch.dict(options.VARIANTS, {DEFAULT: row})
 
 
 def _start(c: float) -> Arm:
-    return {}, patch.object(variants, "START", c)
+    return {}, patch.object(options, "START", c)
 
 
 ALL, ONE = tuple(BASES), ("AdamW",)

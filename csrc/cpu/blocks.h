@@ -144,7 +144,7 @@ struct Delta {
     if (!narrow) return;
     const uint32_t first = seed + uint32_t(start);
     for (int i = 0; i < n; ++i) {
-      narrow[start + i] = rounded_by(dither(first, uint32_t(i)), float(room[i]));
+      narrow[start + i] = stochastic_round(random_bits16(first, uint32_t(i)), float(room[i]));
     }
   }
 };

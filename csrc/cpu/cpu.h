@@ -14,11 +14,11 @@ void norm(const Bucket& bucket, int threads);
 void tune(const Sums* sums, const Tuner& tuner);
 
 // The vector verbs: vectors.py says what each does.
-void displace(const Vectors& vectors, const double* c, int threads);
-void add(const Vectors& vectors, double a, double c, int threads);
-void turn(const Vectors& vectors, int threads);
+void step_along(const Vectors& vectors, const double* c, int threads);
+void axpby(const Vectors& vectors, double a, double c, int threads);
+void difference_dots(const Vectors& vectors, int threads);
 void dots(const Vectors& vectors, int threads);
-void largest(const Vectors& vectors, int threads);
+void abs_max(const Vectors& vectors, int threads);
 void adarem(const Vectors& vectors, const AdaRemOptions& options, const double* peaks, int threads);
 
 // The instruction set that the kernels were chosen for on this processor.

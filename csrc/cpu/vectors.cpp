@@ -6,15 +6,15 @@
 namespace mechanic::cpu {
 // x = round(w - c d); x and w may be the same.
 template <class X>
-MECHANIC_CLONES void displace_run(X* x, const X* w, const Wide<X>* __restrict d, int64_t n,
+MECHANIC_CLONES void step_along_run(X* x, const X* w, const Wide<X>* __restrict d, int64_t n,
                                   Wide<X> c) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) narrow(displaced(Wide<X>(widen(w[i])), c, d[i]), x[i]);
+  for (int64_t i = 0; i < n; ++i) narrow(stepped_along(Wide<X>(widen(w[i])), c, d[i]), x[i]);
 }
 
 // s = a s + c x, or c x without reading s.
 template <class X>
-MECHANIC_CLONES void add_run(Wide<X>* __restrict s, const X* __restrict x, int64_t n, bool reads,
+MECHANIC_CLONES void axpby_run(Wide<X>* __restrict s, const X* __restrict x, int64_t n, bool reads,
                              Wide<X> a, Wide<X> c) {
   if (!reads) {
 #pragma omp simd
@@ -27,7 +27,7 @@ MECHANIC_CLONES void add_run(Wide<X>* __restrict s, const X* __restrict x, int64
 
 // lanes.ab += (a - b).s, lanes.aa += (a - b).(a - b); s = a - b.
 template <class X>
-MECHANIC_CLONES void turn_run(Wide<X>* __restrict s, const X* __restrict a, const X* __restrict b,
+MECHANIC_CLONES void difference_dots_run(Wide<X>* __restrict s, const X* __restrict a, const X* __restrict b,
                               int64_t n, Lanes& out) {
   alignas(64) Wide<X> fresh[kBlock];
   Lanes lanes = {};
@@ -61,7 +61,7 @@ MECHANIC_CLONES void dots_run(const X* __restrict g, const X* __restrict l,
 
 // The largest magnitude; NaN if there is one.
 template <class X>
-MECHANIC_CLONES double largest_run(const X* a, int64_t n) {
+MECHANIC_CLONES double abs_max_run(const X* a, int64_t n) {
   Wide<X> most = 0;
   int bad = 0;
 #pragma omp simd reduction(max : most) reduction(| : bad)
@@ -114,27 +114,27 @@ void for_chunks(const Vectors& vectors, int threads, Work work) {
 
 }  // namespace
 
-void displace(const Vectors& vectors, const double* c, int threads) {
+void step_along(const Vectors& vectors, const double* c, int threads) {
   for_chunks(vectors, threads, [&](auto narrowest, const Chunk& chunk, double*) {
     using X = decltype(narrowest);
-    displace_run(stream<X>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1),
+    step_along_run(stream<X>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1),
                  stream<const Wide<X>>(vectors, chunk, 2), chunk.length, Wide<X>(*c));
   });
 }
 
-void add(const Vectors& vectors, double a, double c, int threads) {
+void axpby(const Vectors& vectors, double a, double c, int threads) {
   for_chunks(vectors, threads, [&](auto narrowest, const Chunk& chunk, double*) {
     using X = decltype(narrowest);
-    add_run(stream<Wide<X>>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1), chunk.length,
+    axpby_run(stream<Wide<X>>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1), chunk.length,
             a != 0, Wide<X>(a), Wide<X>(c));
   });
 }
 
-void turn(const Vectors& vectors, int threads) {
+void difference_dots(const Vectors& vectors, int threads) {
   for_chunks(vectors, threads, [&](auto narrowest, const Chunk& chunk, double* partial) {
     using X = decltype(narrowest);
     Lanes lanes;
-    turn_run(stream<Wide<X>>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1),
+    difference_dots_run(stream<Wide<X>>(vectors, chunk, 0), stream<const X>(vectors, chunk, 1),
              stream<const X>(vectors, chunk, 2), chunk.length, lanes);
     partial[0] = fold(lanes.ab);
     partial[1] = fold(lanes.aa);
@@ -154,10 +154,10 @@ void dots(const Vectors& vectors, int threads) {
   });
 }
 
-void largest(const Vectors& vectors, int threads) {
+void abs_max(const Vectors& vectors, int threads) {
   for_chunks(vectors, threads, [&](auto narrowest, const Chunk& chunk, double* partial) {
     using X = decltype(narrowest);
-    partial[0] = largest_run(stream<const X>(vectors, chunk, 0), chunk.length);
+    partial[0] = abs_max_run(stream<const X>(vectors, chunk, 0), chunk.length);
   });
 }
 

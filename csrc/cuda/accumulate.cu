@@ -6,10 +6,10 @@
 namespace mechanic::cuda {
 
 template <class X>
-void launch_accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+void launch_accumulate(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler,
                        CUstream_st* stream);
 
-void accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+void accumulate(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler,
                 CUstream_st* stream) {
   switch (bucket.weight) {
     case DType::kFloat:

@@ -52,7 +52,7 @@ __device__ __forceinline__ Pair accumulate_span(const Streams<X, S>& at, int beg
 
 template <class Base, class X, class S>
 __device__ __forceinline__ Pair accumulate_chunk(const Bucket& bucket, const Tensor& tensor,
-                                                 const Chunk& chunk, const Scaler& scaler) {
+                                                 const Chunk& chunk, const StepScalars& scaler) {
   using T = Wide<X>;
   // The bias corrections take two powers in double: once a chunk, not once a thread.
   __shared__ Coefficients<T> shared;
@@ -95,7 +95,7 @@ constexpr int kBlocks = (Base::kStates > 1 ? 3 : 4) + (std::is_same_v<X, float> 
 
 template <class Base, class X, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
-    accumulate_kernel(Bucket bucket, Folding folding, Scaler scaler) {
+    accumulate_kernel(Bucket bucket, Reduction folding, StepScalars scaler) {
   if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
   using Folded = Columns<&Sums::gd, &Sums::gg>;
   for_empty_scales(bucket, folding, [&](int64_t scale) {
@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
     sum = accumulate_chunk<Base, X, S>(bucket, tensor, chunk, scaler);
     sum = block_total(sum);
   }
-  if (Folded::hand_in(bucket, folding, blockIdx.x, tensor.scale, sum)) {
+  if (Folded::reduce_chunk(bucket, folding, blockIdx.x, tensor.scale, sum)) {
     advance_steps(bucket, folding.spans[tensor.scale], threadIdx.x, kThreads);
   }
 }
 
 template <class Base, class X>
-void launch_accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+void launch_accumulate(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler,
                        cudaStream_t stream) {
   // Without a state there is nothing whose dtype could differ.
   using Narrow = std::conditional_t<(Base::kStates > 0), X, Wide<X>>;
@@ -128,7 +128,7 @@ void launch_accumulate(const Bucket& bucket, const Folding& folding, const Scale
 }
 
 template <class X>
-void launch_accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+void launch_accumulate(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler,
                        cudaStream_t stream) {
   switch (bucket.kind) {
     case Kind::kSgd:

@@ -2,7 +2,7 @@
 
 namespace mechanic::cuda {
 
-template void launch_accumulate<BFloat16>(const Bucket&, const Folding&, const Scaler&,
+template void launch_accumulate<BFloat16>(const Bucket&, const Reduction&, const StepScalars&,
                                           cudaStream_t);
 
 }  // namespace mechanic::cuda

@@ -50,7 +50,7 @@ constexpr int kBlocks = 6;
 
 template <bool kWrites, class X>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    apply_kernel(Bucket bucket, Folding folding, Tuner tuner, Scaler scaler) {
+    apply_kernel(Bucket bucket, Reduction folding, Tuner tuner, StepScalars scaler) {
   if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
   using Folded = Columns<&Sums::xd, &Sums::xx>;
   for_empty_scales(bucket, folding,
@@ -71,12 +71,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Pair sum = {0, 0};
   sum = apply_span<kLanes<X>, kWrites>(at, 0, body, scale, sum);
   sum = apply_span<1, kWrites>(at, body, n, scale, sum);
-  Folded::hand_in(bucket, folding, number, tensor.scale, block_total(sum));
+  Folded::reduce_chunk(bucket, folding, number, tensor.scale, block_total(sum));
 }
 
 template <bool kWrites>
-void launch_apply(const char* verb, const Bucket& bucket, const Folding& folding,
-                  const Tuner& tuner, const Scaler& scaler, cudaStream_t stream) {
+void launch_apply(const char* verb, const Bucket& bucket, const Reduction& folding,
+                  const Tuner& tuner, const StepScalars& scaler, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
     launch(verb, kernel, bucket.chunk_count, stream, bucket, folding, tuner, scaler);
   };
@@ -94,12 +94,12 @@ void launch_apply(const char* verb, const Bucket& bucket, const Folding& folding
 
 }  // namespace
 
-void apply(const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
+void apply(const Bucket& bucket, const Reduction& folding, const Tuner& tuner, const StepScalars& scaler,
            cudaStream_t stream) {
   launch_apply<true>("apply", bucket, folding, tuner, scaler, stream);
 }
 
-void measure(const Bucket& bucket, const Folding& folding, cudaStream_t stream) {
+void measure(const Bucket& bucket, const Reduction& folding, cudaStream_t stream) {
   launch_apply<false>("measure", bucket, folding, {}, {}, stream);
 }
 

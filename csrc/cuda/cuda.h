@@ -16,7 +16,7 @@ struct Span {
 constexpr int64_t kGroup = 256;
 
 // What fold.cuh makes sums of scales with, from the partial sums of chunks.
-struct Folding {
+struct Reduction {
   const Span* spans;  // one a scale
   unsigned* tickets;  // ticket_count() of them, all 0 between launches
 };
@@ -27,7 +27,7 @@ inline int64_t ticket_count(int64_t chunk_count, int64_t scale_count) {
 }
 
 // Numbers on the device that decide about a step, or null: GradScaler's, clipping's, the tuner's.
-struct Scaler {
+struct StepScalars {
   const float* grad_scale;  // what the gradients have been multiplied by
   const float* found_inf;   // not 0: nothing changes in this step
   const double* clip;       // (N^2, max_norm)
@@ -35,12 +35,12 @@ struct Scaler {
 };
 
 // Errors are std::runtime_error with the verb's and the CUDA call's name.
-void accumulate(const Bucket& bucket, const Folding& folding, const Scaler& scaler,
+void accumulate(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler,
                 CUstream_st* stream);
-void norm(const Bucket& bucket, const Folding& folding, const Scaler& scaler, CUstream_st* stream);
-void apply(const Bucket& bucket, const Folding& folding, const Tuner& tuner, const Scaler& scaler,
+void norm(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, CUstream_st* stream);
+void apply(const Bucket& bucket, const Reduction& folding, const Tuner& tuner, const StepScalars& scaler,
            CUstream_st* stream);
-void measure(const Bucket& bucket, const Folding& folding, CUstream_st* stream);
-void tune(const Sums* sums, const Tuner& tuner, const Scaler& scaler, CUstream_st* stream);
+void measure(const Bucket& bucket, const Reduction& folding, CUstream_st* stream);
+void tune(const Sums* sums, const Tuner& tuner, const StepScalars& scaler, CUstream_st* stream);
 
 }  // namespace mechanic::cuda

@@ -36,7 +36,7 @@ __device__ __forceinline__ Pair block_total(Pair sum) {
 }
 
 // Return, in every thread, whether this block is the last of `count` to come here.
-__device__ __forceinline__ bool draws_last(unsigned* ticket, int64_t count) {
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t count) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();  // what this thread has written comes before its ticket
@@ -52,7 +52,7 @@ __device__ __forceinline__ bool draws_last(unsigned* ticket, int64_t count) {
 
 // Visit, in one thread each, the scales that have no chunk here: no block will hand in for them.
 template <class Visit>
-__device__ __forceinline__ void for_empty_scales(const Bucket& bucket, const Folding& folding,
+__device__ __forceinline__ void for_empty_scales(const Bucket& bucket, const Reduction& folding,
                                                  Visit visit) {
   if (blockIdx.x != 0) return;
   for (int64_t scale = threadIdx.x; scale < bucket.scale_count; scale += kThreads) {
@@ -84,7 +84,7 @@ struct Columns {
 
   // Hand in a block's sum for one chunk of a scale. Return true in every thread of the scale's
   // last block: its sums are there then, and all its chunks are done.
-  static __device__ bool hand_in(const Bucket& bucket, const Folding& folding, int64_t number,
+  static __device__ bool reduce_chunk(const Bucket& bucket, const Reduction& folding, int64_t number,
                                  int64_t scale, Pair sum) {
     const Span span = folding.spans[scale];
     if (span.chunks == 1) {
@@ -99,12 +99,12 @@ struct Columns {
     // No two groups share a ticket: in a scale their first chunks are kGroup apart, and every scale
     // before adds one.
     unsigned* const tickets = folding.tickets + scale;
-    if (!draws_last(tickets + (span.first_chunk + group) / kGroup, members)) return false;
+    if (!is_last_block(tickets + (span.first_chunk + group) / kGroup, members)) return false;
     sum = total(first + group, members, 1);
     if (groups > 1) {
       if (threadIdx.x == 0) write(first + group, sum);
       const int64_t group_tickets = bucket.chunk_count / kGroup + bucket.scale_count;
-      if (!draws_last(tickets + group_tickets, groups)) return false;
+      if (!is_last_block(tickets + group_tickets, groups)) return false;
       sum = total(first, groups, kGroup);
     }
     if (threadIdx.x == 0) write(bucket.sums + scale, sum);

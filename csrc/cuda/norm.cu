@@ -39,7 +39,7 @@ __device__ __forceinline__ double norm_chunk(const Bucket& bucket, const Tensor&
 
 template <class X>
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(Bucket bucket, Folding folding, Scaler scaler) {
+    norm_kernel(Bucket bucket, Reduction folding, StepScalars scaler) {
   if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
   using Folded = Columns<&Sums::gg>;
   for_empty_scales(bucket, folding,
@@ -54,12 +54,12 @@ __global__ void __launch_bounds__(kThreads)
     sum.first = norm_chunk<X>(bucket, tensor, chunk, scaler.grad_scale);
     sum = block_total(sum);
   }
-  Folded::hand_in(bucket, folding, number, tensor.scale, sum);
+  Folded::reduce_chunk(bucket, folding, number, tensor.scale, sum);
 }
 
 }  // namespace
 
-void norm(const Bucket& bucket, const Folding& folding, const Scaler& scaler, cudaStream_t stream) {
+void norm(const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
     launch("norm", kernel, bucket.chunk_count, stream, bucket, folding, scaler);
   };

@@ -105,7 +105,7 @@ struct Delta {
     if constexpr (std::is_same_v<T, float>) {
       if (is_narrow) {
         return store_each<kReuse, N>(
-            narrow + i, [&](int l) { return rounded_by(dither(seed, uint32_t(i + l)), from[l]); });
+            narrow + i, [&](int l) { return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]); });
       }
     }
     cuda::store<kReuse>(from, wide + i);

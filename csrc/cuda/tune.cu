@@ -7,7 +7,7 @@ namespace mechanic::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads)
-    tune_kernel(const Sums* sums, Tuner tuner, Scaler scaler) {
+    tune_kernel(const Sums* sums, Tuner tuner, StepScalars scaler) {
   if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
   const int64_t width = 4 * tuner.betas + 2;
   bool finite = true;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void tune(const Sums* sums, const Tuner& tuner, const Scaler& scaler, cudaStream_t stream) {
+void tune(const Sums* sums, const Tuner& tuner, const StepScalars& scaler, cudaStream_t stream) {
   launch("tune", tune_kernel, 1, stream, sums, tuner, scaler);
 }
 

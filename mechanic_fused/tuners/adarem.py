@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vectors import Space, Vector
-from ..vectors_reference import AdaRemOptions
+from ..vectors.reference import AdaRemOptions
+from ..vectors.space import Space, Vector
 from .vector_optimizer import Ready, VectorOptimizer
 
 
@@ -123,7 +123,7 @@ class AdaRem(VectorOptimizer):
         if known is not None and known[0] is space:
             if all(a is b for a, b in zip(known[1], m, strict=True)):
                 return known[2]
-        return space.largest(m)
+        return space.abs_max(m)
 
     def _steps(self) -> int:
         """Return how many steps the optimizer has taken; a weight may have sat some out."""

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import backends
 from ..distributed import local
-from ..weights import check_weights
-from .motion import Motion, smooth
+from ..param_checks import check_weights
+from .trajectory import Trajectory, smooth
 
 DEFAULTS: dict[int, dict[str, Any]] = {
     1: {"factor": 0.2, "threshold": 0.01, "min_lr": 1e-4, "extra": 20, "threshold_max": 1.0},
@@ -126,7 +126,7 @@ class AutoDrop:
         self.threshold_max = options.get("threshold_max", math.inf)
         self.reduce_group, self.backend = reduce_group, backend
         self._progress = Progress(options["threshold"])
-        self._motion: Motion | None = None
+        self._motion: Trajectory | None = None
 
     @property
     def angle(self) -> float | None:
@@ -210,13 +210,13 @@ class AutoDrop:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
-    def _measure(self, weights: list[Tensor]) -> Motion:
+    def _measure(self, weights: list[Tensor]) -> Trajectory:
         check_weights([local(p) for p in weights])
-        return Motion(weights, self.version == 2, self.backend, self.reduce_group)
+        return Trajectory(weights, self.version == 2, self.backend, self.reduce_group)
 
-    def _sum_up(self, motion: Motion, now: Progress) -> None:
+    def _sum_up(self, motion: Trajectory, now: Progress) -> None:
         # The first of a window overwrites, so that nothing has to be zeroed.
-        motion.space.add(motion.sum, motion.space.weights, a=1.0 if now.count else 0.0)
+        motion.space.axpby(motion.sum, motion.space.weights, a=1.0 if now.count else 0.0)
         now.count += 1
         if now.count < self.k:
             return
@@ -238,7 +238,7 @@ class AutoDrop:
         else:
             now.level = level
 
-    def _look(self, motion: Motion, now: Progress) -> None:
+    def _look(self, motion: Trajectory, now: Progress) -> None:
         weights = motion.space.weights
         angle, before = motion.turned(weights), now.before
         now.before = angle
@@ -254,7 +254,7 @@ class AutoDrop:
         if not now.armed:
             return
         now.count += 1
-        motion.space.add(motion.sum, weights, 1.0 if now.count > 1 else 0.0, float(now.count))
+        motion.space.axpby(motion.sum, weights, 1.0 if now.count > 1 else 0.0, float(now.count))
         if now.count == self.extra:
             now.threshold = min(self.threshold_max, now.threshold / self.factor)
             now.armed, now.count = False, 0

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .keeping import Buffers, Generators, no_gradients, reshard
 from .probe import mean_loss, put_back
-from .probed import set_lr
+from .probe_scheduler import set_lr
+from .snapshot import Buffers, Generators, no_gradients, reshard
 from .vector_optimizer import VectorOptimizer
 
 
@@ -117,7 +117,7 @@ class AutoGD(VectorOptimizer):
         if g is None:
             raise ValueError("expected gradients: the closure must do the backward pass")
         d = space.zeros()
-        space.add(d, g, 0.0, 1.0)
+        space.axpby(d, g, 0.0, 1.0)
         squares = space.dots(g, g, d)[3]
         gamma = float(group["lr"])
         candidates = [gamma / 2, gamma, 2 * gamma]
@@ -125,7 +125,7 @@ class AutoGD(VectorOptimizer):
         found = [mean_loss(loss, self._process_group)]
         try:
             for c in candidates:
-                space.displace(space.weights, w, d, c)
+                space.step_along(space.weights, w, d, c)
                 generators.restore()
                 reshard(self._model)
                 with no_gradients(space.parameters):
@@ -138,7 +138,7 @@ class AutoGD(VectorOptimizer):
             after.restore()
         best = choose(candidates, torch.stack([*found, squares.to(found[0].device)]), group["eta"])
         if best is not None:
-            space.displace(space.weights, w, d, best)
+            space.step_along(space.weights, w, d, best)
             set_lr(group, best)
         elif float(squares):
             # At an optimum no step tells anything, and γ would fall to 0 for ever.

@@ -10,10 +10,10 @@ import numpy
 import torch
 from torch import nn
 
-from ..vectors import Space, Vector
-from .keeping import Buffers, Generators, no_gradients, reshard
+from ..vectors.space import Space, Vector
 from .probe import mean_loss, put_back
-from .probed import set_lr
+from .probe_scheduler import set_lr
+from .snapshot import Buffers, Generators, no_gradients, reshard
 from .vector_optimizer import VectorOptimizer
 
 # The options that all groups have in common: the line is one through all weights.
@@ -161,7 +161,7 @@ class CGQ(VectorOptimizer):
         p = self._vector(space, "momentum_buffer")
         if before is None:
             self._turn(space, g, p, momentum)
-            space.displace(space.weights, space.weights, p, lr)
+            space.step_along(space.weights, space.weights, p, lr)
         else:
             start = float(mean_loss(loss, self._process_group))
             last = self._vector(space, "last_gradient", narrow=True)
@@ -172,7 +172,7 @@ class CGQ(VectorOptimizer):
             except BaseException:
                 torch._foreach_copy_([*p, *last], held)
                 raise
-            space.displace(space.weights, space.weights, p, lr if found is None else found)
+            space.step_along(space.weights, space.weights, p, lr if found is None else found)
             lr = lr if found is None else (lr + found) / 2
             momentum = momentum if beta is None else (momentum + beta) / 2
         learned = {"momentum": momentum, "draws": options["draws"] + 1}
@@ -183,14 +183,14 @@ class CGQ(VectorOptimizer):
 
     def _turn(self, space: Space, g: Vector, p: Vector, beta: float) -> None:
         """p = β·p + g + weight_decay·x."""
-        space.add(p, g, beta, 1.0)
+        space.axpby(p, g, beta, 1.0)
         number = {id(weight): i for i, weight in enumerate(space.parameters)}
         for group in self.param_groups:
             held = [weight for weight in group["params"] if id(weight) in number]
             if group["weight_decay"] and held:
                 part = self._space(held)
                 mine = [p[number[id(weight)]] for weight in held]
-                part.add(mine, part.weights, 1.0, group["weight_decay"])
+                part.axpby(mine, part.weights, 1.0, group["weight_decay"])
 
     def _conjugate(self, space: Space, g: Vector, p: Vector) -> tuple[float | None, float]:
         """Turn p by the β of Polak and Ribière; return it (None: of no use) and the slope."""
@@ -219,7 +219,7 @@ class CGQ(VectorOptimizer):
         after, buffers = Generators(x.device for x in space.weights), Buffers(self._model)
 
         def loss_at(t: float) -> float:
-            space.displace(space.weights, w, p, t)
+            space.step_along(space.weights, w, p, t)
             before.restore()
             reshard(self._model)
             with no_gradients(space.parameters):

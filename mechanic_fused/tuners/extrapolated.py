@@ -121,7 +121,7 @@ class ExtrapolatedSGD(VectorOptimizer):
                     space = self._space(known)
                     last, w = self._vector(space, "last_gradient"), space.copy()
                     held.append((space, w))
-                    space.displace(space.weights, w, last, reach)
+                    space.step_along(space.weights, w, last, reach)
             with torch.enable_grad():
                 return closure()
         finally:
@@ -131,13 +131,13 @@ class ExtrapolatedSGD(VectorOptimizer):
     def _move(self, item: Ready) -> None:
         _, group, space, g = item
         d = last = self._vector(space, "last_gradient")
-        space.add(last, g, 0.0, 1.0)
+        space.axpby(last, g, 0.0, 1.0)
         if group["momentum"]:
             d = self._vector(space, "momentum_buffer")
-            space.add(d, g, group["momentum"], 1.0)
+            space.axpby(d, g, group["momentum"], 1.0)
         elif group["weight_decay"]:
             d = space.zeros()
-            space.add(d, g, 0.0, 1.0)
+            space.axpby(d, g, 0.0, 1.0)
         if group["weight_decay"]:
-            space.add(d, space.weights, 1.0, group["weight_decay"])
-        space.displace(space.weights, space.weights, d, float(group["lr"]))
+            space.axpby(d, space.weights, 1.0, group["weight_decay"])
+        space.step_along(space.weights, space.weights, d, float(group["lr"]))

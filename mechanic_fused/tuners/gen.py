@@ -8,12 +8,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .probe import Closure, Parabola, parabola
-from .probed import Probed
+from .probe_scheduler import ProbeScheduler
 
 POINTS = {3: (-1.0, 0.0, 1.0), 5: (-2.0, -1.0, 0.0, 1.0, 2.0)}
 
 
-class GeN(Probed):
+class GeN(ProbeScheduler):
     """Move the lr towards the minimizer of the loss along the step (generalized Newton).
 
     Every ``every`` steps, with d the step that the optimizer would make at its lr η and

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .probe import Closure, parabola
-from .probed import Probed, finite
+from .probe_scheduler import ProbeScheduler, finite
 
 
-class LQA(Probed):
+class LQA(ProbeScheduler):
     """Set plain SGD's lr to the minimizer of a local quadratic approximation.
 
     At every step, along e = g/max|g| and with a distance δ,
@@ -77,8 +77,8 @@ class LQA(Probed):
         with torch.no_grad():
             d = space.zeros()
             # d is the step at the present lr, so that r = ±1 is at the distance δ.
-            space.add(d, g, 0.0, lr)
-            reach = float(space.largest(d).max())
+            space.axpby(d, g, 0.0, lr)
+            reach = float(space.abs_max(d).max())
         if not 0 < reach < math.inf:
             return None
         self.losses = self.probe.along(closure, space.copy(), d, (-1.0, 0.0, 1.0))

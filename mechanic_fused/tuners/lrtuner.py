@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .probe import Closure, Parabola, parabola
-from .probed import Probed
+from .probe_scheduler import ProbeScheduler
 
 
-class LRTuner(Probed):
+class LRTuner(ProbeScheduler):
     """Tune the lr on a parabola along the step: its far edge first, its minimum later.
 
     With d the step at the present lr η and L(r) ≈ L₀ − s·r + ½κ·r² fitted to losses at x − r·d,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..vectors import Space, Vector
-from .keeping import Buffers, Generators, OptimizerState, no_gradients, reshard
+from ..vectors.space import Space, Vector
+from .snapshot import Buffers, Generators, OptimizerState, no_gradients, reshard
 
 Closure = Callable[[], Tensor]
 
@@ -156,7 +156,7 @@ class LineProbe:
         try:
             opt.step()
             d = space.zeros()
-            space.turn(d, w, space.weights)
+            space.difference_dots(d, w, space.weights)
         finally:
             for p, g, copy in zip(space.parameters, grads, copies, strict=True):
                 p.grad = g if g is None or copy is None else g.copy_(copy)
@@ -186,7 +186,7 @@ class LineProbe:
                 if r == 0:
                     put_back(space, w)
                 else:
-                    space.displace(space.weights, w, d, float(r))
+                    space.step_along(space.weights, w, d, float(r))
                 reshard(self.model)
                 with no_gradients(everybody):
                     losses.append(mean_loss(closure(), self.process_group))

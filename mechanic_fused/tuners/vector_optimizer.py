@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..bucket import wide
+from ..backends.layout import compute_dtype
 from ..distributed import local
 from ..state import conform, load_keeping_dtypes
-from ..vectors import Space, Vector
+from ..vectors.space import Space, Vector
 
 # Sets of weights whose tables are kept, for each group: now this weight has a gradient, now that.
 KEPT = 4
@@ -93,7 +93,7 @@ class VectorOptimizer(Optimizer):
         """
         found = []
         for p in space.parameters:
-            state, dtype = self.state[p], p.dtype if narrow else wide(p.dtype)
+            state, dtype = self.state[p], p.dtype if narrow else compute_dtype(p.dtype)
             state[name] = conform(state.get(name), p, dtype)
             found.append(local(state[name]))
         return found

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..mechanized import Mechanized
 
-OURS = ("_rehearsed", "_squared_norm", "_has_started")
+OURS = ("_dry_run_done", "_squared_norm", "_has_started")
 """What a mechanized optimizer knows beside its param_groups and state."""
 
 

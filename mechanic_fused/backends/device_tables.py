@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bucket import Bucket
-from .tuner import STALE_IN_CAPTURE
+from ..bucket import Bucket
+from ..tuner import STALE_IN_CAPTURE
 
 SPARES = 4
 """Uploads that one graph capture may hold; pinned memory cannot be allocated during it."""

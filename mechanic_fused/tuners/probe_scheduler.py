@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .probe import Closure, LineProbe
 
 
-class Probed:
+class ProbeScheduler:
     """A tuner that multiplies the lr of all groups by what a look along the step tells.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import reference
+from .backends import reference
 from .bucket import Bucket
 from .distributed import local, wrap
 from .state import OURS
@@ -33,16 +33,16 @@ def accumulate(
     """
     for bucket in buckets:
         reference.inner_products(bucket)
-    with _lent(optimizer, buckets) as lent:
+    with float32_copies(optimizer, buckets) as lent:
         base_step(optimizer)
         moved = [[local(p.detach()) for p in lent_weights] for lent_weights in lent]
     for bucket, parts in zip(buckets, moved, strict=True):
         for i, x in enumerate(bucket.weights):
             if bucket.grads[i] is not None:
-                reference.move_delta(bucket, i, parts[i] - x.to(bucket.wide))
+                reference.add_to_delta(bucket, i, parts[i] - x.to(bucket.compute_dtype))
 
 
-def rehearse(
+def dry_run(
     optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
 ) -> None:
     """Let the base step on copies that are thrown away, so that its state has all its entries.
@@ -50,7 +50,7 @@ def rehearse(
     What it counts in its param groups is put back.
     """
     groups = [dict(group) for group in optimizer.param_groups]
-    with _lent(optimizer, buckets):
+    with float32_copies(optimizer, buckets):
         base_step(optimizer)
     for group, before in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
@@ -58,7 +58,7 @@ def rehearse(
 
 
 @contextmanager
-def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
+def float32_copies(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
     """Give the base copies of weights and gradients, and a state of only its own entries.
 
     A plain weight is lent by its ``data``. A DTensor keeps its part whatever its ``data`` is set
@@ -77,11 +77,11 @@ def _lent(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Ten
             # A frozen weight may still carry a gradient; torch's optimizers would move it.
             p.grad = None
         for k, bucket in enumerate(buckets):
-            by = reference.multipliers(bucket)
+            by = reference.gradient_multipliers(bucket)
             for i, p in enumerate(bucket.parameters):
                 for name in OURS:
                     optimizer.state.get(p, {}).pop(name, None)
-                x, g = bucket.weights[i].to(bucket.wide, copy=True), _finite(bucket, i, by[i])
+                x, g = bucket.weights[i].to(bucket.compute_dtype, copy=True), _finite(bucket, i, by[i])
                 if bucket.wrapped:
                     stand_ins[p] = torch.nn.Parameter(wrap(x, p))
                     _move(optimizer, p, stand_ins[p])
@@ -123,5 +123,5 @@ def _finite(bucket: Bucket, i: int, by: float) -> Tensor | None:
     if g is None:
         return None
     # The base maximizes by itself.
-    g = g.to(bucket.wide) * abs(by)
+    g = g.to(bucket.compute_dtype) * abs(by)
     return torch.where(g.isfinite(), g, 0.0)

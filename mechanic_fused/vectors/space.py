@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import backends, distributed
-from .bucket import CHUNK, KERNEL_DTYPES, chunk_table, is_dense, wide
-from .distributed import Groups, local, shards
-from .vectors_reference import AdaRemOptions, Stream
+from .. import backends, distributed
+from ..backends.layout import CPU_CHUNK, KERNEL_DTYPES, compute_dtype
+from ..bucket import chunk_table, is_dense
+from ..distributed import Groups, local, shards
+from .reference import AdaRemOptions, Stream
 
 Vector = list[Tensor]
 
 
-class Sort(NamedTuple):
+class BucketKey(NamedTuple):
     """What the weights of a part have in common; a part's narrow streams have its dtype."""
 
     device: torch.device
@@ -33,22 +34,22 @@ class Sort(NamedTuple):
     shards: Groups
 
 
-class Part:
+class VectorBucket:
     """Weights of one device, dtype, backend and sharding, which one call of a verb works on.
 
-    Attributes that backends read: ``wide`` (dtype of the arithmetic), ``dtype``, ``device``,
+    Attributes that backends read: ``compute_dtype`` (dtype of the arithmetic), ``dtype``, ``device``,
     ``chunks`` (chunks, 3) int64, ``partials`` (chunks, 4) float64, ``elements``; ``handle`` is the
     backend's own.
     """
 
-    def __init__(self, sort: Sort, indices: list[int], sizes: list[int]) -> None:
-        self.sort = sort
+    def __init__(self, key: BucketKey, indices: list[int], sizes: list[int]) -> None:
+        self.key = key
         self.indices = indices
-        self.backend: ModuleType = backends.VECTORS[sort.backend]()
-        self.dtype, self.device = sort.dtype, sort.device
-        self.wide = wide(sort.dtype)
+        self.backend: ModuleType = backends.load_vectors(key.backend)
+        self.dtype, self.device = key.dtype, key.device
+        self.compute_dtype = compute_dtype(key.dtype)
         self.elements = sum(sizes)
-        chunk = getattr(self.backend, "CHUNKS", {}).get(sort.device.type, CHUNK)
+        chunk = self.backend.CHUNK.get(key.device.type, CPU_CHUNK)
         self.chunks = chunk_table(sizes, chunk)
         self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
         self.owners = self.chunks[:, 0].to(self.device)
@@ -104,16 +105,16 @@ class Space:
             raise ValueError("expected weights to work on, got none")
         self.weights: Vector = [local(p).detach() for p in self.parameters]
         self.device = self.weights[0].device
-        members: dict[Sort, list[int]] = {}
+        members: dict[BucketKey, list[int]] = {}
         for i, (p, x) in enumerate(zip(self.parameters, self.weights, strict=True)):
             name = backends.resolve_vectors(backend, x.device.type)
             if not is_dense(x) or x.dtype not in KERNEL_DTYPES:
                 name = "reference"
-            sort = Sort(x.device, x.dtype, name, shards(p, reduce_group))
-            members.setdefault(sort, []).append(i)
+            key = BucketKey(x.device, x.dtype, name, shards(p, reduce_group))
+            members.setdefault(key, []).append(i)
         sizes = [x.numel() for x in self.weights]
         self.parts = [
-            Part(sort, found, [sizes[i] for i in found]) for sort, found in members.items()
+            VectorBucket(key, found, [sizes[i] for i in found]) for key, found in members.items()
         ]
 
     def fits(self) -> bool:
@@ -126,7 +127,7 @@ class Space:
 
     def zeros(self) -> Vector:
         """Return a vector of zeros in the dtype of the arithmetic."""
-        return [torch.zeros_like(x, dtype=wide(x.dtype)) for x in self.weights]
+        return [torch.zeros_like(x, dtype=compute_dtype(x.dtype)) for x in self.weights]
 
     def copy(self) -> Vector:
         """Return a copy of the weights, in their dtype."""
@@ -142,7 +143,7 @@ class Space:
             return None
         return [_conform(g, x) for g, x in zip(grads, self.weights, strict=True)]
 
-    def displace(self, x: Vector, w: Vector, d: Vector, c: Tensor | float) -> None:
+    def step_along(self, x: Vector, w: Vector, d: Vector, c: Tensor | float) -> None:
         """x = round(w − c·d). Writes to the weights themselves count as writes for autograd.
 
         Args:
@@ -151,18 +152,18 @@ class Space:
         c = torch.as_tensor(c, dtype=torch.float64)
         for part in self.parts:
             near = c.to(part.device, non_blocking=True)
-            part.backend.displace(part, part.of(x), part.of(w), part.of(d), near)
+            part.backend.step_along(part, part.of(x), part.of(w), part.of(d), near)
         if x is self.weights:
             self.written()
 
-    def add(self, s: Vector, x: Vector, a: float = 1.0, c: float = 1.0) -> None:
+    def axpby(self, s: Vector, x: Vector, a: float = 1.0, c: float = 1.0) -> None:
         """s = a·s + c·x; where a = 0 s is not read."""
         for part in self.parts:
-            part.backend.add(part, part.of(s), part.of(x), a, c)
+            part.backend.axpby(part, part.of(s), part.of(x), a, c)
 
-    def turn(self, s: Vector, a: Vector, b: Vector) -> Tensor:
+    def difference_dots(self, s: Vector, a: Vector, b: Vector) -> Tensor:
         """s' = a − b; return (2,), s'·s and s'·s' over all ranks; s takes s'."""
-        return self._sum(lambda p: p.backend.turn(p, p.of(s), p.of(a), p.of(b)), 2)
+        return self._sum(lambda p: p.backend.difference_dots(p, p.of(s), p.of(a), p.of(b)), 2)
 
     def dots(self, g: Vector, l: Vector, p: Vector) -> Tensor:  # noqa: E741
         """Return (4,), g·g, g·l, l·l and g·p over all ranks, in one read."""
@@ -170,9 +171,9 @@ class Space:
             lambda part: part.backend.dots(part, part.of(g), part.of(l), part.of(p)), 4
         )
 
-    def largest(self, a: Vector) -> Tensor:
+    def abs_max(self, a: Vector) -> Tensor:
         """Return (weights,), max|a| of each weight over all ranks, float64."""
-        return self._most([part.backend.largest(part, part.of(a)) for part in self.parts])
+        return self._most([part.backend.abs_max(part, part.of(a)) for part in self.parts])
 
     def adarem(self, g: Vector, m: Vector, peaks: Tensor, options: AdaRemOptions) -> Tensor:
         """Take one step of AdaRem on the weights; return max|m| of each weight's new m."""
@@ -193,9 +194,9 @@ class Space:
         # Copies and pickles make the tables anew: those hold addresses.
         return Space, (self.parameters, self.backend, self.reduce_group)
 
-    def _sum(self, of: Callable[[Part], Tensor], count: int) -> Tensor:
+    def _sum(self, of: Callable[[VectorBucket], Tensor], count: int) -> Tensor:
         rows = distributed.merge(
-            {part.sort.shards: of(part).to(self.device)} for part in self.parts
+            {part.key.shards: of(part).to(self.device)} for part in self.parts
         )
         return distributed.reduce(rows)
 
@@ -206,8 +207,8 @@ class Space:
         # Not by parts: those that are not dense on one rank may be dense on another.
         sharded: dict[Groups, list[int]] = {}
         for part in self.parts:
-            if part.sort.shards:
-                sharded.setdefault(part.sort.shards, []).extend(part.indices)
+            if part.key.shards:
+                sharded.setdefault(part.key.shards, []).extend(part.indices)
         for groups, indices in sharded.items():
             places = torch.tensor(sorted(indices), device=self.device)
             # As integers, by which sizes compare as they do and a NaN is the largest.

@@ -8,18 +8,10 @@ from typing import Any
 
 import torch
 
+from .backends.layout import STATES
 from .lion import Lion
 
 Group = dict[str, Any]
-
-KINDS = ("sgd", "momentum", "adam", "lion")
-"""The fused updates, in the order of the numbers by which every kernel knows them."""
-
-HYPER = ("lr", "beta1", "beta2", "eps", "l2", "decay", "nesterov", "gradient")
-"""The columns of a row of hyperparameters. SGD's momentum and dampening stand under beta1 and
-beta2; ``l2`` is added to the gradient, ``decay`` is decoupled; ``gradient`` multiplies every
-gradient: ±1 / GradScaler's scale."""
-
 
 @dataclass(frozen=True)
 class Base:
@@ -44,18 +36,6 @@ class Base:
             if value not in values:
                 return f"{option}={value} has no fused update"
         return None
-
-
-STATES: dict[str, tuple[str, ...]] = {
-    "sgd": (),
-    "momentum": ("momentum_buffer",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "lion": ("exp_avg",),
-}
-"""The names of an update's state, the base's own, in the order in which kernels address it."""
-
-STEPPED = ("momentum", "adam")
-"""The updates that count a weight's steps: Adam's bias corrections, SGD's first momentum."""
 
 
 def _adam(group: Group) -> tuple[Any, ...]:

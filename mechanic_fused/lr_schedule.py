@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .variants import VARIANTS
+from .options import VARIANTS
 
 PEAK = "peak_lr"
 """The entry of every param group with the largest lr that it has been seen to have."""
 
 
-def know_rate(param_groups: list[dict[str, Any]], started: bool) -> None:
+def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
     """Note the largest lr of each group, and in every group's ``rate`` that of them all.
 
     It is what a scheduler names, or else what the group was made with; from then on it only grows.

@@ -7,24 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native  # type: ignore[attr-defined]
-from .bucket import KERNEL_DTYPES
-from .vectors_reference import AdaRemOptions, Stream
+from .. import _native  # type: ignore[attr-defined]
+from ..backends.layout import CPU_CHUNK, KERNEL_DTYPES
+from .reference import AdaRemOptions, Stream
+
+CHUNK = {"cpu": CPU_CHUNK}
 
 
-def displace(part: Any, x: Stream, w: Stream, d: Stream, c: Tensor) -> None:
+def step_along(part: Any, x: Stream, w: Stream, d: Stream, c: Tensor) -> None:
     """x = round(w − c·d)."""
-    _native.cpu.displace(_table(part, x, w, d), c.data_ptr(), torch.get_num_threads())
+    _native.cpu.step_along(_table(part, x, w, d), c.data_ptr(), torch.get_num_threads())
 
 
-def add(part: Any, s: Stream, x: Stream, a: float, c: float) -> None:
+def axpby(part: Any, s: Stream, x: Stream, a: float, c: float) -> None:
     """s = a·s + c·x; where a = 0 s is not read."""
-    _native.cpu.add(_table(part, s, x), a, c, torch.get_num_threads())
+    _native.cpu.axpby(_table(part, s, x), a, c, torch.get_num_threads())
 
 
-def turn(part: Any, s: Stream, a: Stream, b: Stream) -> Tensor:
+def difference_dots(part: Any, s: Stream, a: Stream, b: Stream) -> Tensor:
     """s' = a − b; returns s'·s and s'·s', and s takes s'."""
-    _native.cpu.turn(_table(part, s, a, b), torch.get_num_threads())
+    _native.cpu.difference_dots(_table(part, s, a, b), torch.get_num_threads())
     return part.folded()[:2]
 
 
@@ -34,9 +36,9 @@ def dots(part: Any, g: Stream, l: Stream, p: Stream) -> Tensor:  # noqa: E741
     return part.folded()
 
 
-def largest(part: Any, a: Stream) -> Tensor:
+def abs_max(part: Any, a: Stream) -> Tensor:
     """Return max|a| of each weight."""
-    _native.cpu.largest(_table(part, a, dtype=a[0].dtype), torch.get_num_threads())
+    _native.cpu.abs_max(_table(part, a, dtype=a[0].dtype), torch.get_num_threads())
     return part.peaks()
 
 

@@ -11,18 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import like, local, wrap
-from ..vectors import Space, Vector
+from ..vectors.space import Space, Vector
 
 VECTORS = ("sum", "previous", "displacement")
 
 
-class Motion:
+class Trajectory:
     """Positions of all weights and how they move: the angle between two displacements.
 
     Args:
         weights: the weights.
         sums: whether positions are sums in the dtype of the arithmetic, or the weights themselves.
-        backend, reduce_group: as of :class:`mechanic_fused.vectors.Space`.
+        backend, reduce_group: as of :class:`mechanic_fused.vectors.space.Space`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Motion:
         if not self.placed:
             self.placed = True
             return None
-        dot, squared = self.positions.turn(self.displacement, position, self.previous).tolist()
+        dot, squared = self.positions.difference_dots(self.displacement, position, self.previous).tolist()
         before, self.squared = self.squared, squared
         if not (0 < before < math.inf and 0 < squared < math.inf and math.isfinite(dot)):
             return None

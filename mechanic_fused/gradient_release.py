@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import GD, GG, Bucket
+from .backends.layout import GD, GG
+from .bucket import Bucket
 from .distributed import dtensor
 from .plan import StepPlan
 
@@ -66,8 +67,8 @@ class GradientRelease:
         part = self.parts.get(weight)
         if part is None:
             part = self.parts[weight] = bucket.part(i)
-        part.gather()
-        part.load(bucket.hyper_rows, bucket.live_lr, None, None, clock=bucket.clock)
+        part.collect_gradients()
+        part.load(bucket.hyper_rows, bucket.live_lr, None, None, step_count=bucket.step_count)
         part.backend.prepare(part)
         part.backend.accumulate(part)
         part.grads = [None]
@@ -108,7 +109,7 @@ class GradientRelease:
         """Raise RuntimeError where something was changed since the first gradient was taken."""
         if not self.taken:
             return
-        if plan is not self.plan or any(bucket.written() for bucket in plan.buckets):
+        if plan is not self.plan or any(bucket.externally_modified() for bucket in plan.buckets):
             self.taken.clear()
             raise RuntimeError(
                 "weights, groups and state must stay as they are between backward() and step() "

@@ -1,0 +1,101 @@
+"""The ops as calls into the compiled module on the CPU.
+
+``_native`` takes addresses: this module and ``cuda.py`` are the only ones that pass them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import _native  # type: ignore[attr-defined]
+from .layout import CPU_CHUNK, KERNEL_DTYPES, KINDS
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+    from ..tuner import Tuner
+
+CHUNK = {"cpu": CPU_CHUNK}
+
+
+def prepare(bucket: Bucket) -> None:
+    """Describe the bucket to the compiled module, which reads the tables in place."""
+    if bucket.handle is None:
+        bucket.handle = describe(bucket, bucket)
+
+
+def accumulate(bucket: Bucket) -> None:
+    """Take g·Δ and g·g with the old Δ; move the base's state and Δ by one update."""
+    clip = address("clip", bucket.clip, torch.float64)
+    step_count = address("step_count", bucket.step_count, torch.float64)
+    _native.cpu.accumulate(bucket.handle, clip, step_count, torch.get_num_threads())
+
+
+def norm(bucket: Bucket) -> None:
+    """Take g·g over the finite elements, before any clipping."""
+    _native.cpu.norm(bucket.handle, torch.get_num_threads())
+
+
+def tune(sums: Tensor, tuner: Tuner) -> None:
+    """Update ``tuner.state`` from the sums, (scales, 4) float64."""
+    _native.cpu.tune(sums.data_ptr(), describe_tuner(tuner))
+
+
+def apply(bucket: Bucket, tuner: Tuner) -> None:
+    """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
+    _native.cpu.apply(bucket.handle, describe_tuner(tuner), torch.get_num_threads())
+    # Autograd has not seen the writes; a backward through the old weights must raise.
+    increment_version(bucket.parameters)
+
+
+def measure(bucket: Bucket) -> None:
+    """Take x·Δ and x·x of the weights as they are."""
+    _native.cpu.measure(bucket.handle, torch.get_num_threads())
+
+
+def describe(bucket: Bucket, tables: Any) -> Any:
+    """Return the compiled module's description of a bucket.
+
+    Args:
+        bucket: the bucket.
+        tables: what has ``tensors``, ``chunks`` and ``hyper`` where the kernels read them.
+    """
+    first = bucket.states[0][:1]
+    return _native.Bucket(
+        tensors=tables.tensors.data_ptr(),
+        chunks=tables.chunks.data_ptr(),
+        hyper=tables.hyper.data_ptr(),
+        partials=bucket.partials.data_ptr(),
+        sums=bucket.sums.data_ptr(),
+        tensor_count=len(bucket.tensors),
+        chunk_count=len(bucket.chunks),
+        scale_count=len(bucket.sums),
+        elements=sum(bucket.sizes),
+        # A bucket of the fallback is only measured and applied, whatever its kind.
+        kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
+        weight=KERNEL_DTYPES.index(bucket.dtype),
+        state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
+        delta=KERNEL_DTYPES.index(bucket.delta[0].dtype),
+    )
+
+
+def describe_tuner(tuner: Tuner) -> Any:
+    """Return the compiled module's description of a tuner."""
+    return _native.Tuner(
+        state=tuner.state.data_ptr(),
+        constants=tuner.constants.data_ptr(),
+        scale_count=len(tuner.keys),
+        betas=len(tuner.betas),
+    )
+
+
+def address(name: str, number: Tensor | None, dtype: torch.dtype) -> int:
+    """Return the address of scalars that kernels read, 0 for None."""
+    if number is None or not torch.is_tensor(number):
+        return 0
+    if number.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, got {number.dtype}")
+    return number.data_ptr()

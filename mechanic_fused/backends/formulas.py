@@ -1,0 +1,216 @@
+"""Every formula of a step, in PyTorch: tensors in, tensors out.
+
+``csrc/formulas.h`` and ``triton_kernels/formulas.py`` state the same formulas under the same names.
+Each operation rounds once, in float32 (float64 for float64 weights), so backends that do not
+contract a·b + c agree to the bit.
+
+Source: arXiv 2306.00144, Algorithm 1; the variants are those of the authors' packages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UINT32_MAX = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The scalars of one update: hyperparameters and bias corrections."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    l2: float
+    decay: float
+    nesterov: bool
+    is_first_update: bool
+    correction1: float
+    correction2: float
+
+
+def coefficients(hyper: Sequence[float], step: float) -> Coefficients:
+    """Return the coefficients of a weight's update number ``step`` + 1.
+
+    Args:
+        hyper: a row of ``layout.HYPER``.
+        step: how many updates the weight has had.
+    """
+    lr, beta1, beta2, eps, l2, decay, nesterov, _ = hyper
+    t = step + 1
+    return Coefficients(
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        l2=l2,
+        decay=decay,
+        nesterov=bool(nesterov),
+        is_first_update=step == 0,
+        correction1=1 - beta1**t,
+        correction2=1 / math.sqrt(1 - beta2**t),
+    )
+
+
+def clip_coefficient(squared_norm: float, max_norm: float) -> float:
+    """Return min(1, max_norm/(N + 1e-6)), as torch's ``clip_grad_norm_`` does."""
+    c = max_norm / (math.sqrt(squared_norm) + 1e-6)
+    return c if c < 1 else 1.0
+
+
+def finite_or_zero(g: Tensor) -> Tensor:
+    """Return g with NaN and infinite elements replaced by 0."""
+    return torch.where(g.isfinite(), g, 0.0)
+
+
+def add_scaled(a: Tensor, c: float, x: Tensor) -> Tensor:
+    """Return a + c·x, or a where c = 0, so that an infinite x cannot spoil the sum."""
+    return a + c * x if c else a
+
+
+def sgd(g: Tensor, x: Tensor, c: Coefficients) -> tuple[Tensor]:
+    """u = −lr·(g + l2·x)."""
+    return (-(c.lr * add_scaled(g, c.l2, x)),)
+
+
+def momentum(g: Tensor, x: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """buffer = μ·buffer + (1 − dampening)·d, at first d; u = −lr·buffer, or Nesterov's."""
+    d = add_scaled(g, c.l2, x)
+    buffer = c.beta1 * buffer + (1.0 if c.is_first_update else 1 - c.beta2) * d
+    return -(c.lr * (d + c.beta1 * buffer if c.nesterov else buffer)), buffer
+
+
+def adam(
+    g: Tensor, x: Tensor, m: Tensor, v: Tensor, c: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u = −(lr/(1−β₁ᵗ))·m / (√v/√(1−β₂ᵗ) + ε) − lr·decay·x, as torch's Adam and AdamW."""
+    g = add_scaled(g, c.l2, x)
+    m = c.beta1 * m + (1 - c.beta1) * g
+    v = c.beta2 * v + (1 - c.beta2) * (g * g)
+    # By way of float64: torch's float32 square root is not always correctly rounded on CPUs.
+    root = v.double().sqrt().to(v.dtype)
+    direction = (c.lr / c.correction1 * m) / (root * c.correction2 + c.eps)
+    return add_scaled(-direction, -(c.lr * c.decay), x), m, v
+
+
+def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """u = −lr·(sign(β₁·m + (1−β₁)·g) + decay·x); m = β₂·m + (1−β₂)·g. Source: arXiv 2302.06675."""
+    direction = (c.beta1 * m + (1 - c.beta1) * g).sign()
+    return add_scaled(-(c.lr * direction), -(c.lr * c.decay), x), c.beta2 * m + (1 - c.beta2) * g
+
+
+UPDATES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "adam": adam,
+    "lion": lion,
+}
+"""Kind → its update: (g, x, *states, coefficients) → (u, *new states)."""
+
+
+def hash32(n: Tensor) -> Tensor:
+    """Return the hash "lowbias32" of integers below 2³²; each bit depends on every input bit.
+
+    Source: C. Wellons, Prospecting for Hash Functions, 2018.
+    """
+    n = (n ^ n >> 16) * 0x7FEB352D & UINT32_MAX
+    n = (n ^ n >> 15) * 0x846CA68B & UINT32_MAX
+    return n ^ n >> 16
+
+
+def rounding_seed(step_count: Tensor, number: int) -> Tensor:
+    """Return the seed of the random bits of weight ``number`` after ``step_count`` steps."""
+    return hash32(hash32(step_count.long() & UINT32_MAX) + number & UINT32_MAX)
+
+
+def random_bits16(seed: Tensor, element: Tensor) -> Tensor:
+    """Return 16 random bits for each element, given its index in the weight's storage."""
+    return hash32(element + seed & UINT32_MAX) >> 16
+
+
+def stochastic_round(bits: Tensor, x: Tensor) -> Tensor:
+    """Round float32 x to bfloat16, away from 0 with probability equal to the discarded fraction.
+
+    Args:
+        bits: 16 random bits for each element.
+    """
+    cut = (x.view(torch.int32) + bits).to(torch.int32) & ~0xFFFF
+    # Adding bits to a NaN could turn it into a number.
+    return torch.where(x.isfinite(), cut.view(torch.float32), x).to(torch.bfloat16)
+
+
+def apply_scale(x_ref: Tensor, s: Tensor, delta: Tensor) -> Tensor:
+    """Return round(x_ref + S·Δ) in the weight's dtype; ``s`` is S in the dtype of arithmetic."""
+    return (x_ref.to(s.dtype) + s * delta.to(s.dtype)).to(x_ref.dtype)
+
+
+def total_scale(s: Tensor) -> Tensor:
+    """Return S = Σ s, (scales,), summed in the order of the tuner betas."""
+    return reduce(torch.add, s.unbind(1)).clone()
+
+
+def tuner_h(sums: Tensor, scale: Tensor, decay: float, eps: float) -> Tensor:
+    """Return h = g·Δ + λ·S·√(g·g)/(√(x·x) + ε)·(x·Δ), (scales,).
+
+    Args:
+        sums: (scales, 4) float64, the columns of ``layout.SUMS``.
+        scale: S, (scales,).
+        decay: λ.
+        eps: ε.
+    """
+    gd, xd, gg, xx = sums.unbind(1)
+    return gd + decay * scale * gg.sqrt() / (xx.sqrt() + eps) * xd
+
+
+def tuner_update(
+    h: Tensor, s: Tensor, r: Tensor, v: Tensor, m: Tensor, beta: Tensor, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the new (s, r, v, m), each (scales, betas).
+
+    ĥ = clamp(h, −m, m) or h;  m = max(β·m, |h| + ε or |h|);  v = β²·v + h²;  r = β·r − ĥ·s, clamped
+    at 0 in some variants;  s = ((s_init/n)·m + max(0, r))/(√v + ε), or a fraction of that move.
+
+    Args:
+        h: (scales, 1).
+        beta: (betas,).
+        constants: the columns of ``layout.CONSTANTS``.
+    """
+    _, s_init, eps, eps_in_m, clamps_h, floors_r, _, annealing_factor = constants
+    reward_h = torch.maximum(torch.minimum(h, m), -m) if clamps_h else h
+    m_new = torch.maximum(beta * m, h.abs() + (eps if eps_in_m else 0.0))
+    v_new = beta * beta * v + h * h
+    r_new = beta * r - reward_h * s
+    if floors_r:
+        r_new = r_new.clamp(min=0)
+    s_new = (s_init / len(beta) * m_new + r_new.clamp(min=0)) / (v_new.sqrt() + eps)
+    if annealing_factor < 1:
+        s_new = s + annealing_factor * (s_new - s)
+    return s_new, r_new, v_new, m_new
+
+
+def step_along(w: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return w − c·d in the dtype of d."""
+    return w.to(d.dtype) - c.to(d.dtype) * d
+
+
+def adarem(g: Tensor, x: Tensor, m: Tensor, gain: Tensor, options: Any) -> tuple[Tensor, Tensor]:
+    """b = sign(g)·m/(max|m| + ε);  u = −lr·((1 + λᵗ·b)·g + decay·x);  m = β·m + (1−β)·g.
+
+    Args:
+        gain: λᵗ/(max|m| + ε), 0-dim.
+        options: ``vectors.reference.AdaRemOptions``.
+
+    Returns:
+        u and the new m.
+    """
+    adjusted = (1 + gain * (g.sign() * m)) * g
+    u = -(options.lr * (adjusted + options.decay * x))
+    return u, options.beta * m + (1 - options.beta) * g

@@ -1,0 +1,175 @@
+"""The ops in plain PyTorch: the definition of correct.
+
+Every other backend has the same functions and must agree with these. Elementwise results agree to
+the bit as long as S does; sums are of float64 products.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .layout import CPU_CHUNK, GD, GG, HYPER, XD, XX
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
+    from ..tuner import Tuner
+
+CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
+"""Device → elements of a chunk. No op here reads the chunk table."""
+
+PIECE = 1 << 22
+"""Elements that ``squared_norm`` and ``shift_reference`` widen at a time."""
+
+
+def prepare(bucket: Bucket) -> None:
+    """Do nothing: this backend reads the tensors themselves, not the tables."""
+
+
+def gradient_multipliers(bucket: Bucket, clips: bool = True) -> list[float]:
+    """Return the factor of each weight's gradient.
+
+    −1 to maximize, over GradScaler's scale, times the clipping coefficient.
+    """
+    c = 1.0
+    if clips and bucket.clip is not None:
+        c = formulas.clip_coefficient(*bucket.clip.tolist())
+    column = HYPER.index("gradient")
+    return [bucket.hyper_rows[group][column] * c for group in bucket.groups]
+
+
+def norm(bucket: Bucket) -> None:
+    """sums[:, GG] = g·g over the finite elements, before any clipping."""
+    bucket.sums[:, GG] = 0
+    factors = gradient_multipliers(bucket, clips=False)
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = formulas.finite_or_zero(g.to(bucket.compute_dtype) * factors[i]).double()
+            bucket.sums[bucket.rows[i], GG] += (g * g).sum()
+
+
+def inner_products(bucket: Bucket) -> None:
+    """sums[:, GD] = g·Δ and sums[:, GG] = g·g, including elements that are NaN or infinite."""
+    bucket.sums[:, [GD, GG]] = 0
+    factors = gradient_multipliers(bucket)
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = (g.to(bucket.compute_dtype) * factors[i]).double()
+            row = bucket.sums[bucket.rows[i]]
+            row[GD] += (g * bucket.delta[i].double()).sum()
+            row[GG] += (g * g).sum()
+
+
+def accumulate(bucket: Bucket) -> None:
+    """Take the sums with the old Δ, then Δ += u, where u is the base's update.
+
+    A weight without a gradient is left unchanged; u takes g = 0 where an element is not finite.
+    """
+    inner_products(bucket)
+    update = formulas.UPDATES[bucket.kind]
+    factors = gradient_multipliers(bucket)
+    dtype = bucket.compute_dtype
+    for i, g in enumerate(bucket.grads):
+        if g is None:
+            continue
+        g = formulas.finite_or_zero(g.to(dtype) * factors[i])
+        states = bucket.states[i]
+        step = float(bucket.steps[i]) if bucket.steps else 0.0
+        c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], step)
+        u, *moved = update(g, bucket.weights[i].to(dtype), *(s.to(dtype) for s in states), c)
+        for state, new in zip(states, moved, strict=True):
+            state.copy_(new)
+        add_to_delta(bucket, i, u)
+        if bucket.steps:
+            bucket.steps[i].add_(1)
+
+
+def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
+    """Δ += u for weight i; in bfloat16 the sum is rounded stochastically."""
+    delta = bucket.delta[i]
+    if not bucket.delta_is_bfloat16:
+        delta.add_(u)
+        return
+    # Elements are numbered by storage order, whatever the order of the axes.
+    element = torch.arange(delta.numel(), device=delta.device)
+    seed = formulas.rounding_seed(bucket.step_count, bucket.numbers[i])  # type: ignore[arg-type]
+    bits = formulas.random_bits16(seed, element).as_strided(delta.shape, delta.stride())
+    delta.copy_(formulas.stochastic_round(bits, delta.to(bucket.compute_dtype) + u))
+
+
+def tune(sums: Tensor, tuner: Tuner) -> None:
+    """Update s, r, v, m of every scale from its sums.
+
+    A row keeps its state where its sums or h are not finite; the step is counted all the same.
+
+    Args:
+        sums: (scales, 4) float64, over all weights of each scale.
+        tuner: its state changes in place.
+    """
+    constants = tuner.constants[: -len(tuner.betas)].tolist()
+    decay, _, eps, *_, tunes_scale, _ = constants
+    h = formulas.tuner_h(sums, tuner.scale(), decay, eps)
+    finite = sums.isfinite().all(1) & h.isfinite()
+    state = tuner.s, tuner.r, tuner.v, tuner.m
+    beta = tuner.constants[-len(tuner.betas) :]
+    if tunes_scale:
+        fresh = formulas.tuner_update(h[:, None], *state, beta, constants)
+        for old, new in zip(state, fresh, strict=True):
+            old.copy_(torch.where(finite[:, None], new, old))
+    tuner.counters[:, 0] += 1
+    tuner.counters[0, 1] += (~finite).any()
+
+
+def apply(bucket: Bucket, tuner: Tuner) -> None:
+    """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
+    scale = tuner.scale().to(bucket.device)
+    for i, x in enumerate(bucket.weights):
+        s = scale[bucket.rows[i]].to(bucket.compute_dtype)
+        x.copy_(formulas.apply_scale(bucket.x_ref[i], s, bucket.delta[i]))
+    measure(bucket)
+
+
+def measure(bucket: Bucket) -> None:
+    """sums[:, XD] = x·Δ and sums[:, XX] = x·x of the weights as they are."""
+    bucket.sums[:, [XD, XX]] = 0
+    for i, x in enumerate(bucket.weights):
+        row = bucket.sums[bucket.rows[i]]
+        row[XD] += (x.double() * bucket.delta[i].double()).sum()
+        row[XX] += (x.double() * x.double()).sum()
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Return ‖x‖² in float64 without a float64 copy of x."""
+    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+    return torch.stack([piece.double().square().sum() for piece in flat.split(PIECE)]).sum()
+
+
+def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
+    """Shift x_ref by what was written to x since the last ``apply``, so that x keeps its value.
+
+    x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what ``apply`` wrote.
+    """
+    s = scale[bucket.rows[i]].to(bucket.compute_dtype)
+    tensors = bucket.weights[i], bucket.x_ref[i], bucket.delta[i]
+    if all(t.is_contiguous() for t in tensors):
+        # In pieces: the temporaries of a large embedding would be several times its own size.
+        pieces = [t.view(-1).split(PIECE) for t in tensors]
+        for x, x_ref, delta in zip(*pieces, strict=True):
+            _shift_piece(x, x_ref, delta, s)
+    else:
+        _shift_piece(*tensors, s)
+
+
+def _shift_piece(x: Tensor, x_ref: Tensor, delta: Tensor, s: Tensor) -> None:
+    dtype = s.dtype
+    # A weight that somebody has repaired also drops a Δ that had become NaN or infinite.
+    delta.copy_(torch.where(delta.isfinite() | ~x.isfinite(), delta, 0.0))
+    applied = formulas.apply_scale(x_ref, s, delta)
+    shifted = x_ref.to(dtype) + (x.to(dtype) - applied.to(dtype))
+    # Where x had overflowed the difference says nothing; then x alone determines x_ref.
+    from_x = x.to(dtype) - s * delta.to(dtype)
+    shifted = torch.where(applied.isfinite() & x_ref.isfinite(), shifted, from_x)
+    x_ref.copy_(torch.where(x == applied, x_ref, shifted.to(x_ref.dtype)))
