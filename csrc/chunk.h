@@ -46,6 +46,9 @@ struct Sums {
 enum TunerBlock { kS, kR, kV, kM, kTunerBlocks };
 enum Counter { kSteps, kNonfinite, kCounters };
 
+// Return the number of columns of the tuner's state.
+MECHANIC_INLINE int64_t tuner_width(int64_t betas) { return kTunerBlocks * betas + kCounters; }
+
 // The tuner's constants; the tuner betas follow.
 enum Constant {
   kDecay,
@@ -98,17 +101,5 @@ struct Tuner {
   const double* constants;
   int64_t scales, betas;
 };
-
-// One scale's row of the tuner's state: betas numbers each, then the counters.
-struct TunerRow {
-  double *s, *r, *v, *m;
-  double* counters;
-};
-
-MECHANIC_INLINE TunerRow tuner_row(const Tuner& tuner, int64_t scale) {
-  const int64_t n = tuner.betas;
-  double* const row = tuner.state + scale * (kTunerBlocks * n + kCounters);
-  return {row + kS * n, row + kR * n, row + kV * n, row + kM * n, row + kTunerBlocks * n};
-}
 
 }  // namespace mechanic

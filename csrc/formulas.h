@@ -227,8 +227,8 @@ MECHANIC_INLINE double tuner_h(const Sums& sums, double scale, double decay, dou
 // h' = clamp(h, -m, m) or h; m = max(beta m, |h| + eps or |h|); v = beta^2 v + h^2;
 // r = beta r - h' s, clamped at 0 in some variants;
 // s = ((s_init / n) m + max(0, r)) / (sqrt(v) + eps), or a fraction of that move
-MECHANIC_INLINE void tuner_update(double h, const TunerRow& row, const double* c, int64_t n) {
-  double *s = row.s, *r = row.r, *v = row.v, *m = row.m;
+MECHANIC_INLINE void tuner_update(double h, double* s, double* r, double* v, double* m,
+                                  const double* c, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const double beta = c[kBetas + i];
     const double reward_h = c[kClampsH] != 0 ? fmax(fmin(h, m[i]), -m[i]) : h;
@@ -238,20 +238,22 @@ MECHANIC_INLINE void tuner_update(double h, const TunerRow& row, const double* c
     if (c[kFloorsR] != 0) r[i] = fmax(r[i], 0.0);
     const double s_new =
         (c[kSInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
-    const double factor = c[kAnnealingFactor];
-    s[i] = factor < 1 ? s[i] + factor * (s_new - s[i]) : s_new;
+    s[i] = c[kAnnealingFactor] < 1 ? s[i] + c[kAnnealingFactor] * (s_new - s[i]) : s_new;
   }
 }
 
 // Update one row of the tuner's state from the sums of its scale; return whether they and h were
 // finite. If not, the row keeps its numbers, but the step counts.
-MECHANIC_INLINE bool tune_row(const Sums& sums, const TunerRow& row, const double* c, int64_t n) {
-  const double h = tuner_h(sums, total_scale(row.s, n), c[kDecay], c[kEps]);
+MECHANIC_INLINE bool tune_row(const Sums& sums, double* row, const double* c, int64_t n) {
+  double *s = row + kS * n, *r = row + kR * n, *v = row + kV * n, *m = row + kM * n;
+  double* counters = row + kTunerBlocks * n;
+  const double h = tuner_h(sums, total_scale(s, n), c[kDecay], c[kEps]);
   const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.xd) && std::isfinite(sums.gg) &&
                       std::isfinite(sums.xx) && std::isfinite(h);
-  row.counters[kSteps] += 1;
-  if (finite && c[kTunesScale] != 0) tuner_update(h, row, c, n);
-  return finite;
+  counters[kSteps] += 1;
+  if (!finite || c[kTunesScale] == 0) return finite;
+  tuner_update(h, s, r, v, m, c, n);
+  return true;
 }
 
 }  // namespace mechanic

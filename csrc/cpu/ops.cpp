@@ -103,13 +103,14 @@ void reduce_partials(const Bucket& bucket, Column... column) {
 }
 
 void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
+  const int64_t width = tuner ? tuner_width(tuner->betas) : 0;
   for_dtype(bucket.dtypes.weight, [&](auto weight) {
     // Backwards, since accumulate has left the end of delta in the cache.
     for_chunks(bucket, threads, true, [&](const Chunk& chunk, Sums& partial) {
       double scale = 0;
       if (tuner) {
         const int64_t row = bucket.tables.tensors[chunk.tensor].scale;
-        scale = total_scale(tuner_row(*tuner, row).s, tuner->betas);
+        scale = total_scale(tuner->state + row * width + kS * tuner->betas, tuner->betas);
       }
       apply_partial<decltype(weight)>(bucket, chunk, tuner ? &scale : nullptr, partial);
     });
@@ -159,12 +160,13 @@ void apply(const Bucket& bucket, const Tuner& tuner, int threads) {
 void measure(const Bucket& bucket, int threads) { write_and_measure(bucket, nullptr, threads); }
 
 void tune(const Sums* sums, const Tuner& tuner) {
+  const int64_t width = tuner_width(tuner.betas);
   bool finite = true;
   for (int64_t i = 0; i < tuner.scales; ++i) {
-    finite &= tune_row(sums[i], tuner_row(tuner, i), tuner.constants, tuner.betas);
+    finite &= tune_row(sums[i], tuner.state + i * width, tuner.constants, tuner.betas);
   }
   // The first row counts the steps in which any row was not finite.
-  if (!finite) tuner_row(tuner, 0).counters[kNonfinite] += 1;
+  if (!finite) tuner.state[kTunerBlocks * tuner.betas + kNonfinite] += 1;
 }
 
 const char* instruction_set() {

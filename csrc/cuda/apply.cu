@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t number = bucket.counts.chunks - 1 - blockIdx.x;
   const Chunk chunk = bucket.tables.chunks[number];
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
-  const double* s = tuner_row(tuner, tensor.scale).s;
+  const double* s = tuner.state + tensor.scale * tuner_width(tuner.betas) + kS * tuner.betas;
   const auto scale = opmath_t<X>(kWrites ? total_scale(s, tuner.betas) : 0);
   const ApplyStreams<X> at = {address<const X>(tensor.x_ref, chunk.offset),
                               delta_of<opmath_t<X>>(bucket, tensor, chunk, nullptr),

@@ -9,12 +9,15 @@ namespace {
 __global__ void __launch_bounds__(kThreads)
     tune_kernel(const Sums* sums, Tuner tuner, StepScalars scalars) {
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+  const int64_t width = tuner_width(tuner.betas);
   bool finite = true;
   for (int64_t i = threadIdx.x; i < tuner.scales; i += kThreads) {
-    finite &= tune_row(sums[i], tuner_row(tuner, i), tuner.constants, tuner.betas);
+    finite &= tune_row(sums[i], tuner.state + i * width, tuner.constants, tuner.betas);
   }
   // The first row counts the steps in which any row was not finite.
-  if (!__syncthreads_and(finite) && threadIdx.x == 0) tuner_row(tuner, 0).counters[kNonfinite] += 1;
+  if (!__syncthreads_and(finite) && threadIdx.x == 0) {
+    tuner.state[kTunerBlocks * tuner.betas + kNonfinite] += 1;
+  }
 }
 
 }  // namespace
