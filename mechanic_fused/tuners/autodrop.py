@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import backends
-from ..distributed import local
 from ..param_checks import check_weights
+from ..torch_internals import local
 from .trajectory import Trajectory, smooth
 
 DEFAULTS: dict[int, dict[str, Any]] = {

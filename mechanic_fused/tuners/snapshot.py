@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..mechanized import Mechanized
+from ..optimizer import Mechanized
 
 OURS = ("_dry_run_done", "_squared_norm", "_has_started")
 """What a mechanized optimizer knows beside its param_groups and state."""
@@ -84,7 +84,7 @@ class OptimizerState:
         opt._opt_called = self.called  # type: ignore[attr-defined]
         if isinstance(opt, Mechanized):
             # Its plan still has the sums of the step that was taken back.
-            opt._forget()
+            opt._drop_derived()
             vars(opt).update(self.own)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributed import like, local, wrap
+from ..distributed import like, wrap
+from ..torch_internals import local
 from ..vectors.space import Space, Vector
 
 VECTORS = ("sum", "previous", "displacement")
@@ -54,7 +55,9 @@ class Trajectory:
         if not self.placed:
             self.placed = True
             return None
-        dot, squared = self.positions.difference_dots(self.displacement, position, self.previous).tolist()
+        dot, squared = self.positions.difference_dots(
+            self.displacement, position, self.previous
+        ).tolist()
         before, self.squared = self.squared, squared
         if not (0 < before < math.inf and 0 < squared < math.inf and math.isfinite(dot)):
             return None

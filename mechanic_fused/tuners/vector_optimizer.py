@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends.layout import compute_dtype
-from ..distributed import local
 from ..state import conform, load_keeping_dtypes
+from ..torch_internals import local
 from ..vectors.space import Space, Vector
 
 # Sets of weights whose tables are kept, for each group: now this weight has a gradient, now that.

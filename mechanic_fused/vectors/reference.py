@@ -1,6 +1,6 @@
-"""The vector verbs in plain PyTorch: the definition of correct.
+"""The vector ops in plain PyTorch: the definition of correct.
 
-Each works on the streams of one :class:`mechanic_fused.vectors.space.Part`: lists with a tensor a weight.
+Each works on the streams of one ``VectorBucket``: lists with a tensor a weight.
 Elementwise arithmetic is in float32 (float64 for float64 weights) with one rounding an operation,
 sums are of float64 products.
 """

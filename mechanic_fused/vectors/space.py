@@ -18,8 +18,10 @@ from torch.autograd.graph import increment_version
 
 from .. import backends, distributed
 from ..backends.layout import CPU_CHUNK, KERNEL_DTYPES, compute_dtype
-from ..bucket import chunk_table, is_dense
-from ..distributed import Groups, local, shards
+from ..bucket import chunk_table
+from ..distributed import Groups, shards
+from ..param_checks import is_dense
+from ..torch_internals import local
 from .reference import AdaRemOptions, Stream
 
 Vector = list[Tensor]
@@ -195,10 +197,8 @@ class Space:
         return Space, (self.parameters, self.backend, self.reduce_group)
 
     def _sum(self, of: Callable[[VectorBucket], Tensor], count: int) -> Tensor:
-        rows = distributed.merge(
-            {part.key.shards: of(part).to(self.device)} for part in self.parts
-        )
-        return distributed.reduce(rows)
+        rows = distributed.merge({part.key.shards: of(part).to(self.device)} for part in self.parts)
+        return distributed.all_reduce([rows])
 
     def _most(self, found: list[Tensor]) -> Tensor:
         most = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
