@@ -7,7 +7,7 @@
 #: make test-all     all of these, with CUDA compiled where nvcc is
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
-#: make checkstyle   ruff, clang-format, mypy
+#: make checkstyle   ruff, clang-format, mypy, import-linter
 #: make format       rewrites the sources as checkstyle wants them
 #: make clean        removes what was built; .venv stays (rm -r .venv removes that too)
 #:
@@ -71,6 +71,7 @@ checkstyle: build .venv/style.done
 	$(PY) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 format: build .venv/style.done
 	$(PY) -m ruff check --fix .
@@ -79,7 +80,7 @@ format: build .venv/style.done
 
 clean:
 	rm -rf build .venv/editable.done mechanic_fused/_native*.so mechanic_fused/_build.txt
-	rm -rf .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 
 # A step that was cut short leaves no .done file. A cut-short installation may also leave a package
 # that pip takes for whole: then .venv/begun is still there, and all is made anew.
