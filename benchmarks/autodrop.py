@@ -46,14 +46,14 @@ def passes(case: cases.Case, rounds: int) -> tuple[list[Row], int]:
     motion = Trajectory(weights, True, "auto", None)
     motion.space.axpby(motion.previous, motion.space.weights, a=0.0)
     motion.space.axpby(motion.sum, motion.space.weights, a=0.0, c=1.5)
-    motion.turned(motion.sum)
+    motion.advance(motion.sum)
     elements = case.parameters
 
     def add() -> None:
         motion.space.axpby(motion.sum, motion.space.weights, a=1.0)
 
     def turn() -> None:
-        motion.turned(motion.sum)
+        motion.advance(motion.sum)
 
     work = {"running sum": (add, 12 * elements), "angle": (turn, 16 * elements)}
     rows = [pass_row(name, one, moved, rounds) for name, (one, moved) in work.items()]
