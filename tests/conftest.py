@@ -6,10 +6,10 @@ import os
 # torch asks for it where deterministic algorithms meet a GPU; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from pool import Pool  # noqa: E402
-from support.cases import IMPLEMENTATIONS, Training, skip_unless_available  # noqa: E402
+import pytest
+import torch
+from pool import Pool
+from support.cases import IMPLEMENTATIONS, Training, skip_unless_available
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What tests share: the table of bases, a problem to train on, comparisons, and their tolerances."""
+"""What tests share: the table of bases, a problem to train on, comparisons and tolerances."""
 
 import copy
 from typing import Any, NamedTuple
@@ -233,18 +233,20 @@ class Training:
         """Take further steps, with gradients for some of the weights if they are given."""
         for _ in range(steps):
             set_gradients(self.params if params is None else params, self.t)
-            self.opt.step()
-            if self.schedule:
-                self.schedule.step()
-            self.t += 1
+            self._step()
         return self
 
     def step(self, grads):
         """Take a step with these gradients."""
         give(self.params, grads)
-        self.opt.step()
-        self.t += 1
+        self._step()
         return self
+
+    def _step(self):
+        self.opt.step()
+        if self.schedule:
+            self.schedule.step()
+        self.t += 1
 
     def step_on_zeros(self):
         return self.step([torch.zeros_like(p) for p in self.params])
@@ -280,6 +282,43 @@ class Training:
             self.schedule.load_state_dict(saved["schedule"])
         self.t = t
         return self
+
+
+def sum_of_updates(base, training, steps=STEPS, change=None, schedule=None, **options):
+    """Step a training whose weights stay where they are beside the plain base; sum its updates.
+
+    Args:
+        base: the plain optimizer; its weights are put back after each step.
+        training: has an S at which S·Δ is lost; it is frozen.
+        steps: how many.
+        change: called with each optimizer and t before step t.
+        schedule: as that of the training.
+        options: of the base.
+
+    Returns:
+        A float64 tensor for each weight: what its Δ should be.
+    """
+    training.opt.freeze_scale()
+    start = training.x
+    alone = copies(training.params)
+    plain = base(alone, **options)
+    scheduler = schedule and schedule(plain)
+    total = [torch.zeros_like(x, dtype=torch.float64) for x in start]
+    for t in range(steps):
+        for opt in (training.opt, plain):
+            if change:
+                change(opt, t)
+        grads = gradients(start, t)
+        training.step(grads)
+        give(alone, values(grads))
+        plain.step()
+        if scheduler:
+            scheduler.step()
+        for p, x, u in zip(alone, start, total, strict=True):
+            u += p.detach() - x
+            p.data.copy_(x)
+    assert_same(training.x, start)
+    return total
 
 
 def write(params, xs):

@@ -4,8 +4,8 @@
     optax/bin/python tests/support/record_optax.py
 
 The problem is a two-layer tanh network with its gradient written out, so that the test can take the
-same steps without jax. ε = 1e-14 because optax recomputes Δ as (x − x_ref)/(S + ε): with its default
-of 1e-8 that alone moves Σs by up to 1 %.
+same steps without jax. ε = 1e-14 because optax recomputes Δ as (x − x_ref)/(S + ε): with its
+default of 1e-8 that alone moves Σs by up to 1 %.
 """
 
 import json
