@@ -1,4 +1,4 @@
-"""Gradients scaled, overflowing, not finite, enormous or tiny, of other dtypes, and whose they are."""
+"""Gradients scaled, overflowing, not finite, enormous or tiny, of other layouts, and unharmed."""
 
 import weakref
 

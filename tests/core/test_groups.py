@@ -38,7 +38,9 @@ def test_groups_keep_their_own_options(train, base):
         return [{**g, **options} for g, options in zip(one_each(params), own, strict=True)]
 
     parts = two()
-    together = train(base, sum(parts, []), groups=groups, scale_per="group", variant="optax")
+    together = train(
+        base, [*parts[0], *parts[1]], groups=groups, scale_per="group", variant="optax"
+    )
     together.run(STEPS, *parts)
     apart = [
         train(base, seed=seed, variant="optax", **options).run() for seed, options in enumerate(own)
@@ -106,7 +108,7 @@ def test_an_added_group_takes_over_the_options_of_the_tuner_and_refuses_others(t
 def test_a_group_that_becomes_empty_leaves_the_others_alone(train, scale_per, emptied):
     parts = two()
     left, gone = parts[1 - emptied], parts[emptied]
-    one = train(params=sum(parts, []), groups=one_each, scale_per=scale_per).run(FEW)
+    one = train(params=[*parts[0], *parts[1]], groups=one_each, scale_per=scale_per).run(FEW)
     before, learned = cases.values(gone), one.opt.group_scales()[1 - emptied]
     one.opt.param_groups[emptied]["params"].clear()
     assert one.opt.group_scales()[1 - emptied] == learned
@@ -120,7 +122,7 @@ def test_a_group_that_becomes_empty_leaves_the_others_alone(train, scale_per, em
 @pytest.mark.parametrize("scale_per", SCALE_PER)
 def test_the_count_of_bad_steps_outlives_the_weight_that_made_them(train, scale_per):
     parts = two()
-    one = train(params=sum(parts, []), groups=one_each, scale_per=scale_per)
+    one = train(params=[*parts[0], *parts[1]], groups=one_each, scale_per=scale_per)
     grads = cases.gradients(one.params, 0)
     grads[0][0] = torch.nan
     one.step(grads)
