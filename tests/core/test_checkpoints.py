@@ -172,7 +172,7 @@ def test_a_checkpoint_of_other_scales_is_refused_and_nothing_changes():
     one = Training(MechanicAdamW).run(FEW)
     other = Training(MechanicAdamW, scale_per="parameter").run(FEW)
     before = other.snapshot()
-    with pytest.raises(ValueError, match="scale_per='parameter': expected 3 scales .* got 1"):
+    with pytest.raises(ValueError, match=r"scale_per='parameter': expected 3 scales .* got 1"):
         other.opt.load_state_dict(one.opt.state_dict())
     assert_same(other.snapshot(), before)
 

@@ -1,4 +1,4 @@
-"""Runs that a checkpoint or a copy must carry on; as a program, the fresh process that resumes them.
+"""Runs that a checkpoint or a copy must carry on; as a program, the fresh process.
 
 python tests/support/checkpoint_runs.py FOLDER loads each checkpoint of the folder and goes on.
 """
@@ -41,7 +41,7 @@ class AddedGroup(Training):
 
 
 class Freezing(Training):
-    """From step STEPS on one weight and the scale are frozen, and another weight has no gradient."""
+    """From step STEPS on, a weight and the scale are frozen, and another weight has no gradient."""
 
     def run(self, steps=STEPS):
         for _ in range(steps):
