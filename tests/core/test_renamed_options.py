@@ -20,14 +20,14 @@ RENAMED = [
     ("narrow_delta", False, "delta_dtype", None),
 ]
 OF_CLASS = [row for row in RENAMED if row[0] in ("scale", "variant")]
+DEPRECATED = "is deprecated and will be removed in the next release: use"
 CLASSES = [MechanicAdamW, MechanicAdam, MechanicSGD, MechanicLion, RADAM]
 
 
 def check_warning(warnings, row):
     (warning,) = warnings
     old, value, new, today = row
-    text = f"{old}={value!r} is deprecated and will be removed in the next release: use"
-    assert str(warning.message) == f"{text} {new}={today!r}"
+    assert str(warning.message) == f"{old}={value!r} {DEPRECATED} {new}={today!r}"
     assert warning.filename == __file__  # Python hides it where it is not of the user's own line
 
 
@@ -45,10 +45,10 @@ def trained(make, **options):
 @pytest.mark.parametrize("make", CLASSES)
 def test_an_old_keyword_warns_and_steps_as_the_new_one(make, row):
     old, value, new, today = row
-    with pytest.warns(DeprecationWarning) as warnings:
+    with pytest.warns(DeprecationWarning, match=DEPRECATED) as warnings:
         make(make_weights(), **{old: value})
     check_warning(warnings, row)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match=DEPRECATED):
         found = trained(make, **{old: value})
     assert_same(found, trained(make, **{new: today}))
 
@@ -56,7 +56,7 @@ def test_an_old_keyword_warns_and_steps_as_the_new_one(make, row):
 @pytest.mark.parametrize("row", OF_CLASS, ids=str)
 def test_an_old_keyword_of_mechanize_makes_the_same_class(row):
     old, value, new, today = row
-    with pytest.warns(DeprecationWarning) as warnings:
+    with pytest.warns(DeprecationWarning, match=DEPRECATED) as warnings:
         made = mechanize(torch.optim.RAdam, **{old: value})
     check_warning(warnings, row)
     assert made is mechanize(torch.optim.RAdam, **{new: today})
