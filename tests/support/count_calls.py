@@ -1,80 +1,94 @@
-"""Count the Python calls of one warm step: how many functions and files a reader walks through.
+"""Count what a reader must follow of one warm step: python tests/support/count_calls.py
 
-``python tests/support/count_calls.py`` prints the calls of MechanicAdamW in order, and its figures
-beside those of torch's fused AdamW.
+Prints the sequence of Python calls of MechanicAdamW, and three figures of it beside those of
+torch.optim.AdamW(fused=True): named calls, files, and changes of file along the sequence.
 """
-
-from __future__ import annotations
 
 import os
 import sys
-from types import FrameType
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import mechanic_fused
-from mechanic_fused import MechanicAdamW
 
-PACKAGE = os.path.dirname(mechanic_fused.__file__)
-TORCH_OPTIM = os.path.dirname(torch.optim.__file__)
-
-
-class Calls(NamedTuple):
-    """The named calls of a step: (file, function) in the order in which they are entered."""
-
-    sequence: list[tuple[str, str]]
-
-    @property
-    def files(self) -> set[str]:
-        return {file for file, _ in self.sequence}
-
-    @property
-    def changes_of_file(self) -> int:
-        pairs = zip(self.sequence, self.sequence[1:], strict=False)
-        return sum(before[0] != after[0] for before, after in pairs)
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.sequence)} named calls, {len(self.files)} files, "
-            f"{self.changes_of_file} changes of file"
-        )
+PACKAGE = Path(mechanic_fused.__file__).parent
+TORCH_OPTIM = Path(torch.optim.__file__).parent
 
 
-def warm_step_calls(make: Any, folder: str) -> Calls:
-    """Return the calls into ``folder`` of a warm step over two weights.
+class Call(NamedTuple):
+    """A call of a Python function that has a name: not of a lambda or a comprehension."""
 
-    Comprehensions and lambdas, whose names begin with "<", are part of the function around them.
+    file: str
+    function: str
 
-    Args:
-        make: parameters → optimizer.
-        folder: files outside of it are not counted.
-    """
-    weights = [torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(8))]
-    opt = make(weights)
-    for _ in range(3):
-        for w in weights:
-            w.grad = torch.randn_like(w)
-        opt.step()
-    sequence: list[tuple[str, str]] = []
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
+class Figures(NamedTuple):
+    """What a reader must follow."""
+
+    calls: int
+    files: int
+    changes_of_file: int
+
+
+def calls_of(function, folder):
+    """Call a function; return the calls made to named functions of the files in a folder."""
+    found = []
+
+    def note(frame, event, argument):
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(folder) and code.co_name[0] != "<":
-            sequence.append((os.path.relpath(code.co_filename, folder), code.co_name))
+        if event != "call" or code.co_name.startswith("<"):
+            return
+        if code.co_filename.startswith(f"{folder}{os.sep}"):
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the latter only
+            found.append(Call(os.path.relpath(code.co_filename, folder), name))
 
+    before = sys.getprofile()
     sys.setprofile(note)
     try:
-        opt.step()
+        function()
     finally:
-        sys.setprofile(None)
-    return Calls(sequence)
+        sys.setprofile(before)
+    return found
+
+
+def figures(calls):
+    files = [call.file for call in calls]
+    changes = sum(a != b for a, b in zip(files, files[1:], strict=False))
+    return Figures(len(calls), len(set(files)), changes)
+
+
+def calls_of_warm_step(make, folder):
+    """Return the calls of the fourth step of an optimizer over two weights, `make(params)`."""
+    rng = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=rng)) for s in ((8, 8), (8,))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = make(params)
+    for _ in range(3):
+        opt.step()
+    return calls_of(opt.step, folder)
+
+
+def of_ours():
+    return calls_of_warm_step(
+        lambda params: mechanic_fused.MechanicAdamW(params, lr=1.0, backend="cpp"), PACKAGE
+    )
+
+
+def of_torch():
+    return calls_of_warm_step(lambda params: torch.optim.AdamW(params, fused=True), TORCH_OPTIM)
+
+
+def main():
+    ours = of_ours()
+    for file, function in ours:
+        print(f"{file:24} {function}")
+    for name, calls in (("MechanicAdamW", ours), ("torch.optim.AdamW(fused=True)", of_torch())):
+        found = figures(calls)
+        print(f"{name}: {found.calls} calls, {found.files} files, {found.changes_of_file} changes")
 
 
 if __name__ == "__main__":
-    ours = warm_step_calls(lambda weights: MechanicAdamW(weights, lr=1.0), PACKAGE)
-    for file, function in ours.sequence:
-        print(f"{file:20} {function}")
-    print(f"MechanicAdamW: {ours}")
-    theirs = warm_step_calls(lambda weights: torch.optim.AdamW(weights, fused=True), TORCH_OPTIM)
-    print(f"torch.optim.AdamW(fused=True): {theirs}")
+    main()
