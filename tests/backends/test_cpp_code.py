@@ -8,7 +8,7 @@ import subprocess
 from collections import defaultdict
 
 import pytest
-from conftest import skip_unless_available
+from support.cases import skip_unless_available
 
 # Clone → its registers. Beside 16-bit numbers gcc takes the half of AVX-512's, whose foundation has
 # no 16-bit arithmetic. The default clone is what every processor has: nothing to look for.

@@ -1,7 +1,13 @@
-"""Beside the three verbs a step of one bucket runs nothing: on a GPU each operation is a launch."""
+"""Beside its three ops a step of one bucket runs nothing: on a GPU each operation is a launch.
+
+tests/gpu/test_steps.py counts the launches of the ops themselves.
+"""
 
 import pytest
-from cases import FUSED, OPTIONS, QUICK, make_weights, set_gradients
+import torch
+from support.cases import FUSED, OPTIONS
+from support.kernels import INTERPRETED
+from support.lockstep import drawn, give_gradients, optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -20,24 +26,24 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("base", FUSED)
-def test_a_step_of_one_bucket_is_three_verbs(cpp, base):
-    params = make_weights()
-    opt = FUSED[base](params, backend=cpp, **QUICK, **OPTIONS[base])
+def second_step(kernels, base, **options):
+    """Return what a step runs whose gradients are where they were."""
+    opt, params = optimizer(kernels, base, drawn(torch.float32, (3, 1025)), **options)
     for t in range(2):
-        set_gradients(params, t)
+        give_gradients(params, t)
         opt.step()
     with Recorded() as recorded:
         opt.step()
-    assert recorded.names == []
+    return recorded.names
 
 
-def test_what_is_recorded_shows(cpp):
+@pytest.mark.parametrize("base", FUSED)
+def test_a_step_of_one_bucket_is_three_ops(kernels, base):
+    if kernels.name == "triton" and INTERPRETED:
+        pytest.skip("the interpreter runs kernels by operations of torch")
+    assert second_step(kernels, base, **OPTIONS[base]) == []
+
+
+def test_what_is_recorded_shows(kernels):
     """Clipping adds up the norm by torch, so it must be seen."""
-    params = make_weights()
-    opt = FUSED["adamw"](params, backend=cpp, max_grad_norm=1.0, **QUICK)
-    set_gradients(params, 0)
-    opt.step()
-    with Recorded() as recorded:
-        opt.step()
-    assert "aten::sum" in recorded.names
+    assert "aten::sum" in second_step(kernels, "adamw", max_grad_norm=1.0)

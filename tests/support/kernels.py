@@ -97,6 +97,13 @@ def kernels_of(name, monkeypatch):
     return found
 
 
+def gpu_kernels(name, monkeypatch):
+    """Return the Kernels of a backend on a GPU; skips the test where it does not run on one."""
+    if INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 is for a CPU")
+    return kernels_of(name, monkeypatch)
+
+
 def _speed_up_interpreter(monkeypatch):
     from mechanic_fused.triton_kernels import storage
 
