@@ -85,7 +85,7 @@ def test_memory_that_nobody_wrote_is_nan():
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (case, dtype) if dtype is torch.float32 or case == "adamw" else slow(case, dtype)
+        (case, dtype) if dtype is torch.float32 or case in FULL else slow(case, dtype)
         for case in CASES
         for dtype in DTYPES
     ],

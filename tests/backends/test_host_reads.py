@@ -31,7 +31,7 @@ class HostRead(Exception):
 class NoReadingOperations(TorchDispatchMode):
     """Fails for operations whose result the host must wait for, and for copies to the CPU."""
 
-    READS = {
+    READS = (
         "aten::_local_scalar_dense",
         "aten::equal",
         "aten::is_nonzero",
@@ -39,7 +39,7 @@ class NoReadingOperations(TorchDispatchMode):
         "aten::masked_select",
         "aten::nonzero",
         "aten::_unique2",
-    }
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
