@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import FEW, FUSED, QUICK, SIZES, STEPS, SUM_RTOL, assert_same, noise, snapshot
-from conftest import skip_unless_available
-from lockstep import FLOAT_SUM_RTOL
+from support.cases import FEW, FUSED, QUICK, SIZES, STEPS, SUM_RTOL, assert_same, snapshot
+from support.kernels import FLOAT_SUM_RTOL, READ_ON_DEVICE, gpu_kernels
+from support.lockstep import give_gradients, random_gradient, written
 
 from mechanic_fused.plan import StepPlan
 
@@ -16,16 +16,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    skip_unless_available(request.param)
-    return request.param
-
-
-def gradient(p, t, i):
-    """Not a function of x, so that a difference in x would not hide behind one in g."""
-    rng = torch.Generator().manual_seed(1000 * t + i)
-    return (noise(p, rng) + 0.5).to(p.dtype)
+@pytest.fixture(params=READ_ON_DEVICE)
+def backend(request, monkeypatch):
+    return gpu_kernels(request.param, monkeypatch).name
 
 
 def model(devices, backend, sizes=SIZES, **options):
@@ -38,8 +31,7 @@ def model(devices, backend, sizes=SIZES, **options):
 
 
 def step(opt, params, t):
-    for i, p in enumerate(params):
-        p.grad = gradient(p, t, i).to(p.device)
+    give_gradients(params, t)
     opt.step()
 
 
@@ -49,7 +41,7 @@ def test_the_current_stream_is_used(backend):
     step(other, others, 0)
     for t in range(1, FEW):
         step(other, others, t)
-        fresh = [gradient(p, t, i).to(GPU) for i, p in enumerate(params)]
+        fresh = [random_gradient(p, t, i).to(GPU) for i, p in enumerate(params)]
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             # A step on any other stream would be done before its gradients are there.
@@ -74,9 +66,9 @@ def test_three_launches_a_step(backend):
     kernels = [name for name in names if not name.lower().startswith(("memcpy", "memset"))]
     if not kernels:
         pytest.skip("the profiler sees no kernels here")
-    verbs = ["accumulate_kernel", "tune_kernel", "apply_kernel"]
-    assert len(kernels) == len(verbs), kernels
-    assert all(sum(verb in kernel for kernel in kernels) == 1 for verb in verbs), kernels
+    ops = ["accumulate_kernel", "tune_kernel", "apply_kernel"]
+    assert len(kernels) == len(ops), kernels
+    assert all(sum(op in kernel for kernel in kernels) == 1 for op in ops), kernels
 
 
 @pytest.fixture
@@ -115,7 +107,7 @@ def meeting(monkeypatch):
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
 
 
-@pytest.mark.parametrize("scale", ["global", "parameter"])
+@pytest.mark.parametrize("scale_per", ["model", "parameter"])
 @pytest.mark.parametrize(
     "devices",
     [
@@ -126,19 +118,16 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are n
     ],
     ids=str,
 )
-def test_weights_on_several_devices_share_their_scale(meeting, devices, scale):
+def test_weights_on_several_devices_share_their_scale(meeting, devices, scale_per):
     """As all of them on the CPU; the sums meet on the first weight's device."""
-    opt, params = model(["cpu"], "auto", scale=scale)
-    other, others = model(devices, "auto", scale=scale)
+    opt, params = model(["cpu"], "auto", scale_per=scale_per)
+    other, others = model(devices, "auto", scale_per=scale_per)
     for t in range(STEPS):
         step(opt, params, t)
         step(other, others, t)
         assert other.scale.device == others[0].device
         assert_same(other.scale.cpu(), opt.scale)
-        for p, q in zip(params, others, strict=True):
-            expected = {**opt.state[p], "x": p.detach()}
-            actual = {name: x.cpu() for name, x in {**other.state[q], "x": q.detach()}.items()}
-            assert_same(actual, expected)
+        assert_same(written(other, others), written(opt, params))
     assert len({p.device for p in others}) == len(devices)
 
 

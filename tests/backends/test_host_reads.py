@@ -1,26 +1,18 @@
 """After the first informative step nobody on the host reads a number from the device.
 
-Without a GPU this runs in Triton's interpreter (see test_triton.py), where a CPU's tensors stand
-for the device's: whatever the step would read of them on a GPU shows in the same operations.
+In Triton's interpreter a CPU's tensors stand for the device's: whatever the step would read of them
+on a GPU shows in the same operations.
 """
 
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from cases import FUSED, QUICK, STEPS, assert_same
-from conftest import skip_unless_available
+from support.cases import FUSED, QUICK, STEPS, assert_same
+from support.kernels import INTERPRETED, READ_ON_DEVICE, kernels_of
+from support.lockstep import drawn, moved, random_gradient, written
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_lockstep import (
-    DEVICE,
-    INTERPRETED,
-    of_sizes,
-    on_kernels,
-    random_gradient,
-    triton_module,
-    written,
-)
 
 from mechanic_fused import mechanize
 from mechanic_fused.plan import StepPlan
@@ -39,7 +31,7 @@ class HostRead(Exception):
 class NoReadingOperations(TorchDispatchMode):
     """Fails for operations whose result the host must wait for, and for copies to the CPU."""
 
-    READS = {
+    READS = (
         "aten::_local_scalar_dense",
         "aten::equal",
         "aten::is_nonzero",
@@ -47,7 +39,7 @@ class NoReadingOperations(TorchDispatchMode):
         "aten::masked_select",
         "aten::nonzero",
         "aten::_unique2",
-    }
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -137,69 +129,60 @@ def test_the_guard_lets_work_on_the_device_pass():
     assert y.tolist() == [2.0] * 3
 
 
-class TestSteps:
-    pytestmark = on_kernels
+@pytest.fixture(params=READ_ON_DEVICE)
+def train(request, monkeypatch):
+    """Gives a function that makes one step, then STEPS of them under a guard.
 
-    @pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
-    def backend(self, request, monkeypatch):
-        skip_unless_available(request.param)
-        if request.param == "triton":
-            triton_module(monkeypatch)
-        return request.param
+    With ``on_device`` kernels get the lr and GradScaler's numbers as tensors on the device;
+    otherwise the host reads them, as it does for weights on a CPU.
+    """
+    kernels = kernels_of(request.param, monkeypatch)
 
-    @pytest.fixture
-    def train(self, backend, monkeypatch):
-        """Gives a function that makes one step, then STEPS of them under a guard.
+    def run(make, guard, on_device=True, **options):
+        monkeypatch.setattr(StepPlan, "_reads_on_device", lambda plan: on_device)
+        starts = drawn(torch.float32, (3, 0, 1025))() + drawn(torch.bfloat16, (5,))()
+        params = [torch.nn.Parameter(moved(x, kernels.device)) for x in starts]
+        numbers = [torch.full((), x, device=kernels.device) for x in (1.0, LOSS_SCALE, 0.0)]
+        lr, grad_scale, found_inf = numbers
+        given = lr.as_subclass(PretendedlyOnTheGpu) if on_device and INTERPRETED else lr
+        opt = make(params, backend=kernels.name, **{"lr": given, **QUICK, **options})
+        opt.grad_scale, opt.found_inf = grad_scale, found_inf
+        for t in range(1 + STEPS):
+            lr.fill_(1.0 + t / 16)
+            found_inf.fill_(float(t == SKIPPED))
+            for i, p in enumerate(params):
+                p.grad = moved(LOSS_SCALE * random_gradient(p, t, i), kernels.device)
+            with guard() if t else ExitStack():
+                opt.step()
+        return opt, params
 
-        With ``by_address`` kernels get the lr and GradScaler's numbers as tensors on the device;
-        otherwise the host reads them, as it does for weights on a CPU.
-        """
+    return run
 
-        def run(make, guard, by_address=True, options=()):
-            monkeypatch.setattr(StepPlan, "on_device", by_address)
-            starts = of_sizes(torch.float32, (3, 0, 1025))() + of_sizes(torch.bfloat16, (5,))()
-            params = [torch.nn.Parameter(x.to(DEVICE)) for x in starts]
-            numbers = [torch.full((), x, device=DEVICE) for x in (1.0, LOSS_SCALE, 0.0)]
-            lr, grad_scale, found_inf = numbers
-            given = lr
-            if by_address and INTERPRETED:
-                given = lr.as_subclass(PretendedlyOnTheGpu)
-            opt = make(params, backend=backend, **{"lr": given, **QUICK, **dict(options)})
-            opt.grad_scale, opt.found_inf = grad_scale, found_inf
-            for t in range(1 + STEPS):
-                lr.fill_(1.0 + t / 16)
-                found_inf.fill_(float(t == SKIPPED))
-                for i, p in enumerate(params):
-                    p.grad = (LOSS_SCALE * random_gradient(p.cpu(), t, i)).to(DEVICE)
-                with guard() if t else ExitStack():
-                    opt.step()
-            return opt, params
 
-        return run
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("adamw", {"weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9, "scale_per": "group"}),
+        ("lion", {"scale_per": "parameter"}),
+        ("adamw", {"delta_dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_twenty_steps_read_nothing_and_follow_the_numbers_on_the_device(train, base, options):
+    opt, params = train(FUSED[base], no_host_reads, **options)
+    twin, others = train(FUSED[base], ExitStack, on_device=False, **options)
+    assert_same(written(opt, params), written(twin, others))
+    assert_same(opt.scale.cpu(), twin.scale.cpu())
+    assert float(opt.state[params[2]]["delta"].abs().sum()) > 0
 
-    @pytest.mark.parametrize(
-        ("base", "options"),
-        [
-            ("adamw", {"weight_decay": 0.1}),
-            ("sgd", {"momentum": 0.9, "scale": "group"}),
-            ("lion", {"scale": "parameter"}),
-            ("adamw", {"narrow_delta": True}),
-        ],
-    )
-    def test_twenty_steps_read_nothing_and_go_by_what_stands_on_the_device(
-        self, train, base, options
-    ):
-        opt, params = train(FUSED[base], no_host_reads, options=options)
-        twin, others = train(FUSED[base], ExitStack, by_address=False, options=options)
-        assert_same(written(opt, params), written(twin, others))
-        assert_same(opt.scale.cpu(), twin.scale.cpu())
-        assert float(opt.state[params[2]]["delta"].abs().sum()) > 0
 
-    def test_a_step_that_reads_is_caught(self, train):
-        logging = mechanize(torch.optim.AdamW, log_every=1, log_func=lambda values: None)
-        with pytest.raises(HostRead, match="_local_scalar_dense"):
-            train(logging, no_host_reads)
+def test_a_step_that_reads_is_caught(train):
+    logging = mechanize(torch.optim.AdamW, log_every=1, log_func=lambda values: None)
+    with pytest.raises(HostRead, match="_local_scalar_dense"):
+        train(logging, no_host_reads)
 
-    def test_a_step_whose_host_reads_the_scaler_is_caught(self, train):
-        with pytest.raises(HostRead, match="_local_scalar_dense"):
-            train(FUSED["adamw"], no_host_reads, by_address=False)
+
+def test_a_step_whose_host_reads_the_scaler_is_caught(train):
+    with pytest.raises(HostRead, match="_local_scalar_dense"):
+        train(FUSED["adamw"], no_host_reads, on_device=False)

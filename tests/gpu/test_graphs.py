@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUSED, QUICK, STEPS, assert_same, noise
-from conftest import skip_unless_available
+from support.cases import FUSED, QUICK, STEPS, assert_same
+from support.kernels import READ_ON_DEVICE, gpu_kernels
+from support.lockstep import copied, random_gradient
 
 from mechanic_fused import MechanicAdamW
 from mechanic_fused.backends.device_tables import SPARES
@@ -27,26 +28,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    skip_unless_available(request.param)
-    return request.param
+@pytest.fixture(params=READ_ON_DEVICE)
+def backend(request, monkeypatch):
+    return gpu_kernels(request.param, monkeypatch).name
 
 
 @pytest.fixture
 def example():
     """examples/cuda_graph.py as a module."""
-    path = Path(__file__).resolve().parents[1] / "examples" / "cuda_graph.py"
+    path = Path(__file__).resolve().parents[2] / "examples" / "cuda_graph.py"
     spec = importlib.util.spec_from_file_location("cuda_graph", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def gradient(p, t, i):
-    """Not a function of x, so that a difference in x would not hide behind one in g."""
-    rng = torch.Generator().manual_seed(1000 * t + i)
-    return (noise(p, rng) + 0.5).to(p.dtype)
 
 
 def weights(dtype=torch.float32):
@@ -61,7 +55,7 @@ def weights(dtype=torch.float32):
 def fill(params, t):
     """Put a step's gradients where a graph reads them."""
     for i, p in enumerate(params):
-        p.grad.copy_(gradient(p, t, i))
+        p.grad.copy_(random_gradient(p, t, i))
 
 
 def outside(run):
@@ -79,13 +73,6 @@ def captured(run):
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def state_of(opt, params):
-    """The weights, the kernels' state and the tuner's: copies, on the CPU."""
-    found = [{**opt.state.get(p, {}), "x": p.detach()} for p in params]
-    on_cpu = [{name: x.cpu().clone() for name, x in entries.items()} for entries in found]
-    return [*on_cpu, opt.param_groups[0]["mechanic"].cpu().clone()]
 
 
 class Pair:
@@ -113,7 +100,7 @@ class Pair:
         fill(self.params, t)
         self.replay()
         self.eager(t, self.other, self.others, self.steps)
-        assert_same(state_of(self.opt, self.params), state_of(self.other, self.others))
+        assert_same(copied(self.opt, self.params), copied(self.other, self.others))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -125,7 +112,7 @@ def test_replays_have_the_bits_of_steps_outside_a_graph(backend, base, dtype):
 
 
 def test_a_narrow_delta_is_rounded_by_other_bits_in_each_replay(backend):
-    pair = Pair(backend, base="sgd", narrow_delta=True)
+    pair = Pair(backend, base="sgd", delta_dtype=torch.bfloat16)
     for t in range(WARM_UP, STEPS):
         pair.check(t)
 
@@ -144,17 +131,17 @@ def test_a_step_outside_the_graph_may_come_between_two_replays(backend):
             p.grad = g
 
 
-@pytest.mark.parametrize("changed", ["lr", "weight_decay", "learning"])
+@pytest.mark.parametrize("changed", ["lr", "weight_decay", "tune_scale"])
 def test_a_changed_number_counts_in_the_next_replay_once_it_is_refreshed(backend, changed):
     pair = Pair(backend)
     for t in range(WARM_UP, STEPS):
         for opt in (pair.opt, pair.other):
-            opt.param_groups[0][changed] = t % 2 == 0 if changed == "learning" else 1 / t
+            opt.param_groups[0][changed] = t % 2 == 0 if changed == "tune_scale" else 1 / t
         pair.opt.refresh_hyperparameters()
         pair.check(t)
 
 
-@pytest.mark.parametrize(("variant", "slope"), [("scaled", -1 / 64), ("optax", 1 / 16)])
+@pytest.mark.parametrize(("variant", "slope"), [("annealed", -1 / 64), ("optax", 1 / 16)])
 def test_a_tensor_lr_counts_in_the_next_replay(backend, variant, slope):
     """A rising one only where no peak is known: the host sees a number rise, and not a tensor."""
     pair = Pair(backend, lr=torch.ones((), device=GPU), variant=variant)
@@ -207,7 +194,7 @@ class Diary:
                 "batch": (seen.x.clone(), seen.y.clone()),
                 "loss": seen.loss.clone(),
                 "gradients": [p.grad.clone() for p in params],
-                "state": state_of(self.opt, params),
+                "state": copied(self.opt, params),
             }
         )
 
@@ -248,7 +235,7 @@ def test_a_whole_training_step_is_the_same_in_a_graph(backend, example, float_lr
             p.grad = g
         other.param_groups[0]["lr"] = day["lr"]
         other.step()
-        assert_same(state_of(other, params), day["state"])
+        assert_same(copied(other, params), day["state"])
     assert float(opt.scale) != float(diary.days[0]["state"][-1][0, :6].sum())
 
 
@@ -282,7 +269,7 @@ def test_grad_scaler_in_a_graph(backend, example):
             x.fill_(float("inf"))
         scale = scaler.get_scale()
         run()
-        return scale, [p.grad.clone() for p in params], state_of(opt, params)
+        return scale, [p.grad.clone() for p in params], copied(opt, params)
 
     def warm_up():
         for t in range(WARM_UP):
@@ -303,7 +290,7 @@ def test_grad_scaler_in_a_graph(backend, example):
         other.grad_scale = torch.tensor(scale, device=GPU)
         other.found_inf = torch.tensor(float(overflows), device=GPU)
         other.step()
-        assert_same(state_of(other, others), state)
+        assert_same(copied(other, others), state)
     assert_same(days[OVERFLOW][-1], days[OVERFLOW - 1][-1])
     scales = [scale for scale, *_ in days]
     assert scales[OVERFLOW + 1] == scales[OVERFLOW] / 2

@@ -8,16 +8,16 @@ import subprocess
 from collections import defaultdict
 
 import pytest
-from conftest import skip_unless_available
+from support.cases import skip_unless_available
 
 # Clone → its registers. Beside 16-bit numbers gcc takes the half of AVX-512's, whose foundation has
 # no 16-bit arithmetic. The default clone is what every processor has: nothing to look for.
 REGISTERS = {"avx512f": "[yz]mm", "avx2": "ymm"}
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
-VERBS = ("apply", "norm", "step_along", "axpby", "difference_dots", "dots", "adarem")
+OPS = ("apply", "norm", "step_along", "axpby", "difference_dots", "dots", "adarem")
 """Beside accumulate. ``largest`` has no arithmetic to look for."""
 KERNEL = re.compile(
-    rf"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(VERBS)})_run<.*>)"
+    rf"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(OPS)})_run<.*>)"
     r"\(.* \[clone \.(\w+)\]"
 )
 # Packed: …ps or …pd, never …ss or …sd.
@@ -64,7 +64,7 @@ def test_every_kernel_has_every_clone(kernels):
                 for state in {weight, "double" if weight == "double" else "float"}:
                     key = f"accumulate_run<mechanic::{base}, {reads_x}, {weight}, {state}>"
                     assert clones.pop(key, None), key
-    assert clones.keys() == {f"{verb}_run<{weight}>" for verb in VERBS for weight in WEIGHTS}
+    assert clones.keys() == {f"{verb}_run<{weight}>" for verb in OPS for weight in WEIGHTS}
 
 
 @pytest.mark.parametrize("clone", REGISTERS)
@@ -82,9 +82,10 @@ def test_arithmetic_is_packed(kernels, clone):
 def test_float_and_double_take_the_widest_registers(kernels):
     lacking = []
     for (name, _, clone), code in kernels.items():
-        if clone == "avx512f" and "mechanic::Half" not in name and "BFloat16" not in name:
-            if not re.search(PACKED["multiplication"].replace("{register}", "zmm"), code):
-                lacking.append(name)
+        has_16_bits = "mechanic::Half" in name or "BFloat16" in name
+        widest = PACKED["multiplication"].replace("{register}", "zmm")
+        if clone == "avx512f" and not has_16_bits and not re.search(widest, code):
+            lacking.append(name)
     assert not lacking
 
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import skip_unless_available
+from support.cases import skip_unless_available
 
 from mechanic_fused.backends.layout import KINDS
 
@@ -75,7 +75,7 @@ def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
     assert native.cuda.ticket_count(chunks, 0) * codegen.codegen_cuda.THREADS == chunks
 
 
-def test_an_error_names_the_verb_and_the_call():
+def test_an_error_names_the_op_and_the_call():
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")
     too_many = dict.fromkeys(("tensors", "chunks", "hyper", "partials", "sums"), 0)
