@@ -228,7 +228,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     @property
     def road(self) -> str:
         """Deprecated name of :attr:`implementation`."""
-        warn_renamed("opt.road", "opt.implementation")
+        warn_renamed("opt.road", "opt.implementation", stacklevel=3)
         return self.implementation
 
     @property

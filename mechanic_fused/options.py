@@ -251,12 +251,17 @@ def _with_new_names(given: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def warn_renamed(old: str, new: str) -> None:
-    """Warn that an old spelling will be removed in the next release."""
+def warn_renamed(old: str, new: str, stacklevel: int = 4) -> None:
+    """Warn that an old spelling will be removed in the next release.
+
+    Args:
+        old, new: the spellings.
+        stacklevel: as of ``warnings.warn``; the warning is shown for the line of the caller.
+    """
     warnings.warn(
         f"{old} is deprecated and will be removed in the next release: use {new}",
         DeprecationWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

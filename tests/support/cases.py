@@ -229,10 +229,11 @@ class Training:
         self.schedule = schedule and schedule(self.opt)
         self.t = 0
 
-    def run(self, steps=STEPS, params=None):
-        """Take further steps, with gradients for some of the weights if they are given."""
+    def run(self, steps=STEPS, *parts):
+        """Take further steps, with gradients for each of these lists of weights or for all."""
         for _ in range(steps):
-            set_gradients(self.params if params is None else params, self.t)
+            for part in parts or (self.params,):
+                set_gradients(part, self.t)
             self._step()
         return self
 
