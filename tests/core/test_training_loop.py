@@ -1,9 +1,9 @@
-"""A loop in plain PyTorch: loss scaling, several passes a step, clipping, averaged weights."""
+"""A loop in plain PyTorch may scale losses, accumulate, clip, and evaluate averaged weights."""
 
 import pytest
 import torch
-from cases import assert_same, build, differs, values
-from tiny import LEARNED, TinyModel, batch, loss_of
+from support.cases import assert_same, build, differs, values
+from support.chain_model import LEARNED, ChainModel, batch, loss_of
 
 from mechanic_fused import MechanicAdamW
 
@@ -12,17 +12,13 @@ CLIP = 0.1
 QUICK = {"s_init": 0.01}
 
 
-def unscaled():
-    return torch.amp.GradScaler("cpu", enabled=False)
-
-
 class Loop:
-    """Passes with autocast and a loss scale, then unscale_, clip, step."""
+    """Backward passes with autocast and a loss scale, then unscale_, clip and step."""
 
-    def __init__(self, number=0, scaler=None, dtype=None, clip=CLIP, **options):
-        self.model = TinyModel(number)
+    def __init__(self, seed=0, scaler=None, dtype=None, clip=CLIP, **options):
+        self.model = ChainModel(seed)
         self.opt = MechanicAdamW(self.model.parameters(), lr=1.0, **{**QUICK, **options})
-        self.scaler = scaler or unscaled()
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.dtype, self.clip = dtype, clip
 
     def advance(self, first, steps, passes=PASSES):
@@ -55,7 +51,7 @@ class Loop:
 @pytest.mark.parametrize("clip", [None, CLIP], ids=["", "clipped"])
 @pytest.mark.parametrize("passes", [1, PASSES])
 def test_a_loss_scale_changes_no_bit(passes, clip, fused):
-    """A power of two: scaling and unscaling are exact."""
+    """It is a power of two, so scaling and unscaling are exact."""
     scaled = Loop(scaler=torch.amp.GradScaler("cpu"), clip=clip, fused=fused)
     plain = Loop(clip=clip, fused=fused)
     for loop in (scaled, plain):
@@ -79,7 +75,7 @@ def test_each_option_reaches_the_weights():
 
 @pytest.mark.parametrize("fused", [None, True], ids=["", "fused=True"])
 def test_float16_autocast_learns_through_overflows_and_resumes_to_the_bit(tmp_path, fused):
-    """A loss scale that is far too large at first: its steps are skipped."""
+    """The loss scale is far too large at first, so the first steps are skipped."""
     options = {"dtype": torch.float16, "clip": 1.0, "fused": fused}
     loop = Loop(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**24), **options)
     before = loss_of(loop.model)
@@ -90,13 +86,13 @@ def test_float16_autocast_learns_through_overflows_and_resumes_to_the_bit(tmp_pa
     assert loss_of(loop.model) <= LEARNED * before
     assert loop.opt.nonfinite_steps == 0
 
-    other = Loop(1, scaler=torch.amp.GradScaler("cpu"), **options)
+    other = Loop(seed=1, scaler=torch.amp.GradScaler("cpu"), **options)
     other.load(torch.load(tmp_path / "run.pt", weights_only=True))
     other.advance(STEPS, LONG)
     assert_same(other.saved(), loop.saved())
 
 
-# Averaged weights, as people evaluate them
+# Averaged weights: ways to swap them in for an evaluation, and the weights back
 
 
 def copied(model, weights):
@@ -128,10 +124,10 @@ def by_parameters(model, weights):
 SWAPS = (copied, loaded, through_data, exchanged, by_parameters)
 
 
-def averaged_run(road, swap):
-    """A run that keeps an exponential average and, given a swap, evaluates it at every step."""
-    model = TinyModel()
-    opt = build(road, "adamw", model.parameters(), **QUICK)
+def averaged_run(implementation, swap):
+    """Train, keep an exponential average and, given a swap, evaluate it after every step."""
+    model = ChainModel()
+    opt = build(implementation, "adamw", model.parameters(), **QUICK)
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay)
     for t in range(STEPS):
@@ -149,5 +145,5 @@ def averaged_run(road, swap):
 
 
 @pytest.mark.parametrize("swap", SWAPS)
-def test_evaluating_an_average_changes_no_bit_of_the_run(road, swap):
-    assert_same(averaged_run(road, swap), averaged_run(road, None))
+def test_evaluating_an_average_changes_no_bit_of_the_run(implementation, swap):
+    assert_same(averaged_run(implementation, swap), averaged_run(implementation, None))

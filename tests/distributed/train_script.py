@@ -1,18 +1,18 @@
-"""A plain training script for torchrun: DDP, a checkpoint every few steps, goes on after a kill.
+"""A plain training script with DDP: saves a checkpoint every few steps, and resumes after a kill.
 
-torchrun --nproc-per-node N tests/stacks/train_script.py FOLDER WAIT: with WAIT > 0 the run stops
-before that step and waits to be killed.
+torchrun --nproc-per-node N tests/distributed/train_script.py FOLDER [KILLED_AT]: each rank kills
+itself before step KILLED_AT.
 """
 
 import os
+import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import BATCH, TinyModel, batch
+from support.chain_model import ChainModel, batch
 from torch.nn.parallel import DistributedDataParallel
 
 from mechanic_fused import MechanicAdamW
@@ -26,11 +26,11 @@ def save(path, contents):
     os.replace(f"{path}.part", path)
 
 
-def train(folder, wait):
+def train(folder, killed_at=None):
     rank, world = dist.get_rank(), dist.get_world_size()
     path = folder / "run.pt"
-    # A run that goes on starts from other weights: only the checkpoint can put them right.
-    model = TinyModel(1 if path.exists() else 0)
+    # A run that resumes starts from other weights: only the checkpoint can put them right.
+    model = ChainModel(seed=int(path.exists()))
     opt = MechanicAdamW(model.parameters(), lr=1.0, s_init=0.01, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
     first = 0
@@ -42,11 +42,11 @@ def train(folder, wait):
         schedule.load_state_dict(saved["schedule"])
     replica = DistributedDataParallel(model)
     for t in range(first, STEPS):
-        if t == wait > 0:
-            time.sleep(600)
+        if t == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         opt.zero_grad()
-        # Each rank takes the examples of its own.
-        replica(**batch(world * t + rank, BATCH))["loss"].backward()
+        # Each rank takes examples of its own.
+        replica(**batch(world * t + rank))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         schedule.step()
@@ -61,15 +61,13 @@ def train(folder, wait):
     save(folder / f"end {rank}.pt", contents)
 
 
-def main():
+def main(folder, killed_at=None):
     torch.set_num_threads(1)
     # A rank that waits in vain for the others fails soon.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    folder = Path(sys.argv[1])
-    folder.mkdir(exist_ok=True)
-    train(folder, int(sys.argv[2]))
+    train(folder, killed_at)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
