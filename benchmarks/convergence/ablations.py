@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from mechanic_fused import options
+
 from .methods import BASES
 
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
@@ -15,8 +17,8 @@ Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
 DEFAULT = "scaled"
 
 
-def _options(**options: Any) -> Arm:
-    return options, nullcontext()
+def _given(**chosen: Any) -> Arm:
+    return chosen, nullcontext()
 
 
 def _constants(**constants: Any) -> Arm:
@@ -32,20 +34,20 @@ def _start(c: float) -> Arm:
 ALL, ONE = tuple(BASES), ("AdamW",)
 
 ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
-    "default": (ALL, _options()),
-    "variant optax": (ALL, _options(variant="optax")),
+    "default": (ALL, _given()),
+    "variant optax": (ALL, _given(variant="optax")),
     "not annealed": (ALL, _constants(anneals=False)),
     "c=1e-5": (ALL, _start(1e-5)),
     "c=1e-3": (ALL, _start(1e-3)),
-    "variant paper": (ONE, _options(variant="paper")),
-    "variant pytorch": (ONE, _options(variant="pytorch")),
-    "λ=0": (ONE, _options(s_decay=0.0)),
-    "λ=0.1": (ONE, _options(s_decay=0.1)),
+    "variant paper": (ONE, _given(variant="paper")),
+    "variant pytorch": (ONE, _given(variant="pytorch")),
+    "λ=0": (ONE, _given(s_decay=0.0)),
+    "λ=0.1": (ONE, _given(s_decay=0.1)),
     "h not clamped": (ONE, _constants(clamps_h=False)),
     "r floored": (ONE, _constants(floors_r=True)),
-    "3 betas": (ONE, _options(tuner_betas=(0.9, 0.999, 0.99999))),
-    "1 beta": (ONE, _options(tuner_betas=(0.999999,))),
-    "scale a group": (ONE, _options(scale="group")),
-    "scale a parameter": (ONE, _options(scale="parameter")),
+    "3 betas": (ONE, _given(tuner_betas=(0.9, 0.999, 0.99999))),
+    "1 beta": (ONE, _given(tuner_betas=(0.999999,))),
+    "scale a group": (ONE, _given(scale="group")),
+    "scale a parameter": (ONE, _given(scale="parameter")),
 }
 """Each arm with the bases that it is tried on."""
