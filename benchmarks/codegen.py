@@ -1,17 +1,18 @@
 """What the compilers made of the kernels: registers, spills, widths of access, occupancy.
 
-    python -m benchmarks.codegen
+    python -m benchmarks.codegen [--out FILE]
 
-Needs no GPU. Prints a table, writes it to benchmarks/results/codegen.json, and exits with 1 where a
-bound is broken or a backend cannot be looked at.
+Needs no GPU. Prints a table; exits with 1 if a bound is broken or a backend is not available.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
-from . import codegen_cuda, codegen_triton, records
+from . import codegen_cuda, codegen_triton
+from ._harness import options, records
 from .codegen_bounds import Row
 
 HEADER = (
@@ -40,6 +41,9 @@ SOURCES = {
 
 
 def main() -> int:
+    parser = options.parser("codegen", __doc__)
+    parser.add_argument("--out", type=Path, help="also write the rows to this CSV file")
+    chosen = parser.parse_args()
     print(HEADER)
     rows, absent = [], {}
     for backend, (why_absent, source) in SOURCES.items():
@@ -50,12 +54,9 @@ def main() -> int:
         for row in source():
             print(line(row), flush=True)
             rows.append(row)
-    record = {
-        "conditions": records.conditions(),
-        "absent": absent,
-        "rows": [row._asdict() for row in rows],
-    }
-    records.write(records.RESULTS / "codegen.json", record)
+    if chosen.out:
+        found = [{**row._asdict(), "broken": "; ".join(row.broken)} for row in rows]
+        records.Record(records.environment() | {"absent": absent}, found).save(chosen.out)
     return int(bool(absent) or any(row.broken for row in rows))
 
 

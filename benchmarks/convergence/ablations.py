@@ -1,4 +1,4 @@
-"""What each part of Mechanic is worth: the default, with one thing changed."""
+"""Ablations: Mechanic's defaults with one thing changed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from mechanic_fused import options
 from .methods import BASES
 
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
-"""(options of the optimizer, what else is changed while it trains)."""
+"""(options of the optimizer, what else to change while it trains)."""
 
 DEFAULT = "scaled"
 
 
 def _given(**chosen: Any) -> Arm:
+    """The default with other options."""
     return chosen, nullcontext()
 
 
 def _constants(**constants: Any) -> Arm:
-    """The default with other constants, for as long as a run lasts."""
+    """The default with other constants during a run."""
     row = replace(options.VARIANTS[DEFAULT], **constants)
     return {}, patch.dict(options.VARIANTS, {DEFAULT: row})
 
 
 def _start(c: float) -> Arm:
+    """The default with another factor in s_init."""
     return {}, patch.object(options, "START", c)
 
 
@@ -50,4 +52,4 @@ ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
     "scale a group": (ONE, _given(scale="group")),
     "scale a parameter": (ONE, _given(scale="parameter")),
 }
-"""Each arm with the bases that it is tried on."""
+"""Each arm with the bases that it is run with."""

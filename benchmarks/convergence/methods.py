@@ -1,8 +1,8 @@
-"""Who trains: a base at a given learning rate, Mechanic around it, and the others that need none.
+"""Training methods: a base at a given learning rate, Mechanic around it, and other packages.
 
-Each is used as its authors say: Prodigy and D-Adaptation with lr=1 and the recipe's own schedule
-(Prodigy with safeguard_warmup where there is a warm-up), schedule-free without a schedule, with its
-own warm-up and its evaluation mode, DoG without a schedule and with its averager.
+Each package is used as its authors recommend: Prodigy and D-Adaptation with lr=1 and the recipe's
+schedule (Prodigy with safeguard_warmup if there is a warm-up), schedule-free without a schedule but
+with its own warm-up and evaluation mode, DoG without a schedule but with its averager.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ BASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
     "AdamW": (torch.optim.AdamW, mechanic_fused.MechanicAdamW, 2**-7),
     "Lion": (mechanic_fused.Lion, mechanic_fused.MechanicLion, 2**-10),
 }
-"""Each base, Mechanic around it, and the middle of the first grid of learning rates."""
+"""Each base optimizer, Mechanic around it, and the middle of the first grid of learning rates."""
 
 DECAY = {"SGD": 0.0, "AdamW": 1.0, "Lion": 10.0}
-"""Times the recipe's weight decay: none for SGD, ten times for Lion's smaller rates, as its paper
-does."""
+"""Multiples of the recipe's weight decay; Lion's paper uses ten times as much as AdamW."""
 
 
 class Trainer:
-    """An optimizer with its schedule, and the weights that it wants to be judged by.
+    """An optimizer with its schedule, and the weights that it is evaluated with.
 
     Args:
-        rate: reads the learning rate that it takes now.
+        rate: returns the current learning rate.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Trainer:
         self.model, self.optimizer, self.scheduler, self.rate = model, optimizer, scheduler, rate
 
     def backward(self, loss: Tensor, clip: float | None) -> None:
-        """Compute gradients, clipped to this norm where the recipe has one."""
+        """Compute gradients, and clip them to this norm unless it is None."""
         self.optimizer.zero_grad()
         loss.backward()
         if clip is not None:
@@ -58,29 +57,30 @@ class Trainer:
             self.scheduler.step()
 
     def train_step(self, problem: Problem, batch: Any, clip: float | None) -> Tensor:
-        """Take one step on a batch, and return its loss before it."""
+        """Take one step on a batch; return the loss before it."""
         loss = problem.loss(batch)
         self.backward(loss, clip)
         self.step()
         return loss
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The model to evaluate."""
         yield self.model
 
 
 class ScheduleFree(Trainer):
-    """Gradients are taken at one point, and the model is judged at another."""
+    """Gradients are computed at one point, and the model is evaluated at another."""
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
         self.optimizer.eval()
         yield self.model
         self.optimizer.train()
 
 
 class Averaged(Trainer):
-    """The model is judged by DoG's own average of its weights."""
+    """The model is evaluated with DoG's average of its weights."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -91,7 +91,7 @@ class Averaged(Trainer):
         self.averager.step()
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
         yield self.averager.averaged_model
 
 
@@ -107,7 +107,7 @@ def _options(base: str, task: Task) -> dict[str, Any]:
 
 
 def optimizer(base: str, lr: float, problem: Problem, task: Task) -> Any:
-    """Return torch's own, with the options of the recipe."""
+    """Return the base optimizer with the options of the recipe."""
     fused = {} if base == "Lion" else {"fused": True}
     return BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
 
@@ -126,7 +126,7 @@ def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
     def make(problem: Problem, task: Task, steps: int) -> Trainer:
         weights = problem.weights()
         if options.get("scale") == "group":
-            # As people split them for weight decay: matrices, and vectors.
+            # Matrices and vectors, as is usual for weight decay.
             weights = [
                 {"params": [w for w in weights if (w.dim() > 1) == matrix]}
                 for matrix in (True, False)
@@ -140,7 +140,7 @@ def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
 
 
 def _estimated(opt: Any) -> float:
-    """The learning rate of Prodigy and D-Adaptation: their estimate d times lr."""
+    """Return the learning rate of Prodigy and D-Adaptation: their estimate d times lr."""
     return opt.param_groups[0]["d"] * opt.param_groups[0]["lr"]
 
 
@@ -180,4 +180,4 @@ OTHERS: dict[str, Make] = {
     "schedule-free AdamW": _schedule_free,
     "DoG": _dog,
 }
-"""schedule-free has a learning rate; it is left at the package's own 0.0025."""
+"""schedule-free has a learning rate, left at the package's default of 0.0025."""

@@ -1,4 +1,4 @@
-"""What is measured: lists of weight shapes, and the bytes that a step must move."""
+"""What is measured: lists of weight shapes, and the bytes that a step must read and write."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Case:
     """A list of weights.
 
     Args:
-        name: what tables and options call it.
-        shapes: one a weight.
-        dtype: of weights and gradients.
+        name: its name in tables and options.
+        shapes: the shape of each weight.
+        dtype: the dtype of weights and gradients.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Case:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def shrunk(self) -> Case:
-        """Return a miniature of the same name, which shows only that the code runs."""
+        """Return a miniature with the same name; it only shows that the code runs."""
         small = [
-            tuple(min(d // 16, 4096) if d >= 64 else d for d in shape) for shape in self.shapes[:40]
+            tuple(min(d // 16, 4096) if d >= 64 else d for d in shape) for shape in self.shapes[:16]
         ]
         return replace(self, shapes=tuple(small))
 
     def draw(self, device: torch.device, spread: float, seed: int) -> list[Tensor]:
-        """Return normal numbers of all shapes; the same ones for the same seed and device."""
+        """Return normally distributed tensors, determined by the seed and the device."""
         generator = torch.Generator(device).manual_seed(seed)
         return [
             torch.empty(shape, dtype=self.dtype, device=device).normal_(
@@ -52,7 +52,7 @@ class Case:
 
 
 def gpt(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
-    """Return the shapes of a GPT-2 of these sizes, its head tied to its embedding."""
+    """Return the weight shapes of a GPT-2 with these sizes and a tied head."""
     norm = [(width,), (width,)]
     attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
     mlp = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
@@ -85,15 +85,17 @@ GPU = (
     Case("1000x1000-bf16", ((1_000,),) * 1_000, torch.bfloat16),
     Case("1000x16-bf16", ((16,),) * 1_000, torch.bfloat16),
 )
-"""The ones with a required ratio first, so that a run that is cut short has measured them."""
+"""Cases with a requirement come first, so that a run that is cut short has measured them."""
 
 
 def plan_bytes(optimizer: Any) -> int:
     """Return the bytes that a step of ours must read and write, from the tables of its plan.
 
-    norm, where gradients are clipped, reads g. accumulate reads g, Δ, the base's state and, for a
-    decay, x; writes Δ and the state. apply reads
-    x_ref and Δ, writes x. ``optimizer`` must have made a step.
+    norm reads g, if gradients are clipped. accumulate reads g, Δ, the base's state and, for weight
+    decay, x; it writes Δ and the state. apply reads x_ref and Δ, and writes x.
+
+    Args:
+        optimizer: must have taken a step.
     """
     total = 0
     l2, decay = HYPER.index("l2"), HYPER.index("decay")
@@ -111,9 +113,9 @@ def plan_bytes(optimizer: Any) -> int:
 
 
 class CountBytes(TorchDispatchMode):
-    """Adds up what every operation of torch reads and writes: tensors in, tensors changed or out.
+    """Count the bytes that each torch operation reads (its inputs) and writes (its outputs).
 
-    For an optimizer that is a sequence of such operations this is its traffic beyond the caches.
+    For an optimizer made of such operations the sum is its memory traffic, caches aside.
     """
 
     WRITE_ONLY = ("copy_", "_foreach_copy_", "zero_", "_foreach_zero_", "fill_")
@@ -133,7 +135,7 @@ class CountBytes(TorchDispatchMode):
             return out
         given = [*args, *((kwargs or {}).get(a.name) for a in schema.arguments[len(args) :])]
         for i, value in enumerate(given):
-            # The schema lets a fused optimizer write its gradients, for GradScaler's sake alone.
+            # Fused optimizers declare their gradients as written, but only write for GradScaler.
             written = writes[i] and not (name.startswith("_fused") and i == 1)
             read = not (written and name in self.WRITE_ONLY)
             self.bytes += _nbytes(value) * (written + read)
@@ -149,7 +151,7 @@ def _nbytes(value: Any) -> int:
 
 
 def counted_bytes(make: Any, dtype: torch.dtype) -> float:
-    """Return the bytes a parameter that a step of ``make(weights)`` moves, counted by operation."""
+    """Return the bytes per parameter that a step of ``make(weights)`` moves, by its operations."""
     weight = torch.nn.Parameter(torch.randn(1 << 16).to(dtype))
     weight.grad = torch.randn(1 << 16).to(dtype)
     optimizer = make([weight])

@@ -1,12 +1,8 @@
 """The protocol of benchmarks.convergence: what it runs, when it ends, what it concludes."""
 
-import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas
 import pytest
@@ -15,35 +11,29 @@ from scipy import stats
 
 from mechanic_fused import options as constants
 
-ROOT = Path(__file__).resolve().parents[1]
 FEW = 20
-"""Steps of a run, at least."""
+"""The least number of steps in a run."""
 
 
-@pytest.fixture
-def convergence(monkeypatch):
-    """The package as a module: it is not installed."""
-    monkeypatch.syspath_prepend(str(ROOT))
+@pytest.fixture(scope="session")
+def convergence(importable_benchmarks):
+    """The package with its modules."""
+    import benchmarks.convergence.__main__
     import benchmarks.convergence.large
-    import benchmarks.convergence.protocol
-    import benchmarks.convergence.runs
-    import benchmarks.convergence.store
-    import benchmarks.convergence.tables
+    import benchmarks.convergence.trace
 
     return benchmarks.convergence
 
 
 def rows_of(convergence, specs, loss):
-    """Rows as the store would hold them, with a loss for each spec."""
-    lines = []
-    for spec in specs:
-        scores = {"train_loss": 0.0, "validation_loss": loss(spec), "accuracy": 0.5}
-        lines.append({**asdict(spec), "steps": 1, **scores, "rate": 0.1, "seconds": 1.0})
+    """Rows as the store would return them, with a loss for each spec."""
+    scores = {"train_loss": 0.0, "accuracy": 0.5, "rate": 0.1, "environment": 0}
+    lines = [{**asdict(spec), **scores, "validation_loss": loss(spec)} for spec in specs]
     return pandas.DataFrame(lines, columns=convergence.store.FIELDS)
 
 
 def until_done(convergence, part, loss, **more):
-    """Run a part to its end over made-up losses; return its rows."""
+    """Run a part to its end with invented losses; return its rows."""
     protocol = convergence.protocol.Protocol(choosing=(0,), fresh=(100, 101), **more)
     specs, rows = [], rows_of(convergence, [], loss)
     while asked := part(rows, ["char"], protocol):
@@ -54,13 +44,13 @@ def until_done(convergence, part, loss, **more):
 
 
 def valley(at, by=0.0):
-    """A loss over learning rates whose smallest is at 2^at, for Mechanic ``by`` above that."""
+    """A loss whose minimum over learning rates is at 2^at; Mechanic's is ``by`` above it."""
     return lambda spec: 1 + abs(math.log2(spec.lr) - at) / 10 if spec.lr else 1 + by
 
 
 @pytest.mark.parametrize("at", [-7, -2, -13])
 def test_a_grid_grows_until_its_best_is_inside(convergence, at):
-    rows, protocol = until_done(convergence, convergence.protocol.searched, valley(at), horizons=1)
+    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(at), horizons=1)
     rates = sorted(rows[rows.method == "AdamW"].lr)
     assert len(rates) >= protocol.points
     assert rates[0] < 2.0**at < rates[-1]
@@ -68,12 +58,12 @@ def test_a_grid_grows_until_its_best_is_inside(convergence, at):
 
 
 def test_a_grid_that_never_ends_is_given_up(convergence):
-    rows, protocol = until_done(convergence, convergence.protocol.searched, valley(99), horizons=1)
+    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(99), horizons=1)
     assert len(rows[rows.method == "AdamW"]) == protocol.widest
 
 
 def test_a_longer_horizon_starts_around_the_best_of_the_shorter(convergence):
-    rows, protocol = until_done(convergence, convergence.protocol.searched, valley(-6), horizons=4)
+    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(-6), horizons=4)
     later = sorted(rows[(rows.method == "AdamW") & (rows.horizon == 4)].lr)
     assert later == [2.0**k for k in (-8, -7, -6, -5, -4)]
 
@@ -81,8 +71,9 @@ def test_a_longer_horizon_starts_around_the_best_of_the_shorter(convergence):
 @pytest.mark.parametrize(("by", "met"), [(0.0099, True), (0.0101, False)])
 def test_a_comparison_is_met_within_its_tolerance(convergence, by, met):
     def part(*arguments):
-        searched = convergence.protocol.searched(*arguments)
-        return searched or convergence.protocol.compared(*arguments)
+        return convergence.protocol.grid_runs(*arguments) or convergence.protocol.comparison_runs(
+            *arguments
+        )
 
     rows, protocol = until_done(convergence, part, valley(-7, by), horizons=1)
     assert set(rows[(rows.method == "AdamW") & (rows.seed >= 100)].lr) == {2.0**-7}
@@ -91,7 +82,7 @@ def test_a_comparison_is_met_within_its_tolerance(convergence, by, met):
     assert line.behind == pytest.approx(by) and bool(line.met) is met and bool(line.inside)
 
 
-def test_the_interval_is_that_of_paired_differences(convergence):
+def test_the_interval_is_of_paired_differences(convergence):
     rng = torch.Generator().manual_seed(0)
     ours, tuned = (pandas.Series(torch.rand(5, generator=rng).tolist()) for _ in range(2))
     behind, half = convergence.tables.gap(tuned, ours, "accuracy")
@@ -99,7 +90,7 @@ def test_the_interval_is_that_of_paired_differences(convergence):
     assert (behind - half, behind + half) == pytest.approx((low, high))
 
 
-def test_an_arm_changes_one_run_only(convergence):
+def test_an_arm_changes_only_its_run(convergence):
     variants, start = dict(constants.VARIANTS), constants.START
     losses = {}
     for arm in convergence.ablations.ARMS:
@@ -115,16 +106,15 @@ def test_an_arm_changes_one_run_only(convergence):
 
 @pytest.fixture
 def small(convergence, monkeypatch):
-    """Models that take long to make, and validation that takes long, made small."""
+    """Less pretraining, less validation and a small model instead of the large one."""
     monkeypatch.setattr(convergence.text, "PRETRAINING", 3)
     for module in (convergence.text, convergence.tokens):
-        monkeypatch.setattr(module, "KEPT", 16)
-        monkeypatch.setattr(module, "WINDOWS", 16)
+        monkeypatch.setattr(module, "VALIDATION_WINDOWS", 16)
+        monkeypatch.setattr(module, "TRAIN_WINDOWS", 16)
     convergence.text._pretrained.cache_clear()
-    monkeypatch.setattr(
-        convergence.large, "SIZES", {"width": 32, "layers": 1, "heads": 2, "context": 16}
-    )
-    monkeypatch.setattr(convergence.large, "KEPT", 8)
+    sizes = {"width": 32, "layers": 1, "heads": 2, "context": 16}
+    monkeypatch.setattr(convergence.large, "SIZES", sizes)
+    monkeypatch.setattr(convergence.large, "SCORED", 8)
     yield
     convergence.text._pretrained.cache_clear()
 
@@ -137,12 +127,12 @@ def test_each_task_trains_and_repeats(convergence, small, name):
     task = convergence.tasks.TASKS[name]
     spec = convergence.runs.Spec(name, 1, "Mechanic AdamW", 0.0, "", 3)
     one, two = (convergence.runs.run(spec, shorter=task.steps // FEW) for _ in range(2))
-    del one["seconds"], two["seconds"]
     assert one == two
-    assert math.isfinite(one["validation_loss"]) and 0 <= one["accuracy"] <= 1
+    assert math.isfinite(one["validation_loss"])
+    assert ("accuracy" in one) == (task.metric == "accuracy") and 0 <= one.get("accuracy", 0) <= 1
 
 
-def test_every_task_is_tried(convergence):
+def test_every_task_is_listed(convergence):
     assert set(TASKS) == set(convergence.tasks.TASKS)
 
 
@@ -175,41 +165,55 @@ def test_each_precision_trains(convergence, small, method):
         assert row["validation_loss"] < 6, arm
 
 
-def program(tmp_path, *more):
-    command = [sys.executable, "-m", "benchmarks.convergence", "--quick", "--out", tmp_path / "out"]
-    options = "--tasks iris --points 3 --fresh 100 101".split()
-    done = subprocess.run(
-        [*map(str, command), *options, *more],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+OPTIONS = "--tasks iris --points 3 --fresh 100 101".split()
 
 
-def test_the_program_ends_and_goes_on_where_it_was_cut(tmp_path):
-    printed = program(tmp_path)
-    assert "of 3 comparisons met" in printed
-    csv = tmp_path / "out.csv"
-    whole = csv.read_text().splitlines()
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert len(record["comparisons"]) == 3 and len(record["ranking"]) == 7
-    assert (tmp_path / "out.png").stat().st_size > 1000
-    # Cut off in the middle of a line.
-    csv.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:20])
-    program(tmp_path)
-    again = csv.read_text().splitlines()
-    assert again[:-1] == whole[:-1]
-    # All but the time that it took.
-    assert again[-1].split(",")[:-2] == whole[-1].split(",")[:-2]
+def assert_cut_off_and_resumed(program, out):
+    """Run a program, cut off the last line of its rows, and run it again."""
+    printed = program("--quick", "--out", out, *OPTIONS)
+    assert "of 3 comparisons met" in printed and "rank with Lion" in printed
+    rows = out.with_suffix(".csv")
+    whole = rows.read_text().splitlines()
+    assert out.with_suffix(".png").stat().st_size > 1000
+    rows.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:20])
+    assert program("--quick", "--out", out, *OPTIONS) == printed
+    assert rows.read_text().splitlines() == whole
+
+
+def test_a_protocol_that_was_cut_off_resumes(convergence, monkeypatch, capsys, tmp_path):
+    """With invented scores instead of training, and in one process."""
+    program = convergence.__main__
+    monkeypatch.setattr(program.records, "environment", lambda commit: {"commit": "1"})
+
+    def invented(spec):
+        scores = {"train_loss": 1.0, "validation_loss": valley(-3)(spec), "accuracy": 0.9}
+        return {**asdict(spec), **scores, "rate": 0.1}
+
+    def run_here(store, wanted, shorter, jobs):
+        while specs := wanted():
+            for spec in specs:
+                store.add(invented(spec))
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["convergence", *map(str, options)])
+        program.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(program, "run_all", run_here)
+    assert_cut_off_and_resumed(run, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_program_resumes(run_program, tmp_path):
+    def run(*options):
+        printed = run_program("convergence", *options)
+        return printed[printed.index("Mechanic beside") :]  # without the progress on stderr
+
+    assert_cut_off_and_resumed(run, tmp_path / "out")
 
 
 def test_a_trace_is_the_run_of_the_protocol(convergence):
-    import benchmarks.convergence.trace as tracing
-
-    rows = tracing.trace("iris", "AdamW", seed=0, steps=700, every=100)
+    rows = convergence.trace.trace("iris", "AdamW", seed=0, steps=700, every=100)
     spec = convergence.runs.Spec("iris", 1, "Mechanic AdamW", 0.0, "", 0)
     assert [row["step"] for row in rows] == list(range(100, 800, 100))
     largest = max(row["S"] * row["lr"] for row in rows)

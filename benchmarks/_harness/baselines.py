@@ -1,10 +1,10 @@
-"""Who is measured: ours, torch's own, and the packages that people use for the same end."""
+"""The optimizers that are measured: ours, torch's own, and other packages for the same purpose."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,34 +19,35 @@ DECAY = 0.01
 
 
 @dataclass(frozen=True)
-class Contender:
+class OptimizerSpec:
     """An optimizer to measure.
 
     Args:
-        name: what the tables call it.
+        name: its name in tables.
         make: weights → optimizer.
-        ours: its bytes are read from its plan; all others' are counted by operation.
-        shares_gradients: whether it only reads gradients, so that they need not be its own.
-        compiled: wrap its step in torch.compile with this compiler backend.
-        moves: what is counted in its place, where its own operations will not be what runs.
+        ours: count bytes from its plan; otherwise from the torch operations of a step.
+        shares_gradients: it only reads gradients, so it needs no copy of them.
+        compiler: wrap its step in torch.compile with this backend.
+        counted: count the operations of this optimizer instead, where ``make``'s are not what runs.
     """
 
     name: str
     make: Make
     ours: bool = False
     shares_gradients: bool = True
-    compiled: str = ""
-    moves: Make | None = None
+    compiler: str = ""
+    counted: Make | None = None
 
     def bytes_per_parameter(self, optimizer: Any, parameters: int, dtype: torch.dtype) -> float:
+        """Return the bytes that a step must read and write for each parameter."""
         if self.ours:
             return plan_bytes(optimizer) / parameters
-        return counted_bytes(self.moves or self.make, dtype)
+        return counted_bytes(self.counted or self.make, dtype)
 
 
-def torch_adamw(form: str, decay: float = DECAY, **options: Any) -> Contender:
+def torch_adamw(form: str, decay: float = DECAY, **options: Any) -> OptimizerSpec:
     """Return torch's AdamW; ``form`` is "fused" or "foreach"."""
-    return Contender(
+    return OptimizerSpec(
         f"torch AdamW {form}, wd={decay:g}",
         lambda weights: torch.optim.AdamW(
             weights, lr=1e-6, weight_decay=decay, **{form: True}, **options
@@ -54,46 +55,49 @@ def torch_adamw(form: str, decay: float = DECAY, **options: Any) -> Contender:
     )
 
 
-def torch_sgd(form: str) -> Contender:
-    return Contender(
+def torch_sgd(form: str) -> OptimizerSpec:
+    """Return torch's SGD with momentum; ``form`` is "fused" or "foreach"."""
+    return OptimizerSpec(
         f"torch SGD {form}, momentum",
         lambda weights: torch.optim.SGD(weights, lr=1e-6, momentum=0.9, **{form: True}),
     )
 
 
-def adamw(backend: str = "auto", decay: float = DECAY, narrow_delta: bool = False) -> Contender:
-    """Return our AdamW, named after its backend where that is chosen."""
+def adamw(backend: str = "auto", decay: float = DECAY, bf16_delta: bool = False) -> OptimizerSpec:
+    """Return our AdamW; the name has the backend unless that is "auto"."""
     suffix = "" if backend == "auto" else f", {backend}"
-    suffix += ", narrow Δ" if narrow_delta else ""
-    return Contender(
+    suffix += ", bf16 Δ" if bf16_delta else ""
+    return OptimizerSpec(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
-            weights, lr=1.0, weight_decay=decay, backend=backend, narrow_delta=narrow_delta
+            weights, lr=1.0, weight_decay=decay, backend=backend, narrow_delta=bf16_delta
         ),
         ours=True,
     )
 
 
-def sgd(backend: str = "auto") -> Contender:
-    return Contender(
+def sgd(backend: str = "auto") -> OptimizerSpec:
+    """Return our SGD with momentum."""
+    return OptimizerSpec(
         "MechanicSGD momentum",
         lambda weights: mechanic_fused.MechanicSGD(weights, lr=1.0, momentum=0.9, backend=backend),
         ours=True,
     )
 
 
-def lion(backend: str = "auto", decay: float = DECAY) -> Contender:
-    return Contender(
-        f"MechanicLion wd={decay:g}",
+def lion(backend: str = "auto") -> OptimizerSpec:
+    """Return our Lion."""
+    return OptimizerSpec(
+        f"MechanicLion wd={DECAY:g}",
         lambda weights: mechanic_fused.MechanicLion(
-            weights, lr=1.0, weight_decay=decay, backend=backend
+            weights, lr=1.0, weight_decay=DECAY, backend=backend
         ),
         ours=True,
     )
 
 
-def mechanic_pytorch(fused: bool = False) -> Contender:
-    """Return the authors' package around AdamW, as its README has it."""
+def mechanic_pytorch(fused: bool = False) -> OptimizerSpec:
+    """Return the authors' package around AdamW, used as in its README."""
 
     def make(weights: list[Any]) -> Any:
         package = importlib.import_module("mechanic_pytorch")
@@ -101,11 +105,11 @@ def mechanic_pytorch(fused: bool = False) -> Contender:
         return package.mechanize(torch.optim.AdamW)(weights, lr=1.0, weight_decay=DECAY, **options)
 
     name = f"mechanic-pytorch AdamW{' fused' if fused else ''}"
-    return Contender(name, make, shares_gradients=False)
+    return OptimizerSpec(name, make, shares_gradients=False)
 
 
-def other_tuners() -> list[Contender]:
-    """Return the other optimizers that need no learning rate. Some write into their gradients."""
+def other_tuners() -> list[OptimizerSpec]:
+    """Return other optimizers that need no learning rate. Some write to their gradients."""
 
     def schedulefree(weights: list[Any]) -> Any:
         package = importlib.import_module("schedulefree")
@@ -122,14 +126,14 @@ def other_tuners() -> list[Contender]:
             weights, weight_decay=DECAY, decouple=True
         ),
     }
-    return [Contender(name, make, shares_gradients=False) for name, make in makes.items()]
+    return [OptimizerSpec(name, make, shares_gradients=False) for name, make in makes.items()]
 
 
-def compiled(contender: Contender, compiler: str) -> Contender:
-    """Return a contender whose step goes through torch.compile; the fused one's bytes are its."""
-    return Contender(
-        f"{contender.name}, compiled",
-        contender.make,
-        compiled=compiler,
-        moves=torch_adamw("fused").make,
+def compiled(spec: OptimizerSpec, compiler: str) -> OptimizerSpec:
+    """Return an optimizer with a compiled step; it moves the bytes of torch's fused AdamW."""
+    return replace(
+        spec,
+        name=f"{spec.name}, compiled",
+        compiler=compiler,
+        counted=torch_adamw("fused").make,
     )
