@@ -29,6 +29,7 @@ from mechanic_fused.distributed import local, wrap
 
 from ._harness import baselines, options, records, tables, timing
 from ._harness.cases import CPU, Case
+from ._harness.measure import reason
 from ._harness.records import Record, Row
 from ._harness.tables import shown
 from ._harness.timing import Step
@@ -167,8 +168,8 @@ def runners(case: Case, layout: str, gradients: list[Tensor]) -> tuple[list[Runn
             running.append(Runner(name, make()))
         except RuntimeError as error:
             # All ranks have the same layout, so they all fail here and continue together.
-            why = f"{type(error).__name__}: {error}"[:500]
-            failed.append({"case": case.name, "layout": layout, "optimizer": name, "failed": why})
+            row = {"case": case.name, "layout": layout, "optimizer": name}
+            failed.append({**row, "failed": reason(error)})
     return running, failed
 
 

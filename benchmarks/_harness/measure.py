@@ -80,8 +80,12 @@ def _start(
 
 def _failure(case: Case, name: str, error: Exception) -> Row:
     kind = "absent" if isinstance(error, ModuleNotFoundError) else "failed"
-    text = f"{type(error).__name__}: {error}".strip()
-    return {"case": case.name, "optimizer": name, kind: text[:500]}
+    return {"case": case.name, "optimizer": name, kind: reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """Return the type and message of an error, on one line and not too long."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _row(

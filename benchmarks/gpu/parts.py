@@ -118,7 +118,7 @@ def host_work(spec: OptimizerSpec, case: cases.Case, device: torch.device) -> Ro
         if device.type == "cuda":
             row.update(launches(runner.step))
     except Exception as error:  # measure the other optimizers regardless
-        row["host_failed"] = f"{type(error).__name__}: {error}"[:500]
+        row["host_failed"] = measure.reason(error)
     return row
 
 
@@ -164,7 +164,7 @@ def graph_replay(spec: OptimizerSpec, case: cases.Case, device: torch.device) ->
         taken = [timing.seconds(graph.replay, device, repeats) for _ in range(ROUNDS)]
         row["graph_s"] = timing.quartiles(taken)[1]
     except Exception as error:  # as above
-        row["graph_failed"] = f"{type(error).__name__}: {error}"[:500]
+        row["graph_failed"] = measure.reason(error)
     return row
 
 
