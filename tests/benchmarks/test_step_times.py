@@ -24,6 +24,12 @@ FLOORS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def uncollected(monkeypatch):
+    """No garbage collection between pairs, which in a test run takes most of the time."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 @pytest.fixture
 def step():
     from benchmarks import step
