@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 
 matplotlib.use("Agg")  # draws to files, without a display
-import matplotlib.pyplot as plt  # noqa: E402  (pyplot uses the backend chosen before)
+import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
     from char_lm import Run

@@ -120,11 +120,16 @@ class Requirement:
         return f"{self.top}, {names[self.quantity]}"
 
     def _find(self, rows: list[Row], name: str, against: str | None, key: str) -> Row | None:
-        for row in rows:
-            if (row["case"], row["optimizer"]) == (self.case, name) and row.get(key) is not None:
-                if against is None or row.get("against") == against:
-                    return row
-        return None
+        return next(
+            (
+                row
+                for row in rows
+                if (row["case"], row["optimizer"]) == (self.case, name)
+                and row.get(key) is not None
+                and (against is None or row.get("against") == against)
+            ),
+            None,
+        )
 
     def _floor(self, rows: list[Row]) -> float | None:
         key = "bytes_per_parameter"

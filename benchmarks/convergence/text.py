@@ -18,10 +18,10 @@ CONTEXT, BATCH = 64, 8
 TRAIN_WINDOWS, VALIDATION_WINDOWS = 256, 1024
 """Windows of text that the final losses are computed over."""
 
-MODULES = """
-argparse ast calendar configparser datetime difflib doctest inspect
-logging pathlib pickle statistics tarfile turtle typing zipfile
-""".split()
+MODULES = (
+    *("argparse", "ast", "calendar", "configparser", "datetime", "difflib", "doctest", "inspect"),
+    *("logging", "pathlib", "pickle", "statistics", "tarfile", "turtle", "typing", "zipfile"),
+)
 PRETRAINING, PRETRAINING_RATE = 2000, 1e-2
 RANK = 8
 

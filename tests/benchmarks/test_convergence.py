@@ -1,5 +1,6 @@
 """The protocol of benchmarks.convergence: what it runs, when it ends, what it concludes."""
 
+import itertools
 import math
 import sys
 from dataclasses import asdict
@@ -54,7 +55,7 @@ def test_a_grid_grows_until_its_best_is_inside(convergence, at):
     rates = sorted(rows[rows.method == "AdamW"].lr)
     assert len(rates) >= protocol.points
     assert rates[0] < 2.0**at < rates[-1]
-    assert {b / a for a, b in zip(rates, rates[1:], strict=False)} == {2.0}
+    assert {b / a for a, b in itertools.pairwise(rates)} == {2.0}
 
 
 def test_a_grid_that_never_ends_is_given_up(convergence):
@@ -63,7 +64,7 @@ def test_a_grid_that_never_ends_is_given_up(convergence):
 
 
 def test_a_longer_horizon_starts_around_the_best_of_the_shorter(convergence):
-    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(-6), horizons=4)
+    rows, _ = until_done(convergence, convergence.protocol.grid_runs, valley(-6), horizons=4)
     later = sorted(rows[(rows.method == "AdamW") & (rows.horizon == 4)].lr)
     assert later == [2.0**k for k in (-8, -7, -6, -5, -4)]
 
@@ -96,7 +97,7 @@ def test_an_arm_changes_only_its_run(convergence):
     for arm in convergence.ablations.ARMS:
         spec = convergence.runs.Spec("digits_mlp", 1, "Mechanic AdamW", 0.0, arm, 0)
         losses[arm] = convergence.runs.run(spec, shorter=10)["train_loss"]
-        assert (constants.VARIANTS, constants.START) == (variants, start)
+        assert (variants, start) == (constants.VARIANTS, constants.START)
     assert all(map(math.isfinite, losses.values()))
     others = {arm: loss for arm, loss in losses.items() if arm != "default"}
     same = {arm for arm, loss in others.items() if loss == losses["default"]}
@@ -120,7 +121,10 @@ def small(convergence, monkeypatch):
     convergence.text._pretrained.cache_clear()
 
 
-TASKS = "iris wine breast_cancer digits digits_mlp digits_conv char lora tokens gpt2".split()
+TASKS = (
+    *("iris", "wine", "breast_cancer", "digits", "digits_mlp", "digits_conv"),
+    *("char", "lora", "tokens", "gpt2"),
+)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -166,7 +170,7 @@ def test_each_precision_trains(convergence, small, method):
         assert row["validation_loss"] < 6, arm
 
 
-OPTIONS = "--tasks iris --points 3 --fresh 100 101".split()
+OPTIONS = ["--tasks", "iris", "--points", "3", "--fresh", "100", "101"]
 
 
 def assert_cut_off_and_resumed(program, out):

@@ -52,7 +52,7 @@ def test_a_step_over_two_meshes_reduces_once_for_each(run_program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "program, option, message",
+    ("program", "option", "message"),
     [
         ("distributed", ["--cases", "36M"], "got 36M"),
         ("distributed", ["--layouts", "fsdp2,ddp"], "got ddp"),

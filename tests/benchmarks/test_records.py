@@ -42,7 +42,7 @@ def test_an_environment_gets_a_new_number_only_if_it_differs(records, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, result, cells",
+    ("module", "result", "cells"),
     [
         ("step", "step", ["35M", "MechanicAdamW wd=0.01", "30.4"]),
         ("gpu.__main__", "gpu_h100", ["1.5B", "MechanicAdamW wd=0.01, cuda", "23.9"]),

@@ -76,7 +76,7 @@ def test_the_program_runs(run_program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option, message",
+    ("option", "message"),
     [
         (["--cases", "36M"], "got 36M"),
         (["--rounds", "2"], "3 or more, got 2"),

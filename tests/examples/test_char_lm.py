@@ -77,9 +77,10 @@ def test_resumed_after_interrupt_equals_uninterrupted(char_lm, run_example, monk
         return draw_batch(*arguments)
 
     folders("cut")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(char_lm, "random_batch", interrupted)
-        run_example(char_lm, *OPTIONS)
+        with pytest.raises(SystemExit) as stopped:
+            run_example(char_lm, *OPTIONS)
     assert stopped.value.code == 130
     assert checkpoint()["step"] == CUT
 
