@@ -40,10 +40,10 @@ SOURCES = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = options.parser("codegen", __doc__)
     parser.add_argument("--out", type=Path, help="also write the rows to this CSV file")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     print(HEADER)
     rows, absent = [], {}
     for backend, (why_absent, source) in SOURCES.items():

@@ -109,18 +109,19 @@ def test_a_kernel_that_breaks_a_bound_is_named(backend, fault, said):
 def test_the_command_fails_for_a_broken_bound_and_for_a_backend_that_it_cannot_see(
     monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(codegen.records, "RESULTS", tmp_path)
+    out = tmp_path / "codegen.csv"
     good = bounds.checked("cuda", "adam", torch.float32, 90, machine_code.Code(**CLEAN), 128)
 
     def run(why, *rows):
         sources = {"cuda": (lambda: why, lambda: iter(rows))}
         monkeypatch.setattr(codegen, "SOURCES", sources)
-        return codegen.main()
+        return codegen.main(["--out", str(out)])
 
     assert run("", good) == 0
     assert run("", good, good._replace(broken=["spills"])) == 1
     assert run("not built", good) == 1
     assert "not built" in capsys.readouterr().out
+    assert out.exists()
 
 
 def test_numbers_are_read_as_cuobjdump_prints_them():
