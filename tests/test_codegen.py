@@ -9,9 +9,9 @@ import torch
 from mechanic_fused.backends.layout import KINDS
 
 pytest.importorskip("triton")
-codegen = pytest.importorskip("benchmarks.codegen")
-bounds = pytest.importorskip("benchmarks.codegen_bounds")
-machine_code = pytest.importorskip("benchmarks.machine_code")
+codegen = pytest.importorskip("benchmarks.codegen.__main__")
+bounds = pytest.importorskip("benchmarks.codegen.bounds")
+machine_code = pytest.importorskip("benchmarks.codegen.machine_code")
 
 KERNELS = bounds.KERNELS
 
@@ -32,7 +32,7 @@ def of_dtypes(*main):
 @of_dtypes(*bounds.MAIN)
 def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
     for narrow in bounds.variants(kernel, dtype):
-        row = codegen.codegen_triton.row(kernel, dtype, architecture, narrow)
+        row = codegen.triton.row(kernel, dtype, architecture, narrow)
         assert not row.broken, codegen.line(row)
         assert row.registers > 0 and row.threads >= 128
 
@@ -41,7 +41,7 @@ def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
 @pytest.mark.parametrize("kernel", bounds.WITH_DELTA)
 @pytest.mark.parametrize("dtype", bounds.MAIN, ids=str)
 def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
-    row = codegen.codegen_triton.row(kernel, dtype, 90, narrow_delta=True)
+    row = codegen.triton.row(kernel, dtype, 90, narrow_delta=True)
     assert not row.broken, codegen.line(row)
     assert row.delta == "bfloat16"
 
@@ -49,7 +49,7 @@ def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
 @compiles
 @pytest.mark.parametrize("architecture", bounds.ARCHITECTURES)
 def test_the_tuner_compiles(architecture):
-    assert codegen.codegen_triton.row("tune", torch.float64, architecture).registers > 0
+    assert codegen.triton.row("tune", torch.float64, architecture).registers > 0
 
 
 @compiles
@@ -60,7 +60,7 @@ def test_products_and_sums_are_not_fused():
         ("lion", torch.float64),
         ("apply", torch.bfloat16),
     ):
-        ptx = codegen.codegen_triton.compiled(kernel, dtype, 90)["ptx"]
+        ptx = codegen.triton.compiled(kernel, dtype, 90)["ptx"]
         assert "mul" in ptx and "fma.rn.f" not in ptx and ".ftz" not in ptx
         assert ".approx" not in ptx and "div.full" not in ptx
 
@@ -69,7 +69,7 @@ def test_products_and_sums_are_not_fused():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_offsets_into_weights_have_64_bits(kernel):
     """What is added to an address out of the table, or a weight of 2³¹ elements would wrap."""
-    ttir = codegen.codegen_triton.compiled(kernel, torch.float32, 90)["ttir"]
+    ttir = codegen.triton.compiled(kernel, torch.float32, 90)["ttir"]
     arrays = re.findall(r"(%\S+) = tt\.int_to_ptr %\S+ : i64 -> !tt\.ptr<f32>", ttir)
     assert len(arrays) >= 2
     indexed = 0

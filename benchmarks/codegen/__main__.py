@@ -11,9 +11,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from . import codegen_cuda, codegen_triton
-from ._harness import options, records
-from .codegen_bounds import Row
+from .._harness import options, records
+from . import cuda, triton
+from .bounds import Row
 
 HEADER = (
     "backend kernel    dtype     state     delta     arch    registers  stack  local shared  ld128"
@@ -35,8 +35,8 @@ def without_triton() -> str:
 
 
 SOURCES = {
-    "cuda": (codegen_cuda.absent, codegen_cuda.rows),
-    "triton": (without_triton, codegen_triton.rows),
+    "cuda": (cuda.absent, cuda.rows),
+    "triton": (without_triton, triton.rows),
 }
 
 

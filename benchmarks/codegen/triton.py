@@ -14,7 +14,7 @@ from mechanic_fused.backends.layout import KINDS, compute_dtype
 from mechanic_fused.bucket import delta_dtype
 
 from . import machine_code
-from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, variants
+from .bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, variants
 
 
 def source(

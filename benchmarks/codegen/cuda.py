@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import machine_code
-from .codegen_bounds import ARCHITECTURES, Row, checked
+from .bounds import ARCHITECTURES, Row, checked
 
 THREADS = 256
 """Of a block, in every kernel: kThreads of launch.cuh."""
