@@ -36,13 +36,22 @@ class Trainer:
     """An optimizer with its schedule, and the weights that it is evaluated with.
 
     Args:
-        rate: returns the current learning rate.
+        learned: optimizer → the current learning rate; by default its first group's lr.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: Any, rate: Callable[[], float]
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any = None,
+        learned: Callable[[Any], float] = lambda opt: opt.param_groups[0]["lr"],
     ) -> None:
-        self.model, self.optimizer, self.scheduler, self.rate = model, optimizer, scheduler, rate
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.learned = learned
+
+    def rate(self) -> float:
+        """Return the current learning rate."""
+        return float(self.learned(self.optimizer))
 
     def backward(self, loss: Tensor, clip: float | None) -> None:
         """Compute gradients, and clip them to this norm unless it is None."""
@@ -112,31 +121,26 @@ def optimizer(base: str, lr: float, problem: Problem, task: Task) -> Any:
     return BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
 
 
-def plain(base: str, lr: float) -> Make:
-    def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        opt = optimizer(base, lr, problem, task)
-        return Trainer(
-            problem.model, opt, schedule(opt, task, steps), lambda: opt.param_groups[0]["lr"]
-        )
-
-    return make
+def plain(base: str, lr: float, problem: Problem, task: Task, steps: int) -> Trainer:
+    """Train with a base optimizer at this learning rate."""
+    opt = optimizer(base, lr, problem, task)
+    return Trainer(problem.model, opt, schedule(opt, task, steps))
 
 
-def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
-    def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        weights = problem.weights()
-        if options.get("scale") == "group":
-            # Matrices and vectors, as is usual for weight decay.
-            weights = [
-                {"params": [w for w in weights if (w.dim() > 1) == matrix]}
-                for matrix in (True, False)
-            ]
-        opt = BASES[base][1](weights, lr=lr, **_options(base, task), **options)
-        return Trainer(
-            problem.model, opt, schedule(opt, task, steps), lambda: max(opt.learned_lr())
-        )
-
-    return make
+def mechanic(
+    base: str, options: dict[str, Any], problem: Problem, task: Task, steps: int
+) -> Trainer:
+    """Train with Mechanic around a base, with these options of its own."""
+    weights = problem.weights()
+    if options.get("scale") == "group":
+        # Matrices and vectors, as is usual for weight decay.
+        weights = [
+            {"params": [w for w in weights if (w.dim() > 1) == matrix]} for matrix in (True, False)
+        ]
+    opt = BASES[base][1](weights, lr=1.0, **_options(base, task), **options)
+    return Trainer(
+        problem.model, opt, schedule(opt, task, steps), lambda opt: max(opt.learned_lr())
+    )
 
 
 def _estimated(opt: Any) -> float:
@@ -151,14 +155,14 @@ def _prodigy(problem: Problem, task: Task, steps: int) -> Trainer:
         weight_decay=task.decay,
         safeguard_warmup=task.schedule == "cosine",
     )
-    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+    return Trainer(problem.model, opt, schedule(opt, task, steps), _estimated)
 
 
 def _d_adaptation(problem: Problem, task: Task, steps: int) -> Trainer:
     opt = importlib.import_module("dadaptation").DAdaptAdam(
         problem.weights(), lr=1.0, weight_decay=task.decay, decouple=True
     )
-    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+    return Trainer(problem.model, opt, schedule(opt, task, steps), _estimated)
 
 
 def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
@@ -166,12 +170,12 @@ def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
         problem.weights(), weight_decay=task.decay, warmup_steps=max(1, steps // 20)
     )
     opt.train()
-    return ScheduleFree(problem.model, opt, None, lambda: opt.param_groups[0]["lr"])
+    return ScheduleFree(problem.model, opt)
 
 
 def _dog(problem: Problem, task: Task, steps: int) -> Trainer:
     opt = importlib.import_module("dog").DoG(problem.weights())
-    return Averaged(problem.model, opt, None, lambda: float(opt.param_groups[0]["eta"][0]))
+    return Averaged(problem.model, opt, None, lambda opt: opt.param_groups[0]["eta"][0])
 
 
 OTHERS: dict[str, Make] = {

@@ -104,7 +104,7 @@ def in_precision(make: Make, precision: Precision) -> Make:
         # The cross-entropy is computed in float32, as is usual.
         model.forward = lambda x: forward(x).float()
         trainer = make(problem, task, steps)
-        parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.rate)
+        parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.learned)
         if precision.scaled:
             return WithGradScaler(*parts)
         return NearestDelta(*parts) if precision.delta == "nearest" else trainer

@@ -6,6 +6,7 @@ import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from .ablations import ARMS
@@ -58,7 +59,7 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
     if spec.method in OTHERS:
         return OTHERS[spec.method]
     if spec.method in TUNED:
-        return TUNED[spec.method].make(spec.lr)
+        return partial(TUNED[spec.method].make, spec.lr)
     name, _, base = spec.method.rpartition(" ")
     chosen: dict[str, Any] = {}
     if spec.arm in ARMS:
@@ -67,7 +68,7 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
     precision = PRECISIONS.get(spec.arm)
     if precision:
         chosen = precision.options
-    make = mechanic(base, **chosen) if name else plain(base, spec.lr)
+    make = partial(mechanic, base, chosen) if name else partial(plain, base, spec.lr)
     return in_precision(make, precision) if precision else make
 
 

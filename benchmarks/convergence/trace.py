@@ -5,6 +5,8 @@ python -m benchmarks.convergence.trace char AdamW --seed 7 --steps 200
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from tabulate import tabulate
 
@@ -20,7 +22,7 @@ def trace(
     """Return a row for every ``every`` steps: the mean loss, the range and last value of S."""
     chosen, change = ARMS[arm][1]
     with change:
-        return _traced(mechanic(base, **chosen), TASKS[name], seed, steps, every)
+        return _traced(partial(mechanic, base, chosen), TASKS[name], seed, steps, every)
 
 
 def _traced(make: Make, task: Task, seed: int, steps: int, every: int) -> list[dict[str, float]]:

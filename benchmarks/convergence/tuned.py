@@ -6,6 +6,7 @@ A tuner that replaces the schedule runs without one; the others run with the tas
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from mechanic_fused import tuners
 
 from . import schedules
-from .methods import DECAY, Make, Trainer, optimizer
+from .methods import DECAY, Trainer, optimizer
 from .problem import Problem
 from .tasks import Task
 
@@ -32,12 +33,12 @@ class Method(NamedTuple):
     Args:
         start: the first lr: a number, or "grid" for the best of its base's grid.
         base: the base whose grid it is compared with.
-        make: first lr → how to make it.
+        make: (first lr, problem, task, steps) → trainer.
     """
 
     start: float | str
     base: str
-    make: Callable[[float], Make]
+    make: Callable[[float, Problem, Task, int], Trainer]
 
 
 class Several:
@@ -58,8 +59,8 @@ class Probing(Trainer):
         probe_batches: (problem, batch of the step) → the batches of the probed losses.
     """
 
-    def __init__(self, model: Any, opt: Any, rate: Any, tuner: Any, probe_batches: Any) -> None:
-        super().__init__(model, opt, None, rate)
+    def __init__(self, model: Any, opt: Any, tuner: Any, probe_batches: Any) -> None:
+        super().__init__(model, opt)
         self.tuner, self.probe_batches = tuner, probe_batches
 
     def train_step(self, problem: Problem, batch: Any, clip: float | None) -> Tensor:
@@ -104,21 +105,12 @@ class FullBatch(WithClosure):
         return super().train_step(problem, problem.train, clip)
 
 
-def _rate(opt: Any) -> Callable[[], float]:
-    return lambda: float(opt.param_groups[0]["lr"])
-
-
-def _scheduled(base: str, scheduler: Callable[[Any, Task, int], Any]) -> Callable[[float], Make]:
-    """Return a base with the scheduler (optimizer, task, steps)."""
-
-    def start(lr: float) -> Make:
-        def make(problem: Problem, task: Task, steps: int) -> Trainer:
-            opt = optimizer(base, lr, problem, task)
-            return Trainer(problem.model, opt, scheduler(opt, task, steps), _rate(opt))
-
-        return make
-
-    return start
+def _scheduled(
+    base: str, scheduler: Any, lr: float, problem: Problem, task: Task, steps: int
+) -> Trainer:
+    """Train a base with the scheduler (optimizer, task, steps)."""
+    opt = optimizer(base, lr, problem, task)
+    return Trainer(problem.model, opt, scheduler(opt, task, steps))
 
 
 def _window(steps: int) -> int:
@@ -143,35 +135,21 @@ def _flatter(opt: Any, task: Task, steps: int) -> Any:
 
 
 def _probing(
-    base: str, tuner: Callable[[Any, Any, int], Any], probe_batches: Any
-) -> Callable[[float], Make]:
-    def start(lr: float) -> Make:
-        def make(problem: Problem, task: Task, steps: int) -> Trainer:
-            # LQA's direction must be the gradient: no momentum and no decay.
-            plain = torch.optim.SGD(problem.weights(), lr=lr) if base == "plain SGD" else None
-            opt = plain or optimizer(base, lr, problem, task)
-            made = tuner(opt, problem.model, steps)
-            return Probing(problem.model, opt, _rate(opt), made, probe_batches)
-
-        return make
-
-    return start
+    base: str, tuner: Any, batches: Any, lr: float, problem: Problem, task: Task, steps: int
+) -> Trainer:
+    """Train a base with the tuner (optimizer, model, steps)."""
+    # LQA's direction must be the gradient: no momentum and no decay.
+    plain = torch.optim.SGD(problem.weights(), lr=lr) if base == "plain SGD" else None
+    opt = plain or optimizer(base, lr, problem, task)
+    return Probing(problem.model, opt, tuner(opt, problem.model, steps), batches)
 
 
 def _with_closure(
-    kind: type[WithClosure], new: Callable[[Problem, float, float], Any], scheduled: bool
-) -> Callable[[float], Make]:
-    """Return a method that is an optimizer itself: new(problem, lr, weight_decay)."""
-
-    def start(lr: float) -> Make:
-        def make(problem: Problem, task: Task, steps: int) -> Trainer:
-            opt = new(problem, lr, DECAY["SGD"] * task.decay)
-            scheduler = schedules.schedule(opt, task, steps) if scheduled else None
-            return kind(problem.model, opt, scheduler, _rate(opt))
-
-        return make
-
-    return start
+    kind: Any, new: Any, scheduled: bool, lr: float, problem: Problem, task: Task, steps: int
+) -> Trainer:
+    """Train with a method that is an optimizer itself: new(problem, lr, weight_decay)."""
+    opt = new(problem, lr, DECAY["SGD"] * task.decay)
+    return kind(problem.model, opt, schedules.schedule(opt, task, steps) if scheduled else None)
 
 
 def _cgq(problem: Problem, lr: float, decay: float) -> Any:
@@ -190,37 +168,39 @@ def _autogd(problem: Problem, lr: float, _: float) -> Any:
     return tuners.AutoGD(problem.weights(), lr=lr, model=problem.model)
 
 
+def _gen(opt: Any, model: Any, steps: int) -> Any:
+    return tuners.GeN(opt, model)
+
+
+def _lrtuner(opt: Any, model: Any, steps: int) -> Any:
+    return tuners.LRTuner(opt, model, steps=steps)
+
+
+def _lqa(opt: Any, model: Any, steps: int) -> Any:
+    return tuners.LQA(opt, model)
+
+
 TUNED: dict[str, Method] = {
-    "AutoDrop AdamW": Method("grid", "AdamW", _scheduled("AdamW", _autodrop)),
-    "exponential AdamW": Method("grid", "AdamW", _scheduled("AdamW", _as_autodrop)),
-    "drops AdamW": Method("grid", "AdamW", _scheduled("AdamW", _drops)),
-    "AutoDrop SGD": Method("grid", "SGD", _scheduled("SGD", _autodrop)),
-    "exponential SGD": Method("grid", "SGD", _scheduled("SGD", _as_autodrop)),
-    "drops SGD": Method("grid", "SGD", _scheduled("SGD", _drops)),
-    "GeN AdamW": Method(
-        1e-3,
-        "AdamW",
-        _probing("AdamW", lambda opt, model, _: tuners.GeN(opt, model), lambda p, _: [p.batch()]),
-    ),
+    "AutoDrop AdamW": Method("grid", "AdamW", partial(_scheduled, "AdamW", _autodrop)),
+    "exponential AdamW": Method("grid", "AdamW", partial(_scheduled, "AdamW", _as_autodrop)),
+    "drops AdamW": Method("grid", "AdamW", partial(_scheduled, "AdamW", _drops)),
+    "AutoDrop SGD": Method("grid", "SGD", partial(_scheduled, "SGD", _autodrop)),
+    "exponential SGD": Method("grid", "SGD", partial(_scheduled, "SGD", _as_autodrop)),
+    "drops SGD": Method("grid", "SGD", partial(_scheduled, "SGD", _drops)),
+    "GeN AdamW": Method(1e-3, "AdamW", partial(_probing, "AdamW", _gen, lambda p, _: [p.batch()])),
     "LRTuner AdamW": Method(
         1e-3,
         "AdamW",
-        _probing(
-            "AdamW",
-            lambda opt, model, steps: tuners.LRTuner(opt, model, steps=steps),
-            lambda p, _: [p.batch() for _ in range(LARGER)],
-        ),
+        partial(_probing, "AdamW", _lrtuner, lambda p, _: [p.batch() for _ in range(LARGER)]),
     ),
-    "LQA": Method(
-        1e-2,
-        "SGD",
-        _probing("plain SGD", lambda opt, model, _: tuners.LQA(opt, model), lambda _, b: [b]),
+    "LQA": Method(1e-2, "SGD", partial(_probing, "plain SGD", _lqa, lambda _, b: [b])),
+    "CGQ": Method(1e-2, "SGD", partial(_with_closure, Unclipped, _cgq, False)),
+    "extrapolated SGD": Method(
+        "grid", "SGD", partial(_with_closure, WithClosure, _extrapolated, True)
     ),
-    "CGQ": Method(1e-2, "SGD", _with_closure(Unclipped, _cgq, False)),
-    "extrapolated SGD": Method("grid", "SGD", _with_closure(WithClosure, _extrapolated, True)),
-    "AdaRem": Method(0.4, "SGD", _with_closure(WithClosure, _adarem, True)),
-    "Flatter, faster SGD": Method("grid", "SGD", _scheduled("SGD", _flatter)),
-    "AutoGD": Method(1.0, "SGD", _with_closure(FullBatch, _autogd, False)),
+    "AdaRem": Method(0.4, "SGD", partial(_with_closure, WithClosure, _adarem, True)),
+    "Flatter, faster SGD": Method("grid", "SGD", partial(_scheduled, "SGD", _flatter)),
+    "AutoGD": Method(1.0, "SGD", partial(_with_closure, FullBatch, _autogd, False)),
 }
 """A method that only lowers the lr starts at the best of the grid; one that searches does not."""
 
