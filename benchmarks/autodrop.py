@@ -40,7 +40,7 @@ def passes(case: cases.Case, rounds: int) -> list[Row]:
     path = Trajectory(weights, True, "auto", None)
     path.space.axpby(path.previous, path.space.weights, a=0.0)
     path.space.axpby(path.sum, path.space.weights, a=0.0, c=1.5)
-    path.turned(path.sum)
+    path.advance(path.sum)
     return [
         pass_row(
             "running sum",
@@ -48,7 +48,7 @@ def passes(case: cases.Case, rounds: int) -> list[Row]:
             12 * case.parameters,
             rounds,
         ),
-        pass_row("angle", lambda: path.turned(path.sum), 16 * case.parameters, rounds),
+        pass_row("angle", lambda: path.advance(path.sum), 16 * case.parameters, rounds),
     ]
 
 
