@@ -22,7 +22,7 @@ COPY_SIZE = 1 << 28
 
 OURS = baselines.adamw()
 OURS_PLAIN = baselines.adamw(decay=0.0)
-OURS_BF16_DELTA = baselines.adamw(bf16_delta=True)
+OURS_BF16_DELTA = baselines.adamw(delta_dtype=torch.bfloat16)
 OURS_SGD = baselines.sgd()
 FUSED = baselines.torch_adamw("fused")
 FUSED_PLAIN = baselines.torch_adamw("fused", decay=0.0)

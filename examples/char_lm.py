@@ -234,7 +234,7 @@ def main() -> None:
     runs = [Run(text, arguments.steps, arguments.seed, lr) for lr in rates]
     mechanic = runs[0]
     print(f"{len(text.train):,} characters of Python's own documentation to learn from")
-    print(f"{mechanic.name}, {mechanic.optimizer.road}; no learning rate given")
+    print(f"{mechanic.name}, {mechanic.optimizer.implementation}; no learning rate given")
     interrupted = watch_for_interrupt()
     for run in runs:
         train(run, arguments.checkpoint, interrupted)

@@ -100,8 +100,8 @@ def main() -> None:
     # A tensor on the device is read by each replay; a float must be copied there before.
     lr = 1.0 if args.float_lr else torch.tensor(1.0, device="cuda")
     opt = MechanicAdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    if opt.road not in ("fused: cuda", "fused: triton"):
-        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.road}")
+    if opt.implementation not in ("fused (cuda)", "fused (triton)"):
+        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.implementation}")
 
     def show(t: int, seen: StepOutputs) -> None:
         if t == WARM_UP or (t + 1) % 100 == 0:  # reading the loss waits for the device

@@ -72,7 +72,9 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if found:
         dcp.load({"training": run}, checkpoint_id=str(found))
     if rank == 0:
-        print(f"{ranks} ranks on {device.type}, {run.optimizer.road}; from step {run.step}")
+        print(
+            f"{ranks} ranks on {device.type}, {run.optimizer.implementation}; from step {run.step}"
+        )
     while run.step < arguments.steps:
         # The batch of a rank depends only on the step, so a resumed run sees the same batches.
         seed = torch.Generator().manual_seed(run.step * ranks + rank)

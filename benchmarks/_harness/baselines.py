@@ -63,14 +63,16 @@ def torch_sgd(form: str) -> OptimizerSpec:
     )
 
 
-def adamw(backend: str = "auto", decay: float = DECAY, bf16_delta: bool = False) -> OptimizerSpec:
+def adamw(
+    backend: str = "auto", decay: float = DECAY, delta_dtype: torch.dtype | None = None
+) -> OptimizerSpec:
     """Return our AdamW; the name has the backend unless that is "auto"."""
     suffix = "" if backend == "auto" else f", {backend}"
-    suffix += ", bf16 Δ" if bf16_delta else ""
+    suffix += ", bf16 Δ" if delta_dtype is torch.bfloat16 else ""
     return OptimizerSpec(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
-            weights, lr=1.0, weight_decay=decay, backend=backend, narrow_delta=bf16_delta
+            weights, lr=1.0, weight_decay=decay, backend=backend, delta_dtype=delta_dtype
         ),
         ours=True,
     )

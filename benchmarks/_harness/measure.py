@@ -99,7 +99,7 @@ def _row(
         "tensors": len(case.shapes),
         "parameters": case.parameters,
         "optimizer": runner.spec.name,
-        "implementation": getattr(runner.optimizer, "road", None),
+        "implementation": getattr(runner.optimizer, "implementation", None),
         "rounds": len(runner.times),
         "repeats": repeats,
         **taken,

@@ -14,7 +14,7 @@ from .methods import BASES
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
 """(options of the optimizer, what else to change while it trains)."""
 
-DEFAULT = "scaled"
+DEFAULT = "annealed"
 
 
 def _given(**chosen: Any) -> Arm:
@@ -30,7 +30,7 @@ def _constants(**constants: Any) -> Arm:
 
 def _start(c: float) -> Arm:
     """The default with another factor in s_init."""
-    return {}, patch.object(options, "START", c)
+    return {}, patch.object(options, "FIRST_UPDATE_NORM", c)
 
 
 ALL, ONE = tuple(BASES), ("AdamW",)
@@ -49,7 +49,7 @@ ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
     "r floored": (ONE, _constants(floors_r=True)),
     "3 betas": (ONE, _given(tuner_betas=(0.9, 0.999, 0.99999))),
     "1 beta": (ONE, _given(tuner_betas=(0.999999,))),
-    "scale a group": (ONE, _given(scale="group")),
-    "scale a parameter": (ONE, _given(scale="parameter")),
+    "scale a group": (ONE, _given(scale_per="group")),
+    "scale a parameter": (ONE, _given(scale_per="parameter")),
 }
 """Each arm with the bases that it is run with."""

@@ -132,7 +132,7 @@ def mechanic(
 ) -> Trainer:
     """Train with Mechanic around a base, with these options of its own."""
     weights = problem.weights()
-    if options.get("scale") == "group":
+    if options.get("scale_per") == "group":
         # Matrices and vectors, as is usual for weight decay.
         weights = [
             {"params": [w for w in weights if (w.dim() > 1) == matrix]} for matrix in (True, False)

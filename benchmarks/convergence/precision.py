@@ -36,14 +36,13 @@ class Precision:
     delta: str | None = None
 
     @property
-    def options(self) -> dict[str, bool]:
+    def options(self) -> dict[str, Any]:
         """The options of a mechanized optimizer; with fused=True its kernels unscale."""
-        wanted = {
-            "fused": self.scaled,
-            "narrow_state": self.state,
-            "narrow_delta": self.delta == "stochastic",
+        return {
+            **({"fused": True} if self.scaled else {}),
+            **({"state_dtype": "param"} if self.state else {}),
+            **({"delta_dtype": torch.bfloat16} if self.delta == "stochastic" else {}),
         }
-        return {name: True for name, is_wanted in wanted.items() if is_wanted}
 
 
 PRECISIONS = {

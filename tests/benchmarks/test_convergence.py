@@ -92,12 +92,12 @@ def test_the_interval_is_of_paired_differences(convergence):
 
 
 def test_an_arm_changes_only_its_run(convergence):
-    variants, start = dict(constants.VARIANTS), constants.START
+    variants, start = dict(constants.VARIANTS), constants.FIRST_UPDATE_NORM
     losses = {}
     for arm in convergence.ablations.ARMS:
         spec = convergence.runs.Spec("digits_mlp", 1, "Mechanic AdamW", 0.0, arm, 0)
         losses[arm] = convergence.runs.run(spec, shorter=10)["train_loss"]
-        assert (variants, start) == (constants.VARIANTS, constants.START)
+        assert (variants, start) == (constants.VARIANTS, constants.FIRST_UPDATE_NORM)
     assert all(map(math.isfinite, losses.values()))
     others = {arm: loss for arm, loss in losses.items() if arm != "default"}
     same = {arm for arm, loss in others.items() if loss == losses["default"]}

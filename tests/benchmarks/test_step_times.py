@@ -189,7 +189,7 @@ def test_the_roofline_counts_the_dtype_of_the_state(baselines):
     plain = baselines.lion("reference")
     low = baselines.OptimizerSpec(
         "low",
-        lambda weights: MechanicLion(weights, weight_decay=0.1, narrow_state=True),
+        lambda weights: MechanicLion(weights, weight_decay=0.1, state_dtype="param"),
         ours=True,
     )
     expected = FLOORS[torch.bfloat16][plain.name]
