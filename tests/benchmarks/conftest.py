@@ -9,13 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(scope="session", autouse=True)
-def importable_benchmarks():
-    """Put the repository's root on the path, where the package benchmarks is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield
+# Before any test is collected: otherwise `benchmarks` may be this folder, without modules.
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ FEW = 20
 
 
 @pytest.fixture(scope="session")
-def convergence(importable_benchmarks):
+def convergence():
     """The package with its modules."""
     import benchmarks.convergence.__main__
     import benchmarks.convergence.large

@@ -9,7 +9,7 @@ for name in ("pandas", "sklearn", "matplotlib", "tqdm", "tabulate"):
 
 
 @pytest.fixture(scope="session")
-def convergence(importable_benchmarks):
+def convergence():
     """The package with its modules."""
     import benchmarks.convergence.runs
 
