@@ -9,9 +9,9 @@ import torch
 from mechanic_fused.backends.layout import KINDS
 
 triton = pytest.importorskip("triton")
-codegen = pytest.importorskip("benchmarks.codegen")
-bounds = pytest.importorskip("benchmarks.codegen_bounds")
-machine_code = pytest.importorskip("benchmarks.machine_code")
+codegen = pytest.importorskip("benchmarks.codegen.__main__")
+bounds = pytest.importorskip("benchmarks.codegen.bounds")
+machine_code = pytest.importorskip("benchmarks.codegen.machine_code")
 
 KERNELS = bounds.KERNELS
 
@@ -31,7 +31,7 @@ def slow_but(quick, values):
 @pytest.mark.parametrize("dtype", slow_but(torch.bfloat16, bounds.DTYPES), ids=str)
 def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
     for narrow in bounds.variants(kernel, dtype):
-        row = codegen.codegen_triton.row(kernel, dtype, architecture, narrow)
+        row = codegen.triton.row(kernel, dtype, architecture, narrow)
         assert not row.broken, codegen.line(row)
         assert row.registers > 0
         assert row.threads >= 128
@@ -41,7 +41,7 @@ def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
 @pytest.mark.parametrize("kernel", slow_but("sgd", bounds.WITH_DELTA))
 @pytest.mark.parametrize("dtype", slow_but(torch.float32, bounds.MAIN), ids=str)
 def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
-    row = codegen.codegen_triton.row(kernel, dtype, 90, narrow_delta=True)
+    row = codegen.triton.row(kernel, dtype, 90, narrow_delta=True)
     assert not row.broken, codegen.line(row)
     assert row.delta == "bfloat16"
 
@@ -49,7 +49,7 @@ def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
 @compiles
 @pytest.mark.parametrize("architecture", slow_but(90, bounds.ARCHITECTURES))
 def test_the_tuner_compiles(architecture):
-    assert codegen.codegen_triton.row("tune", torch.float64, architecture).registers > 0
+    assert codegen.triton.row("tune", torch.float64, architecture).registers > 0
 
 
 @compiles
@@ -64,7 +64,7 @@ def test_the_tuner_compiles(architecture):
 )
 def test_products_and_sums_are_not_fused(kernel, dtype):
     """a·b + c rounded once would differ from the reference."""
-    ptx = codegen.codegen_triton.compiled(kernel, dtype, 90)["ptx"]
+    ptx = codegen.triton.compiled(kernel, dtype, 90)["ptx"]
     assert "mul" in ptx
     for inexact in ("fma.rn.f", ".ftz", ".approx", "div.full"):
         assert inexact not in ptx
@@ -74,7 +74,7 @@ def test_products_and_sums_are_not_fused(kernel, dtype):
 @pytest.mark.parametrize("kernel", slow_but("measure", KERNELS))
 def test_offsets_into_weights_have_64_bits(kernel):
     """What is added to an address out of the table, or a weight of 2³¹ elements would wrap."""
-    ttir = codegen.codegen_triton.compiled(kernel, torch.float32, 90)["ttir"]
+    ttir = codegen.triton.compiled(kernel, torch.float32, 90)["ttir"]
     arrays = re.findall(r"(%\S+) = tt\.int_to_ptr %\S+ : i64 -> !tt\.ptr<f32>", ttir)
     assert len(arrays) >= 2
     indexed = 0
@@ -90,7 +90,7 @@ def test_offsets_into_weights_have_64_bits(kernel):
 @pytest.mark.parametrize("architecture", slow_but(90, bounds.ARCHITECTURES))
 @pytest.mark.parametrize("dtype", slow_but(torch.float16, bounds.DTYPES), ids=str)
 def test_norm_reads_gradients_16_bytes_at_a_time_and_adds_in_order(dtype, architecture):
-    ptx = codegen.codegen_triton.compiled("norm", dtype, architecture)["ptx"]
+    ptx = codegen.triton.compiled("norm", dtype, architecture)["ptx"]
     assert len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)\b", ptx)) == 1
     assert "fma.rn" not in ptx
     assert not re.search(r"atom\S*\.f\d\d", ptx)
@@ -104,8 +104,8 @@ def test_the_clip_coefficient_is_made_in_float64(architecture):
     """Of a constant that is 1e-6 in float64, not in float32, and rounded as the reference does."""
     from mechanic_fused.triton_kernels import storage
 
-    source = codegen.codegen_triton.source("sgd", torch.float32)
-    plain = codegen.codegen_triton.compiled("sgd", torch.float32, architecture)["ptx"]
+    source = codegen.triton.source("sgd", torch.float32)
+    plain = codegen.triton.compiled("sgd", torch.float32, architecture)["ptx"]
     clip = source.fn.arg_names.index("clip")
     clipped = triton.compile(
         triton.compiler.ASTSource(
@@ -150,18 +150,19 @@ def test_a_kernel_that_breaks_a_bound_is_named(backend, fault, said):
 def test_the_command_fails_for_a_broken_bound_and_for_a_backend_that_it_cannot_see(
     monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(codegen.records, "RESULTS", tmp_path)
+    out = tmp_path / "codegen.csv"
     good = bounds.checked("cuda", "adam", torch.float32, 90, machine_code.Code(**CLEAN), 128)
 
     def run(why, *rows):
         sources = {"cuda": (lambda: why, lambda: iter(rows))}
         monkeypatch.setattr(codegen, "SOURCES", sources)
-        return codegen.main()
+        return codegen.main(["--out", str(out)])
 
     assert run("", good) == 0
     assert run("", good, good._replace(broken=["spills"])) == 1
     assert run("not built", good) == 1
     assert "not built" in capsys.readouterr().out
+    assert out.exists()
 
 
 def test_numbers_are_read_as_cuobjdump_prints_them():

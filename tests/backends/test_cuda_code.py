@@ -8,18 +8,18 @@ from support.cases import skip_unless_available
 
 from mechanic_fused.backends.layout import KINDS
 
-codegen = pytest.importorskip("benchmarks.codegen")
-bounds = pytest.importorskip("benchmarks.codegen_bounds")
+codegen = pytest.importorskip("benchmarks.codegen.__main__")
+bounds = pytest.importorskip("benchmarks.codegen.bounds")
 
 
 @pytest.fixture(scope="module", params=bounds.ARCHITECTURES)
 def rows(request):
     """The rows of one architecture."""
     skip_unless_available("cuda")
-    why = codegen.codegen_cuda.absent()
+    why = codegen.cuda.absent()
     if why:
         pytest.skip(why)
-    found = list(codegen.codegen_cuda.rows((request.param,)))
+    found = list(codegen.cuda.rows((request.param,)))
     if not found:
         pytest.skip(f"not built for sm_{request.param}")
     return found
@@ -57,7 +57,7 @@ def test_the_main_path_moves_16_bytes_at_a_time_and_nothing_twice(rows):
 
 def test_names_are_read_as_the_compiler_mangles_them():
     part = "_ZN8mechanic4cuda17accumulate_kernelINS_"
-    of = codegen.codegen_cuda.kernel_of
+    of = codegen.cuda.kernel_of
     assert of(f"{part}4AdamEffEEvNS_6BucketE") == ("adam", torch.float32, False)
     assert of(f"{part}3SgdENS_8BFloat16EfEEv") == ("sgd", torch.bfloat16, False)
     assert of(f"{part}4LionENS_4HalfES3_EEv") == ("lion", torch.float16, True)
@@ -72,7 +72,7 @@ def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")
     chunks = 1 << 20
-    assert native.cuda.ticket_count(chunks, 0) * codegen.codegen_cuda.THREADS == chunks
+    assert native.cuda.ticket_count(chunks, 0) * codegen.cuda.THREADS == chunks
 
 
 def test_an_error_names_the_op_and_the_call():
