@@ -61,7 +61,9 @@ VERBS = {
         "xnw", (0,), lambda s, x, w, d, _: s.step_along(x, w, d, C), lambda x, w, d, _: (w - C * d,)
     ),
     "put": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, 0.0, C), lambda a, x, _: (C * x,)),
-    "axpby": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, A, C), lambda a, x, _: (A * a + C * x,)),
+    "axpby": Verb(
+        "wn", (0,), lambda s, a, x, _: s.axpby(a, x, A, C), lambda a, x, _: (A * a + C * x,)
+    ),
     "difference_dots": Verb(
         "wnn",
         (0,),
