@@ -10,6 +10,7 @@ from triton_lockstep import INTERPRETED, of_sizes, random_gradient, triton_modul
 
 from mechanic_fused import backends
 from mechanic_fused.backends import device_tables, layout
+from mechanic_fused.bucket import chunk_table
 
 # Beyond what 32 bits count, signed or not.
 FAR = 1 << 33
@@ -19,7 +20,7 @@ HUGE = 3 << 31
 @pytest.mark.parametrize("chunk", [1 << 13, layout.CPU_CHUNK])
 def test_chunks_of_a_huge_weight_cover_it_once(chunk):
     sizes = (5, HUGE + 7, 0, chunk)
-    table = bucket.chunk_table(list(sizes), chunk)
+    table = chunk_table(list(sizes), chunk)
     assert table.dtype is torch.int64
     tensor, offset, length = table.unbind(1)
     assert length.min() > 0 and length.max() == chunk
@@ -84,8 +85,8 @@ def test_elements_beyond_the_range_of_32_bits(verbs, dtype, narrow):
             opt.step()
         (found,) = opt._plan.buckets
         assert found.collect_gradients()
-        clock = opt._tuner.counters[0, 0] if narrow.get("narrow_delta") else None
-        found.load([list(row) for row in found.hyper_rows], {}, None, None, step_count=clock)
+        step_count = opt._tuner.counters[0, 0] if narrow.get("narrow_delta") else None
+        found.load([list(row) for row in found.hyper_rows], {}, None, None, step_count=step_count)
         module.prepare(found)
         tables = tables_of(found)
         tables.chunks[:, 1] += far
@@ -97,7 +98,7 @@ def test_elements_beyond_the_range_of_32_bits(verbs, dtype, narrow):
             "state1": state.itemsize,
         }
         for column, width in widths.items():
-            tables.tensors[:, bucket.TENSOR.index(column)] -= far * width
+            tables.tensors[:, layout.TENSOR.index(column)] -= far * width
         module.accumulate(found)
         module.apply(found, opt._tuner)
         after_apply = found.sums.cpu().clone()
