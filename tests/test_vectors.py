@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from cases import WIDE, assert_same
-from mechanic_fused.vectors.space.space import Space
 from triton_lockstep import DTYPES, INTERPRETED
 from vector_cases import (
     LAYOUTS,
@@ -28,6 +27,7 @@ from vector_cases import (
 )
 
 from mechanic_fused.backends.layout import CPU_CHUNK as CHUNK
+from mechanic_fused.vectors import Space
 
 __all__ = ["place"]  # pytest finds the fixture here
 
