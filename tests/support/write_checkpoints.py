@@ -65,8 +65,7 @@ def cases():
         "radam, scale_per=group": case("RAdam", mechanize={"scale_per": "group"}),
         "amsgrad": case(adamw, amsgrad=True, **decay),
         "mechanize AdamW": case(
-            "AdamW",
-            mechanize={"s_decay": 0.0, "betas": (0.9, 0.999), "s_init": 1e-3, "eps": 1e-6},
+            "AdamW", mechanize={"s_decay": 0.0, "betas": (0.9, 0.999), "s_init": 1e-3, "eps": 1e-6}
         ),
     }
     for variant in ("optax", "paper", "pytorch"):
