@@ -12,7 +12,7 @@ from .optimizers import (
 )
 from .step import step_together
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Lion",

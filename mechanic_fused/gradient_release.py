@@ -1,5 +1,4 @@
-"""Gradient release: take each weight's part of a step during the backward pass, and free its
-gradient.
+"""Gradient release: a weight's part of a step in the backward pass; then its gradient is freed.
 
 The sums need Δ from before the step and the update u needs no S, so both are available as soon as a
 gradient is complete; ``step()`` then only tunes S and writes the weights.

@@ -355,6 +355,11 @@ class Mechanized(SupportsGradScaler, Optimizer):
             plan.write_tables(None, None)
             plan.tuner.set_annealing_factor(annealing_factor(self.param_groups))
 
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether :meth:`release_gradients` has been called."""
+        return self._release is not None
+
     def run_state(self) -> tuple[Phase | None, Tensor | None]:
         """Return what the optimizer knows beside param_groups and state; for probes."""
         return self._run.phase, self._run.squared_norm

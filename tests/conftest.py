@@ -8,8 +8,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from pool import Pool
 from support.cases import IMPLEMENTATIONS, Training, skip_unless_available
+from support.ranks import ranks  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -59,34 +59,3 @@ def implementation(request):
 def train(implementation):
     """train(base="adamw", params=None, **options) → a Training on the implementation."""
     return functools.partial(Training, implementation)
-
-
-@pytest.fixture(scope="session")
-def pools():
-    made = {}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
-@pytest.fixture
-def ranks(pools):
-    """ranks(n): n processes in one gloo group, made at their first use and kept for all tests."""
-    return lambda size: Kept(pools, size)
-
-
-class Kept:
-    """A pool that stays until a test has failed in it."""
-
-    def __init__(self, pools, size):
-        self.pools, self.size = pools, size
-        if size not in pools:
-            pools[size] = Pool(size)
-
-    def run(self, function, *args, **options):
-        try:
-            return self.pools[self.size].run(function, *args, **options)
-        except BaseException:
-            # Its ranks may be at different collectives now.
-            self.pools.pop(self.size).close()
-            raise

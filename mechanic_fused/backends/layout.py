@@ -12,11 +12,11 @@ TENSOR = (
     *("gradient", "weight", "x_ref", "delta", "state0", "state1", "step"),
     *("scale", "group", "number"),
 )
-"""Columns of a row of the tensor table, int64: seven addresses (0: absent), the weight's row of the
-sums, its row of the hyperparameters, and its number in the optimizer."""
+"""Columns of a row of the tensor table, int64: seven addresses (0: absent), the weight's row of
+the sums, its row of the hyperparameters, and its number in the optimizer."""
 
 CHUNK = ("tensor", "offset", "length")
-"""Columns of a row of the chunk table, int64: the elements [offset, offset + length) of a tensor."""
+"""Columns of a row of the chunk table, int64: elements [offset, offset + length) of a tensor."""
 
 SPAN = ("first_chunk", "chunks", "first_tensor", "tensors")
 """Columns of a row of the span table, int64, one row a scale."""
@@ -65,8 +65,8 @@ CPU_CHUNK = 1 << 17
 starting to read its streams costs little."""
 
 GPU_CHUNK = 1 << 13
-"""Elements of a chunk on a GPU, where a chunk is one block's work: short enough that the last blocks
-of a launch end together, long enough (8 rounds of 16-byte loads) that starting one costs little."""
+"""Elements of a chunk on a GPU, one block's work: short enough that the last blocks of a launch end
+together, long enough (8 rounds of 16-byte loads) that starting one costs little."""
 
 
 def tuner_width(betas: int) -> int:
