@@ -23,7 +23,7 @@ from mechanic_fused.checkpoints import RenamingLoadPlanner
 ARCHIVE = Path(__file__).with_name("checkpoints_0_1.tar.xz")
 # Where the archive was written: another torch, or another processor, adds in another order.
 WRITTEN_WITH = ("2.13.0+cpu", "AVX512")
-SAME_BITS = WRITTEN_WITH == (torch.__version__, torch.backends.cpu.get_cpu_capability())
+SAME_BITS = (torch.__version__, torch.backends.cpu.get_cpu_capability()) == WRITTEN_WITH
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:DeprecationWarning"),
