@@ -22,8 +22,7 @@ def norm(grads):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "base"),
-    [*itertools.product(["reference", "cpp"], FUSED), (RADAM, "adam")],
+    ("implementation", "base"), [*itertools.product(["reference", "cpp"], FUSED), (RADAM, "adam")]
 )
 @pytest.mark.parametrize("max_norm", [1.0, 1e6])
 def test_it_does_what_clipping_before_the_step_does(implementation, base, max_norm):

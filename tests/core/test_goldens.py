@@ -132,8 +132,7 @@ def package_run(case):
     torch_base, options = PACKAGE_CASES[case]
     package = mechanic_pytorch.mechanize(torch_base, s_decay=0.0, store_delta=True)
     return train_network(
-        lambda params: package(params, **options),
-        scale_of=lambda opt: opt.state["_mechanic"]["s"],
+        lambda params: package(params, **options), scale_of=lambda opt: opt.state["_mechanic"]["s"]
     )
 
 

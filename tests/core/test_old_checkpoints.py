@@ -21,6 +21,9 @@ from mechanic_fused import tuners
 from mechanic_fused.checkpoints import RenamingLoadPlanner
 
 ARCHIVE = Path(__file__).with_name("checkpoints_0_1.tar.xz")
+# Where the archive was written: another torch, or another processor, adds in another order.
+WRITTEN_WITH = ("2.13.0+cpu", "AVX512")
+SAME_BITS = (torch.__version__, torch.backends.cpu.get_cpu_capability()) == WRITTEN_WITH
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:DeprecationWarning"),
@@ -36,14 +39,20 @@ def saved(tmp_path_factory):
     return folder
 
 
-def assert_goes_on(found, expected):
+def assert_goes_on(found, expected, case=""):
     for name, value in expected.items():
         if torch.is_tensor(value):
-            assert found[name].dtype is value.dtype
-            for got, wanted in zip(found[name], value, strict=True):
-                assert got.view(torch.uint8).tolist() == wanted.view(torch.uint8).tolist(), name
+            narrow = value.dtype is torch.bfloat16
+            tolerance = 0.0 if SAME_BITS else 2.0**-6 if narrow else 1e-5
+            torch.testing.assert_close(
+                found[name],
+                value,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{case} {name}: {text}",
+            )
         else:
-            assert found[name] == value, name
+            assert found[name] == (value if SAME_BITS else pytest.approx(value, rel=1e-5)), name
 
 
 def parameters(tensors):
@@ -71,7 +80,7 @@ def test_a_state_dict_loads_and_goes_on(saved, file, way):
             opt = checkpoints.build(case["options"], weights)
             opt.load_state_dict(again)
         found = checkpoints.take_steps(opt, weights, case["gradients"], case["lrs"])
-        assert_goes_on({"case": name, **found}, {"case": name, **case["expected"]})
+        assert_goes_on(found, case["expected"], name)
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam"])

@@ -158,7 +158,7 @@ def test_buffers():
 
 
 def test_step_supports_amp_scaling(monkeypatch):
-    """GradScaler leaves unscaling to the optimizers that have it set, as torch's fused ones have."""
+    """GradScaler leaves unscaling to the optimizers that have it set: torch's fused ones do."""
     name = "_step_supports_amp_scaling"
     assert getattr(torch.optim.AdamW(make_weights(), fused=True), name)
     for fused, hands_over in ((None, False), (True, True)):

@@ -16,26 +16,12 @@ from mechanic_fused import (
     mechanize,
 )
 
-
-# Only the exact classes are fused: a subclass takes the fallback, with the same arithmetic.
-class PlainSGD(torch.optim.SGD):
-    pass
-
-
-class PlainAdam(torch.optim.Adam):
-    pass
-
-
-class PlainAdamW(torch.optim.AdamW):
-    pass
-
-
-class PlainLion(Lion):
-    pass
-
-
-FUSED = {"sgd": MechanicSGD, "adam": MechanicAdam, "adamw": MechanicAdamW, "lion": MechanicLion}
 PLAIN = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lion": Lion}
+FUSED = {"sgd": MechanicSGD, "adam": MechanicAdam, "adamw": MechanicAdamW, "lion": MechanicLion}
+# Only the exact classes are fused: a subclass takes the fallback, with the same arithmetic.
+PlainSGD, PlainAdam, PlainAdamW, PlainLion = (
+    type(f"Plain{base.__name__}", (base,), {"__module__": __name__}) for base in PLAIN.values()
+)
 FALLBACK = {
     "sgd": mechanize(PlainSGD),
     "adam": mechanize(PlainAdam),
@@ -43,9 +29,8 @@ FALLBACK = {
     "lion": mechanize(PlainLion),
 }
 RADAM = mechanize(torch.optim.RAdam)
-
+# The backends of the CPU, and the fallback.
 IMPLEMENTATIONS = ("reference", "cpp", "fallback")
-"""The backends of the CPU, and the fallback."""
 
 
 class Case(NamedTuple):
@@ -55,82 +40,59 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
+LR = {"sgd": 0.05, "adam": 1.0, "adamw": 1.0, "lion": 0.5}
+L2 = DECAY = {"weight_decay": 0.1}
+MOMENTUM = {"momentum": 0.9}
+BETAS = {"betas": (0.8, 0.95)}
+
+
+def case(base, **options):
+    return Case(base, {"lr": LR[base], **options})
+
+
+# The one table of bases and options. A name says what its row has; weight decay comes along where
+# the row is to read and write all that its kernel can.
 CASES = {
-    "sgd": Case("sgd", {"lr": 0.05}),
-    "sgd l2": Case("sgd", {"lr": 0.05, "weight_decay": 0.1}),
-    "momentum": Case("sgd", {"lr": 0.05, "momentum": 0.9}),
-    "dampening": Case("sgd", {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
-    "nesterov": Case("sgd", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "sgd maximize": Case(
-        "sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "maximize": True}
-    ),
-    "adam": Case("adam", {"lr": 1.0}),
-    "adam l2": Case("adam", {"lr": 0.7, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
-    "adam decoupled": Case(
-        "adam", {"lr": 1.0, "weight_decay": 0.1, "decoupled_weight_decay": True}
-    ),
-    "adamw": Case("adamw", {"lr": 1.0, "weight_decay": 0.1}),
-    "adamw without decay": Case("adamw", {"lr": 1.0, "weight_decay": 0.0}),
-    "adamw betas": Case(
-        "adamw", {"lr": 1.0, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    ),
-    "adamw maximize": Case("adamw", {"lr": 1.0, "weight_decay": 0.1, "maximize": True}),
-    "lion": Case("lion", {"lr": 0.5}),
-    "lion decay": Case("lion", {"lr": 0.5, "betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "lion maximize": Case("lion", {"lr": 0.5, "weight_decay": 0.1, "maximize": True}),
+    "sgd": case("sgd"),
+    "sgd l2": case("sgd", **L2),
+    "momentum": case("sgd", **MOMENTUM),
+    "dampening": case("sgd", **MOMENTUM, dampening=0.3, **L2),
+    "nesterov": case("sgd", **MOMENTUM, nesterov=True, **L2),
+    "sgd maximize": case("sgd", **MOMENTUM, **L2, maximize=True),
+    "adam": case("adam"),
+    "adam l2": case("adam", lr=0.7, **BETAS, eps=1e-6, **L2),
+    "adam decoupled": case("adam", **DECAY, decoupled_weight_decay=True),
+    "adamw": case("adamw", **DECAY),
+    "adamw without decay": case("adamw", weight_decay=0.0),
+    "adamw betas": case("adamw", **BETAS, eps=1e-6, **DECAY),
+    "adamw maximize": case("adamw", **DECAY, maximize=True),
+    "lion": case("lion"),
+    "lion decay": case("lion", **BETAS, **DECAY),
+    "lion maximize": case("lion", **DECAY, maximize=True),
 }
-"""The one table of bases and options. A name says what its row has; weight decay comes along where
-the row is to read and write all that its kernel can."""
-
+# A row for each base that uses every stream of memory of its kernel, and its options.
 FULL = ("dampening", "adam l2", "adamw", "lion decay")
-"""A row for each base that uses every stream of memory of its kernel."""
-
 OPTIONS = {CASES[name].base: CASES[name].options for name in FULL}
-"""Base → the options of its row in FULL."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WIDTHS = (torch.float32, torch.bfloat16)
-"""One dtype as wide as the arithmetic, and one that is narrower."""
-
-WIDE = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
-"""The dtype of the weights → that of the arithmetic."""
-
+WIDTHS = (torch.float32, torch.bfloat16)  # as wide as the arithmetic, and narrower
+# The dtype of the weights → that of the arithmetic.
+WIDE = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}
 SCALE_PER = ("model", "group", "parameter")
 
+# A start from which the weights move visibly within STEPS steps, at the rates of LR.
 QUICK = {"s_init": 0.1}
-"""A start from which the weights move visibly within STEPS steps."""
-
-LR = {"sgd": 0.05, "adam": 1.0, "adamw": 1.0, "lion": 0.5}
-"""The lr with which QUICK learns."""
-
-FEW = 5
-"""Steps after which the tuner has left its start."""
-
+FEW = 5  # steps after which the tuner has left its start
 STEPS = 20
-LONG = 40
-"""Steps after which most of the loss is gone."""
-
-LEARNED = 0.5
-"""What is left, at most, of a loss that has been learned from."""
-
-LOST = 1e-30
-"""A scale at which S·Δ is lost beside x: the weights stay where they are."""
-
-TINY_EPS = 1e-300
-"""An ε of the tuner that is lost beside everything that it is added to."""
-
+LONG = 40  # steps after which most of the loss is gone
+LEARNED = 0.5  # what is left, at most, of a loss that has been learned from
+LOST = 1e-30  # a scale at which S·Δ is lost beside x: the weights stay where they are
+TINY_EPS = 1e-300  # an ε of the tuner that is lost beside everything that it is added to
+# Nothing; one; less than, across and beyond a vector, a block of 1,024 and a chunk of 16,384.
 SIZES = (0, 1, 3, 63, 1025, 65537)
-"""Nothing; one; less than, across and beyond a vector, a block of 1,024 and a chunk of 16,384."""
-
 SHAPES = ((3,), (5, 13), (1025,))
-
+# Sums of float64 in another order: a few hundred roundings of 1e-16 at most.
 SUM_RTOL = 1e-12
-"""Sums of float64 in another order: a few hundred roundings of 1e-16 at most."""
 
 
 def skip_unless_available(name):
@@ -386,9 +348,7 @@ def values(params):
 def snapshot(opt, params=()):
     """Copy all that a step may change: weights, state and param groups."""
     own = [p for group in opt.param_groups for p in group["params"]]
-    return copy.deepcopy(
-        {"weights": values([*own, *params]), "optimizer": opt.state_dict()},
-    )
+    return copy.deepcopy({"weights": values([*own, *params]), "optimizer": opt.state_dict()})
 
 
 def leaves(tree, path=""):

@@ -6,8 +6,9 @@ release adds an archive of its own.
 cases_*.pt (torch.load with weights_only=True): {name: {"weights", "state_dict", "options",
 "gradients", "lrs", "expected"}}. ``options``: {"class": a name in mechanic_fused, or a torch.optim
 base for mechanize(); "mechanize": arguments of mechanize() or None; "kwargs";
-"groups": [{"weights": indices, further options}]}. ``expected``: {"weights": (5, elements), "scale": (5, scales)} after
-each of five further steps of the optimizer that was saved; a row holds all weights, flattened.
+"groups": [{"weights": indices, further options}]}. ``expected``: {"weights": (5, elements),
+"scale": (5, scales)} after each of five further steps of the optimizer that was saved; a row holds
+all weights, flattened.
 
 pickled_NAME.pt is torch.save(opt). dcp/ and dcp_flat/ are torch.distributed.checkpoint directories
 of {"model", "optim"}. tuners.pt and tuners_beside.pt hold state dicts of mechanic_fused.tuners.

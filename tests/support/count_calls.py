@@ -4,6 +4,7 @@ Prints the sequence of Python calls of MechanicAdamW, and three figures of it be
 torch.optim.AdamW(fused=True): named calls, files, and changes of file along the sequence.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def calls_of(function, folder):
 
 def figures(calls):
     files = [call.file for call in calls]
-    changes = sum(a != b for a, b in zip(files, files[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(files))
     return Figures(len(calls), len(set(files)), changes)
 
 
