@@ -83,8 +83,10 @@ class Fallback:
     def _float32_copies(self, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
         """Give the base copies of weights and gradients, and only its own entries of the state.
 
-        A plain weight gets the copy as its ``data``. A DTensor ignores writes to ``data``, so
-        another parameter takes its place.
+        A plain float32 or float64 weight gets the copy as its ``data``. Another parameter takes the
+        place of a DTensor, which ignores writes to ``data``, and of a weight of lower precision,
+        which would lose the hooks on its gradient: torch drops a weight's gradient accumulator when
+        the dtype of ``data`` changes, and DistributedDataParallel's reduction with it.
         """
         optimizer = self.optimizer
         # The base would unscale a second time: these gradients are unscaled already.
@@ -106,7 +108,7 @@ class Fallback:
                         optimizer.state.get(p, {}).pop(name, None)
                     x = bucket.weights[i].to(bucket.compute_dtype, copy=True)
                     g = _finite_gradient(bucket, i, factors[i])
-                    if bucket.is_sharded:
+                    if bucket.is_sharded or x.dtype is not p.dtype:
                         substitutes[p] = torch.nn.Parameter(wrap(x, p))
                         _move_state(optimizer, p, substitutes[p])
                     else:

@@ -25,6 +25,20 @@ def on(*layouts):
     return pytest.mark.parametrize("layout", layouts)
 
 
+# The fallback beside DistributedDataParallel
+
+
+@on("ddp", "zero1")
+def test_gradients_of_bfloat16_weights_are_still_reduced_after_a_step_of_the_fallback(
+    ranks, layout
+):
+    """A weight that has once had data of another dtype has lost DDP's hooks on its gradient."""
+    options = {"base": "radam", "dtype": torch.bfloat16, "own_batches": 2}
+    results = ranks(2).run(sharding.run, layout, **options)
+    # One ulp of bfloat16 at 4.
+    assert_agrees(results, sharding.run("single", **options), tolerance=2**-6)
+
+
 # GradScaler
 
 
