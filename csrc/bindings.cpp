@@ -1,7 +1,8 @@
-// mechanic_fused._native: names and argument structs. Addresses come in as integers, and nothing
-// here knows torch. The GIL is released around all work.
+// mechanic_fused._native: the ops and their arguments. Addresses are passed as integers: nothing
+// here depends on torch. The GIL is released around every op.
 #include <pybind11/pybind11.h>
 
+#include "columns.h"
 #include "cpu/cpu.h"
 #ifdef MECHANIC_CUDA
 #include "cuda/cuda.h"
@@ -17,27 +18,14 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Bucket make_bucket(int64_t tensors, int64_t chunks, int64_t hyper, int64_t partials, int64_t sums,
-                   int64_t tensor_count, int64_t chunk_count, int64_t scale_count, int64_t elements,
-                   int64_t kind, int64_t weight, int64_t state, int64_t delta) {
-  return {pointer<const Tensor>(tensors),
-          pointer<const Chunk>(chunks),
-          pointer<const Hyper>(hyper),
-          pointer<Sums>(partials),
-          pointer<Sums>(sums),
-          tensor_count,
-          chunk_count,
-          scale_count,
-          elements,
-          Kind(kind),
-          DType(weight),
-          DType(state),
-          DType(delta)};
+Tables make_tables(int64_t tensors, int64_t chunks, int64_t hyper, int64_t partials, int64_t sums) {
+  return {pointer<const Tensor>(tensors), pointer<const Chunk>(chunks), pointer<const Hyper>(hyper),
+          pointer<Sums>(partials), pointer<Sums>(sums)};
 }
 
 Vectors make_vectors(int64_t streams, int64_t chunks, int64_t partials, int64_t chunk_count,
                      int64_t elements, int64_t dtype) {
-  return {pointer<const Streams4>(streams),
+  return {pointer<const VectorStreams>(streams),
           pointer<const Chunk>(chunks),
           pointer<Partial>(partials),
           chunk_count,
@@ -45,8 +33,31 @@ Vectors make_vectors(int64_t streams, int64_t chunks, int64_t partials, int64_t 
           DType(dtype)};
 }
 
-Tuner make_tuner(int64_t state, int64_t constants, int64_t scale_count, int64_t betas) {
-  return {pointer<double>(state), pointer<const double>(constants), scale_count, betas};
+Tuner make_tuner(int64_t state, int64_t constants, int64_t scales, int64_t betas) {
+  return {pointer<double>(state), pointer<const double>(constants), scales, betas};
+}
+
+template <size_t kCount>
+py::tuple names(const Column (&columns)[kCount]) {
+  py::tuple found(kCount);
+  for (const Column& column : columns) found[column.index] = column.name;
+  return found;
+}
+
+// Table or enumeration in backends/layout.py -> the names that chunk.h has for it.
+py::dict layout() {
+  py::dict found;
+  found["TENSOR"] = names(kTensorColumns);
+  found["CHUNK"] = names(kChunkColumns);
+  found["SPAN"] = names(kSpanColumns);
+  found["HYPER"] = names(kHyperColumns);
+  found["SUMS"] = names(kSumsColumns);
+  found["TUNER"] = names(kTunerColumns);
+  found["COUNTERS"] = names(kCounterColumns);
+  found["CONSTANTS"] = names(kConstantColumns);
+  found["KINDS"] = names(kKinds);
+  found["KERNEL_DTYPES"] = names(kDTypes);
+  return found;
 }
 
 #ifdef MECHANIC_CUDA
@@ -58,60 +69,75 @@ void define_cuda(py::module_ m) {
            }),
            py::kw_only(), py::arg("spans"), py::arg("tickets"));
   py::class_<StepScalars>(m, "StepScalars")
-      .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip, int64_t steps) {
+      .def(py::init([](int64_t grad_scale, int64_t found_inf, int64_t clip, int64_t step_count) {
              return StepScalars{pointer<const float>(grad_scale), pointer<const float>(found_inf),
-                           pointer<const double>(clip), pointer<const double>(steps)};
+                                pointer<const double>(clip), pointer<const double>(step_count)};
            }),
            py::kw_only(), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip") = 0,
-           py::arg("steps") = 0);
+           py::arg("step_count") = 0);
   m.def("ticket_count", &ticket_count, py::arg("chunk_count"), py::arg("scale_count"));
 
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def(
       "accumulate",
-      [](const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, int64_t stream) {
-        accumulate(bucket, folding, scaler, pointer<CUstream_st>(stream));
-      },
-      py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
+      [](const Bucket& bucket, const Reduction& reduction, const StepScalars& scalars,
+         int64_t stream) { accumulate(bucket, reduction, scalars, pointer<CUstream_st>(stream)); },
+      py::arg("bucket"), py::arg("reduction"), py::arg("scalars"), py::arg("stream"), released);
   m.def(
       "norm",
-      [](const Bucket& bucket, const Reduction& folding, const StepScalars& scaler, int64_t stream) {
-        norm(bucket, folding, scaler, pointer<CUstream_st>(stream));
-      },
-      py::arg("bucket"), py::arg("folding"), py::arg("scaler"), py::arg("stream"), released);
+      [](const Bucket& bucket, const Reduction& reduction, const StepScalars& scalars,
+         int64_t stream) { norm(bucket, reduction, scalars, pointer<CUstream_st>(stream)); },
+      py::arg("bucket"), py::arg("reduction"), py::arg("scalars"), py::arg("stream"), released);
   m.def(
       "tune",
-      [](int64_t sums, const Tuner& tuner, const StepScalars& scaler, int64_t stream) {
-        tune(pointer<const Sums>(sums), tuner, scaler, pointer<CUstream_st>(stream));
+      [](int64_t sums, const Tuner& tuner, const StepScalars& scalars, int64_t stream) {
+        tune(pointer<const Sums>(sums), tuner, scalars, pointer<CUstream_st>(stream));
       },
-      py::arg("sums"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"), released);
+      py::arg("sums"), py::arg("tuner"), py::arg("scalars"), py::arg("stream"), released);
   m.def(
       "apply",
-      [](const Bucket& bucket, const Reduction& folding, const Tuner& tuner, const StepScalars& scaler,
-         int64_t stream) { apply(bucket, folding, tuner, scaler, pointer<CUstream_st>(stream)); },
-      py::arg("bucket"), py::arg("folding"), py::arg("tuner"), py::arg("scaler"), py::arg("stream"),
-      released);
+      [](const Bucket& bucket, const Reduction& reduction, const Tuner& tuner,
+         const StepScalars& scalars, int64_t stream) {
+        apply(bucket, reduction, tuner, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
+      py::arg("stream"), released);
   m.def(
       "measure",
-      [](const Bucket& bucket, const Reduction& folding, int64_t stream) {
-        measure(bucket, folding, pointer<CUstream_st>(stream));
+      [](const Bucket& bucket, const Reduction& reduction, int64_t stream) {
+        measure(bucket, reduction, pointer<CUstream_st>(stream));
       },
-      py::arg("bucket"), py::arg("folding"), py::arg("stream"), released);
+      py::arg("bucket"), py::arg("reduction"), py::arg("stream"), released);
 }
 #endif
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "The verbs over tables of addresses: see native.py, which calls them.";
+  m.doc() = "The ops over tables of addresses, called by backends/cpp.py and backends/cuda.py.";
+  m.attr("layout") = layout();
+  py::class_<Tables>(m, "Tables")
+      .def(py::init(&make_tables), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
+           py::arg("hyper"), py::arg("partials"), py::arg("sums"));
+  py::class_<Counts>(m, "Counts")
+      .def(py::init([](int64_t tensors, int64_t chunks, int64_t scales, int64_t elements) {
+             return Counts{tensors, chunks, scales, elements};
+           }),
+           py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("scales"),
+           py::arg("elements"));
+  py::class_<DTypes>(m, "DTypes")
+      .def(py::init([](int64_t weight, int64_t state, int64_t delta) {
+             return DTypes{DType(weight), DType(state), DType(delta)};
+           }),
+           py::kw_only(), py::arg("weight"), py::arg("state"), py::arg("delta"));
   py::class_<Bucket>(m, "Bucket")
-      .def(py::init(&make_bucket), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
-           py::arg("hyper"), py::arg("partials"), py::arg("sums"), py::arg("tensor_count"),
-           py::arg("chunk_count"), py::arg("scale_count"), py::arg("elements"), py::arg("kind"),
-           py::arg("weight"), py::arg("state"), py::arg("delta"));
+      .def(
+          py::init([](const Tables& tables, const Counts& counts, int64_t kind,
+                      const DTypes& dtypes) { return Bucket{tables, counts, Kind(kind), dtypes}; }),
+          py::kw_only(), py::arg("tables"), py::arg("counts"), py::arg("kind"), py::arg("dtypes"));
   py::class_<Tuner>(m, "Tuner")
       .def(py::init(&make_tuner), py::kw_only(), py::arg("state"), py::arg("constants"),
-           py::arg("scale_count"), py::arg("betas"));
+           py::arg("scales"), py::arg("betas"));
   py::class_<Vectors>(m, "Vectors")
       .def(py::init(&make_vectors), py::kw_only(), py::arg("streams"), py::arg("chunks"),
            py::arg("partials"), py::arg("chunk_count"), py::arg("elements"), py::arg("dtype"));
@@ -123,13 +149,14 @@ PYBIND11_MODULE(_native, m) {
            py::arg("eps"));
 
   const auto released = py::call_guard<py::gil_scoped_release>();
-  auto cpu = m.def_submodule("cpu", "The verbs on the processor.");
+  auto cpu = m.def_submodule("cpu", "The ops on the CPU.");
   cpu.def(
       "accumulate",
-      [](const Bucket& bucket, int64_t clip, int64_t steps, int threads) {
-        cpu::accumulate(bucket, pointer<const double>(clip), pointer<const double>(steps), threads);
+      [](const Bucket& bucket, int64_t clip, int64_t step_count, int threads) {
+        cpu::accumulate(bucket, pointer<const double>(clip), pointer<const double>(step_count),
+                        threads);
       },
-      py::arg("bucket"), py::arg("clip"), py::arg("steps"), py::arg("threads"), released);
+      py::arg("bucket"), py::arg("clip"), py::arg("step_count"), py::arg("threads"), released);
   cpu.def("norm", &cpu::norm, py::arg("bucket"), py::arg("threads"), released);
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
   cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);
@@ -144,7 +171,8 @@ PYBIND11_MODULE(_native, m) {
       py::arg("vectors"), py::arg("c"), py::arg("threads"), released);
   cpu.def("axpby", &cpu::axpby, py::arg("vectors"), py::arg("a"), py::arg("c"), py::arg("threads"),
           released);
-  cpu.def("difference_dots", &cpu::difference_dots, py::arg("vectors"), py::arg("threads"), released);
+  cpu.def("difference_dots", &cpu::difference_dots, py::arg("vectors"), py::arg("threads"),
+          released);
   cpu.def("dots", &cpu::dots, py::arg("vectors"), py::arg("threads"), released);
   cpu.def("abs_max", &cpu::abs_max, py::arg("vectors"), py::arg("threads"), released);
   cpu.def(
@@ -156,7 +184,7 @@ PYBIND11_MODULE(_native, m) {
   cpu.def("instruction_set", &cpu::instruction_set);
 
 #ifdef MECHANIC_CUDA
-  define_cuda(m.def_submodule("cuda", "The verbs on a GPU, on a stream given as an integer."));
+  define_cuda(m.def_submodule("cuda", "The ops on a GPU, on a stream given as an integer."));
   m.attr("has_cuda") = true;
 #else
   m.attr("has_cuda") = false;

@@ -1,54 +1,114 @@
-// What the verbs work on: addresses and lengths only, the same layout in C++, CUDA and Triton.
+// The layout of the tables that ops work on: addresses, lengths and numbers, the same in C++, CUDA,
+// Triton and Python. mechanic_fused/backends/layout.py and triton_kernels/layout.py name the same
+// columns; tests/backends/test_layout.py compares the three.
 #pragma once
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define MECHANIC_INLINE __host__ __device__ __forceinline__
+#else
+#define MECHANIC_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace mechanic {
 
-// A row of the tensor table. An address of 0: absent. bucket.py writes it.
+// A row of the tensor table. An address of 0: the weight has no such array.
 struct Tensor {
   int64_t gradient, weight, x_ref, delta, state0, state1, step;
-  int64_t scale;   // its row of the sums and of the tuner
+  int64_t scale;   // the weight's row of the sums and of the tuner's state
   int64_t group;   // its row of the hyperparameters
-  int64_t number;  // its own in the optimizer
+  int64_t number;  // its number in the optimizer
 };
 
-// A piece of work: elements [offset, offset + length) of one tensor.
+// A row of the chunk table: the elements [offset, offset + length) of one tensor.
 struct Chunk {
   int64_t tensor, offset, length;
 };
 
-// A row of the hyperparameters. SGD's momentum and dampening stand in beta1 and beta2.
+// A row of the span table: the chunks and the tensors of one scale, which are adjacent.
+struct Span {
+  int64_t first_chunk, chunks, first_tensor, tensors;
+};
+
+// A row of the hyperparameters. SGD's momentum and dampening are stored as beta1 and beta2; l2 is
+// added to the gradient, decay is decoupled; gradient multiplies every gradient.
 struct Hyper {
   double lr, beta1, beta2, eps, l2, decay, nesterov, gradient;
 };
 
-// A row of the sums over one scale, and of the partial sums of one chunk.
+// A row of the sums over one scale, or of the partial sums of one chunk: g.Δ, x.Δ, g.g, x.x.
 struct Sums {
   double gd, xd, gg, xx;
 };
 
+// The blocks of a row of the tuner's state, a number a tuner beta in each; the counters follow.
+enum TunerBlock { kS, kR, kV, kM, kTunerBlocks };
+enum Counter { kSteps, kNonfinite, kCounters };
+
+// The tuner's constants; the tuner betas follow.
+enum Constant {
+  kDecay,
+  kSInit,
+  kEps,
+  kEpsInM,
+  kClampsH,
+  kFloorsR,
+  kTunesScale,
+  kAnnealingFactor,
+  kBetas
+};
+
+// A base's update; for_kind in formulas.h calls a function with its formula.
 enum class Kind : int64_t { kSgd, kMomentum, kAdam, kLion };
+
+// How numbers are stored; for_dtype in storage.h calls a function with a number of that dtype.
 enum class DType : int64_t { kFloat, kDouble, kBFloat16, kHalf };
 
-struct Bucket {
+// Where the tables of a bucket are.
+struct Tables {
   const Tensor* tensors;
   const Chunk* chunks;
   const Hyper* hyper;
   Sums* partials;  // one a chunk
   Sums* sums;      // one a scale
-  int64_t tensor_count, chunk_count, scale_count, elements;
-  Kind kind;
-  DType weight;  // of x, g and x_ref; the arithmetic is in float, or double beside double
-  DType state;   // of the base's own state: the arithmetic's, or the weight's
+};
+
+struct Counts {
+  int64_t tensors, chunks, scales, elements;
+};
+
+struct DTypes {
+  DType weight;  // of x, g and x_ref; arithmetic is in opmath_t of it
+  DType state;   // of the base's own state: the weight's, or that of the arithmetic
   DType delta;   // the arithmetic's, or bfloat16
 };
 
-// The tuner: rows of s, r, v, m (betas each), then two counters; constants as in tuner.py.
+// The tensors of one device, dtype and update that one call of an op works on.
+struct Bucket {
+  Tables tables;
+  Counts counts;
+  Kind kind;
+  DTypes dtypes;
+};
+
+// The tuner's state, a row a scale, and its constants.
 struct Tuner {
   double* state;
   const double* constants;
-  int64_t scale_count, betas;
+  int64_t scales, betas;
 };
+
+// One scale's row of the tuner's state: betas numbers each, then the counters.
+struct TunerRow {
+  double *s, *r, *v, *m;
+  double* counters;
+};
+
+MECHANIC_INLINE TunerRow tuner_row(const Tuner& tuner, int64_t scale) {
+  const int64_t n = tuner.betas;
+  double* const row = tuner.state + scale * (kTunerBlocks * n + kCounters);
+  return {row + kS * n, row + kR * n, row + kV * n, row + kM * n, row + kTunerBlocks * n};
+}
 
 }  // namespace mechanic

@@ -1,38 +1,36 @@
-// Every scalar formula: the base updates and the tuner. Registers in, registers out.
-// reference.py states the same in PyTorch; one rounding an operation there and here.
+// Every scalar formula of a step: registers in, registers out. backends/formulas.py and
+// triton_kernels/formulas.py state the same formulas under the same names; each operation rounds
+// once in all three.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "chunk.h"
-
-#if defined(__CUDACC__)
-#define MECHANIC_INLINE __host__ __device__ __forceinline__
-#else
-#define MECHANIC_INLINE inline __attribute__((always_inline))
-#endif
+#include "storage.h"
 
 namespace mechanic {
 
-// c = min(1, max_norm / (N + 1e-6)) with clip = (N^2, max_norm), as torch's clip_grad_norm_.
+// min(1, max_norm / (N + 1e-6)) for clip = (N^2, max_norm), as torch's clip_grad_norm_ does.
 MECHANIC_INLINE double clip_coefficient(const double* clip) {
   const double c = clip[1] / (std::sqrt(clip[0]) + 1e-6);
   return c < 1 ? c : 1;
 }
 
-// What multiplies a gradient: -1 to maximize, over GradScaler's scale, times c; null: without it.
-MECHANIC_INLINE double multiplier(const Hyper& h, const float* grad_scale, const double* clip) {
+// The factor of a gradient: -1 to maximize, over GradScaler's scale, times the clip coefficient. A
+// null pointer leaves that factor out.
+MECHANIC_INLINE double gradient_multiplier(const Hyper& h, const float* grad_scale,
+                                           const double* clip) {
   double gradient = h.gradient;
   if (grad_scale != nullptr) gradient /= double(*grad_scale);
   if (clip != nullptr) gradient *= clip_coefficient(clip);
   return gradient;
 }
 
-// What an update needs beside registers, made in double once a chunk.
+// The scalars of one update: computed in double once a chunk, then rounded to T.
 template <class T>
 struct Coefficients {
-  T gradient;      // multiplies g: see multiplier
+  T gradient;      // multiplies g, see gradient_multiplier
   T beta1, rest1;  // rest1 = 1 - beta1, or SGD's 1 - dampening
   T beta2, rest2;
   T eps, l2;
@@ -74,7 +72,7 @@ struct Sgd {
   }
 };
 
-// buffer = mu buffer + (1 - dampening) d, the first time buffer = d; u = -lr buffer, or Nesterov's
+// buffer = mu buffer + (1 - dampening) d, at first d; u = -lr buffer, or Nesterov's
 struct Momentum {
   static constexpr int kStates = 1;
 
@@ -117,6 +115,7 @@ struct Adam {
 };
 
 // u = -lr (sign(beta1 m + (1-beta1) g) + decay x); m = beta2 m + (1-beta2) g
+// Source: arXiv 2302.06675.
 struct Lion {
   static constexpr int kStates = 1;
 
@@ -134,13 +133,28 @@ struct Lion {
   }
 };
 
-// An element that is not finite enters the update as 0.
+// Call run with the update of this kind.
+template <class Run>
+void for_kind(Kind kind, Run run) {
+  switch (kind) {
+    case Kind::kSgd:
+      return run(Sgd());
+    case Kind::kMomentum:
+      return run(Momentum());
+    case Kind::kAdam:
+      return run(Adam());
+    case Kind::kLion:
+      return run(Lion());
+  }
+}
+
+// g, or 0 where it is NaN or infinite.
 template <class T>
 MECHANIC_INLINE T finite_or_zero(T g) {
   return g - g == T(0) ? g : T(0);
 }
 
-// A hash of 32 bits in which each depends on all, "lowbias32".
+// The hash "lowbias32"; each bit depends on every input bit.
 // Source: C. Wellons, Prospecting for Hash Functions, 2018.
 MECHANIC_INLINE uint32_t hash32(uint32_t n) {
   n = (n ^ (n >> 16)) * 0x7feb352du;
@@ -148,66 +162,73 @@ MECHANIC_INLINE uint32_t hash32(uint32_t n) {
   return n ^ (n >> 16);
 }
 
-// What the random bits of a weight depend on, after so many steps; null: none are wanted.
-MECHANIC_INLINE uint32_t seed(const double* steps, int64_t number) {
-  return steps == nullptr ? 0 : hash32(hash32(uint32_t(int64_t(*steps))) + uint32_t(number));
+// The seed of the random bits of weight `number` after *step_count steps; 0 without a step count,
+// where nothing is rounded stochastically.
+MECHANIC_INLINE uint32_t rounding_seed(const double* step_count, int64_t number) {
+  if (step_count == nullptr) return 0;
+  return hash32(hash32(uint32_t(int64_t(*step_count))) + uint32_t(number));
 }
 
-// 16 random bits for an element, which is its place in the weight's memory: the upper half of the
-// hash, which its last step leaves as it is.
+// 16 random bits for an element, given its index in the weight's storage: the upper half of the
+// hash, which the last step of hash32 does not change.
 MECHANIC_INLINE uint32_t random_bits16(uint32_t seed, uint32_t element) {
   uint32_t n = element + seed;
   n = (n ^ (n >> 16)) * 0x7feb352du;
   return ((n ^ (n >> 15)) * 0x846ca68bu) >> 16;
 }
 
-// x = x_ref + S delta
-template <class T>
-MECHANIC_INLINE T blend(T x_ref, T scale, T delta) {
-  return x_ref + scale * delta;
+// Round away from zero with probability equal to the discarded fraction, given 16 random bits. x is
+// the result of an operation, so its NaNs are quiet: they stay NaN when their low bits are cut off,
+// but adding to them could turn them into numbers.
+MECHANIC_INLINE BFloat16 stochastic_round(uint32_t bits, float x) {
+  return {uint16_t((bit_cast<uint32_t>(x) + (x == x ? bits : 0)) >> 16)};
 }
 
-// x = w - c d
+// x_ref + S delta
 template <class T>
-MECHANIC_INLINE T stepped_along(T w, T c, T d) {
+MECHANIC_INLINE T apply_scale(T x_ref, T s, T delta) {
+  return x_ref + s * delta;
+}
+
+// w - c d
+template <class T>
+MECHANIC_INLINE T step_along(T w, T c, T d) {
   return w - c * d;
 }
 
-// AdaRem's update, and its momentum moved on: b = sign(g) m / (max|m| + eps),
-// u = -lr ((1 + boost b) g + decay x), m = beta m + (1 - beta) g. reach = boost / (max|m| + eps).
+// b = sign(g) m / (max|m| + eps); u = -lr ((1 + boost b) g + decay x); m = beta m + (1 - beta) g
 template <class T>
 struct AdaRem {
-  T lr, beta, rest, reach, decay;
+  T lr, beta, rest;  // rest = 1 - beta
+  T gain;            // boost / (max|m| + eps)
+  T decay;
 
   MECHANIC_INLINE T update(T g, T x, T& m) const {
     const T sign = T(g > 0) - T(g < 0);
-    const T adjusted = (T(1) + reach * (sign * m)) * g;
+    const T adjusted = (T(1) + gain * (sign * m)) * g;
     m = beta * m + rest * g;
     return -(lr * (adjusted + decay * x));
   }
 };
 
-// S = sum of s, in the order of the betas
-MECHANIC_INLINE double total(const double* s, int64_t betas) {
+// S = sum of s, in the order of the tuner betas
+MECHANIC_INLINE double total_scale(const double* s, int64_t betas) {
   double sum = s[0];
   for (int64_t i = 1; i < betas; ++i) sum = sum + s[i];
   return sum;
 }
 
-// The columns of Tuner::constants before the betas.
-enum Constant { kDecay, kInit, kEps, kEpsInM, kClampsH, kFloorsR, kLearning, kPace, kBetas };
-
-// One row of the tuner learns from its sums; returns whether sums and h were finite.
 // h = g.delta + lambda S sqrt(g.g) / (sqrt(x.x) + eps) x.delta
-MECHANIC_INLINE bool tune_row(const Sums& sums, double* state, const double* c, int64_t n) {
-  double *s = state, *r = state + n, *v = state + 2 * n, *m = state + 3 * n;
-  double* counters = state + 4 * n;
-  const double decay = c[kDecay] * total(s, n) * std::sqrt(sums.gg);
-  const double h = sums.gd + decay / (std::sqrt(sums.xx) + c[kEps]) * sums.xd;
-  const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.xd) && std::isfinite(sums.gg) &&
-                      std::isfinite(sums.xx) && std::isfinite(h);
-  counters[0] += 1;
-  if (!finite || c[kLearning] == 0) return finite;
+MECHANIC_INLINE double tuner_h(const Sums& sums, double scale, double decay, double eps) {
+  return sums.gd + decay * scale * std::sqrt(sums.gg) / (std::sqrt(sums.xx) + eps) * sums.xd;
+}
+
+// Update s, r, v, m of one scale. c: the constants, then the tuner betas.
+// h' = clamp(h, -m, m) or h; m = max(beta m, |h| + eps or |h|); v = beta^2 v + h^2;
+// r = beta r - h' s, clamped at 0 in some variants;
+// s = ((s_init / n) m + max(0, r)) / (sqrt(v) + eps), or a fraction of that move
+MECHANIC_INLINE void tuner_update(double h, const TunerRow& row, const double* c, int64_t n) {
+  double *s = row.s, *r = row.r, *v = row.v, *m = row.m;
   for (int64_t i = 0; i < n; ++i) {
     const double beta = c[kBetas + i];
     const double reward_h = c[kClampsH] != 0 ? fmax(fmin(h, m[i]), -m[i]) : h;
@@ -215,22 +236,22 @@ MECHANIC_INLINE bool tune_row(const Sums& sums, double* state, const double* c, 
     v[i] = beta * beta * v[i] + h * h;
     r[i] = beta * r[i] - reward_h * s[i];
     if (c[kFloorsR] != 0) r[i] = fmax(r[i], 0.0);
-    const double next =
-        (c[kInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
-    // Where S anneals with the schedule, s takes a part of its move.
-    s[i] = c[kPace] < 1 ? s[i] + c[kPace] * (next - s[i]) : next;
+    const double s_new =
+        (c[kSInit] / double(n) * m[i] + fmax(r[i], 0.0)) / (std::sqrt(v[i]) + c[kEps]);
+    const double factor = c[kAnnealingFactor];
+    s[i] = factor < 1 ? s[i] + factor * (s_new - s[i]) : s_new;
   }
-  return true;
 }
 
-// All rows; the first one counts the steps at which any was not finite.
-MECHANIC_INLINE void tune_rows(const Sums* sums, const Tuner& tuner) {
-  const int64_t width = 4 * tuner.betas + 2;
-  bool finite = true;
-  for (int64_t row = 0; row < tuner.scale_count; ++row) {
-    finite &= tune_row(sums[row], tuner.state + row * width, tuner.constants, tuner.betas);
-  }
-  if (!finite) tuner.state[width - 1] += 1;
+// Update one row of the tuner's state from the sums of its scale; return whether they and h were
+// finite. If not, the row keeps its numbers, but the step counts.
+MECHANIC_INLINE bool tune_row(const Sums& sums, const TunerRow& row, const double* c, int64_t n) {
+  const double h = tuner_h(sums, total_scale(row.s, n), c[kDecay], c[kEps]);
+  const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.xd) && std::isfinite(sums.gg) &&
+                      std::isfinite(sums.xx) && std::isfinite(h);
+  row.counters[kSteps] += 1;
+  if (finite && c[kTunesScale] != 0) tuner_update(h, row, c, n);
+  return finite;
 }
 
 }  // namespace mechanic

@@ -1,12 +1,12 @@
-// How 16-bit numbers lie in memory: widened at the door, rounded to nearest even on the way out.
-// Integer arithmetic without branches, so that loops over them become vector code; on a GPU the
-// instructions that give the same bits (but for what is written into a NaN).
+// How 16-bit numbers are stored: widened after a load, rounded to nearest even before a store.
+// On a CPU by integer arithmetic without branches, so that loops vectorize; on a GPU by
+// instructions that give the same bits, except for the payload of a NaN.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "formulas.h"
+#include "chunk.h"
 
 namespace mechanic {
 
@@ -20,23 +20,38 @@ struct Half {
 
 template <class To, class From>
 MECHANIC_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps their number");
+  static_assert(sizeof(To) == sizeof(From), "both types must have the same size");
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
 }
 
-// The arithmetic, and a Δ that is not narrow: double beside double, float beside everything else.
+// The dtype of arithmetic: double for double, float for everything else.
 template <class X>
-struct WideOf {
+struct OpMathType {
   using type = float;
 };
 template <>
-struct WideOf<double> {
+struct OpMathType<double> {
   using type = double;
 };
 template <class X>
-using Wide = typename WideOf<X>::type;
+using opmath_t = typename OpMathType<X>::type;
+
+// Call run with a number of this dtype.
+template <class Run>
+void for_dtype(DType dtype, Run run) {
+  switch (dtype) {
+    case DType::kFloat:
+      return run(float());
+    case DType::kDouble:
+      return run(double());
+    case DType::kBFloat16:
+      return run(BFloat16());
+    case DType::kHalf:
+      return run(Half());
+  }
+}
 
 MECHANIC_INLINE float widen(float x) { return x; }
 MECHANIC_INLINE double widen(double x) { return x; }
@@ -48,8 +63,8 @@ MECHANIC_INLINE float widen(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
 #else
-  // Exponent and mantissa moved into a float's places are 2^112 too small; the multiplication
-  // also makes subnormal halves right. An exponent of all ones (inf, NaN) must stay all ones.
+  // Shifted to a float's fields, exponent and mantissa are too small by 2^112; multiplying by that
+  // is right for subnormal halves, too. An exponent of all ones (inf, NaN) must stay all ones.
   const uint32_t shifted = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(shifted) * 0x1p112f);
   const uint32_t magnitude = shifted >= 0x0f800000u ? (shifted | 0x7f800000u) : scaled;
@@ -71,20 +86,14 @@ MECHANIC_INLINE void narrow(float x, BFloat16& to) {
 #endif
 }
 
-// Up in magnitude as often as what is cut off is of a last place; bits: 16 random ones. x is the
-// result of an operation: its NaNs are quiet ones, which cutting leaves NaN and adding might not.
-MECHANIC_INLINE BFloat16 stochastic_round(uint32_t bits, float x) {
-  return {uint16_t((bit_cast<uint32_t>(x) + (x == x ? bits : 0)) >> 16)};
-}
-
 MECHANIC_INLINE void narrow(float x, Half& to) {
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal halves: move the exponent, round to even. Subnormal ones: let the float addition of a
-  // number whose last place is the last place of a subnormal half do the rounding.
+  // Normal halves: rebias the exponent, round to even. Subnormal halves: adding 0.5, whose last
+  // place is that of a subnormal half, rounds to that place.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
   const uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);

@@ -1,4 +1,4 @@
-// What the vector verbs work on: vectors over all weights of one device and dtype, piece by piece.
+// What the vector ops work on: vectors over all weights of one device and dtype, by chunks.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +7,26 @@
 
 namespace mechanic {
 
-// The streams of one tensor, in the order in which a verb names them. vectors.py writes it.
-struct Streams4 {
-  int64_t at[4];
+// The addresses of one weight's part of each vector, in the order of the op's arguments.
+// vectors/space.py writes them.
+struct VectorStreams {
+  int64_t address[4];
 };
 
-// What a chunk leaves behind: sums, or a maximum in the first place.
+// The partial results of one chunk: sums, or a maximum in the first place.
 struct Partial {
   double value[4];
 };
 
 struct Vectors {
-  const Streams4* streams;  // one a tensor
+  const VectorStreams* streams;  // one a weight
   const Chunk* chunks;
   Partial* partials;  // one a chunk
   int64_t chunk_count, elements;
-  DType dtype;  // of the narrow streams; the others are float, or double beside double
+  DType dtype;  // of the vectors that have the weights' dtype; the others have opmath_t of it
 };
 
-// AdaRem's numbers: see formulas.h.
+// AdaRem's numbers in one step; boost is lambda^t.
 struct AdaRemOptions {
   double lr, beta, boost, decay, eps;
 };

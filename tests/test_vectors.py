@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from cases import WIDE, assert_same
-from mechanic_fused.vectors.space.space import Space
 from triton_lockstep import DTYPES, INTERPRETED
 from vector_cases import (
     LAYOUTS,
@@ -28,6 +27,7 @@ from vector_cases import (
 )
 
 from mechanic_fused.backends.layout import CPU_CHUNK as CHUNK
+from mechanic_fused.vectors import Space
 
 __all__ = ["place"]  # pytest finds the fixture here
 
@@ -181,7 +181,7 @@ class TestSpace:
         for layout in LAYOUTS:
             # The first two, of no and of one element, are dense whatever their strides.
             found = Space(vector(place, layout, (torch.float32,), 0)[2:5], cpp)
-            names = [part.sort.backend for part in found.parts]
+            names = [part.key.backend for part in found.parts]
             assert names == ["reference" if layout == "strided" else "cpp"]
 
     def test_zeros_and_copies_lie_as_the_weights_do(self, backend):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import SUM_RTOL, assert_same
 from conftest import skip_unless_available
-from mechanic_fused.vectors.space.space import Space
+from mechanic_fused.vectors import Space
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from cases import SUM_RTOL, WIDE, assert_same
 from conftest import skip_unless_available
-from mechanic_fused.vectors.space.space import Space
 from triton_lockstep import DTYPES, INTERPRETED, triton_module
 
 from mechanic_fused import backends
 from mechanic_fused.backends.layout import CPU_CHUNK as CHUNK
+from mechanic_fused.vectors import Space
 from mechanic_fused.vectors.reference import AdaRemOptions
 
 # No number among them is one of any 16-bit dtype, so that their rounding counts too.
@@ -50,8 +50,8 @@ class Verb(NamedTuple):
 
 def adarem(x, g, m, peak):
     g = np.where(np.isfinite(g), g, np.zeros_like(g))
-    reach = x.dtype.type(OPTIONS.boost / (peak + OPTIONS.eps))
-    adjusted = (1 + reach * (np.sign(g) * m)) * g
+    gain = x.dtype.type(OPTIONS.boost / (peak + OPTIONS.eps))
+    adjusted = (1 + gain * (np.sign(g) * m)) * g
     moved = x - OPTIONS.lr * (adjusted + OPTIONS.decay * x)
     return moved, OPTIONS.beta * m + (1 - OPTIONS.beta) * g
 
@@ -61,7 +61,9 @@ VERBS = {
         "xnw", (0,), lambda s, x, w, d, _: s.step_along(x, w, d, C), lambda x, w, d, _: (w - C * d,)
     ),
     "put": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, 0.0, C), lambda a, x, _: (C * x,)),
-    "axpby": Verb("wn", (0,), lambda s, a, x, _: s.axpby(a, x, A, C), lambda a, x, _: (A * a + C * x,)),
+    "axpby": Verb(
+        "wn", (0,), lambda s, a, x, _: s.axpby(a, x, A, C), lambda a, x, _: (A * a + C * x,)
+    ),
     "difference_dots": Verb(
         "wnn",
         (0,),

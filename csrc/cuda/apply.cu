@@ -1,106 +1,105 @@
-// apply: x = round(x_ref + S.Δ), with x.Δ and x.x of what stands there then. measure: only these.
-#include "fold.cuh"
+// apply: x = round(x_ref + S.Δ), then x.Δ and x.x of the rounded x. measure: the sums alone.
+#include "../formulas.h"
 #include "packets.cuh"
+#include "reduce.cuh"
 
 namespace mechanic::cuda {
 namespace {
 
-// The streams of one chunk.
+// The arrays of one chunk.
 template <class X>
-struct Streams {
+struct ApplyStreams {
   const X* x_ref;
-  Delta<Wide<X>> delta;
+  Delta<opmath_t<X>> delta;
   X* x;
 };
 
 template <class X>
-__device__ __forceinline__ Wide<X> rounded(Wide<X> wide) {
+__device__ __forceinline__ opmath_t<X> rounded(opmath_t<X> wide) {
   X x;
   narrow(wide, x);
   return widen(x);
 }
 
-// Elements [begin, end) of the chunk, N at a time in each thread: all loads, then all arithmetic.
+// N elements from i on in each thread: all loads, then all arithmetic.
 template <int N, bool kWrites, class X>
-__device__ __forceinline__ Pair apply_span(const Streams<X>& at, int begin, int end, Wide<X> scale,
-                                           Pair sum) {
+__device__ __forceinline__ void apply_block(const ApplyStreams<X>& at, int i, opmath_t<X> scale,
+                                            Pair& sum) {
+  opmath_t<X> delta[N], x[N];
+  at.delta.template load<Reuse::kNever>(i, delta);
+  if constexpr (kWrites) {
+    load<Reuse::kNever>(at.x_ref + i, x);
+#pragma unroll
+    for (int l = 0; l < N; ++l) x[l] = rounded<X>(apply_scale(x[l], scale, delta[l]));
+    store<Reuse::kSoon>(x, at.x + i);
+  } else {
+    load<Reuse::kSoon>(at.x + i, x);
+  }
+#pragma unroll
+  for (int l = 0; l < N; ++l) {
+    sum.first = fma(double(x[l]), double(delta[l]), sum.first);
+    sum.second = fma(double(x[l]), double(x[l]), sum.second);
+  }
+}
+
+// The elements [begin, end) of the chunk.
+template <int N, bool kWrites, class X>
+__device__ __forceinline__ Pair apply_range(const ApplyStreams<X>& at, int begin, int end,
+                                            opmath_t<X> scale, Pair sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
-    Wide<X> delta[N], x[N];
-    at.delta.template load<Reuse::kNever>(i, delta);
-    if constexpr (kWrites) {
-      load<Reuse::kNever>(at.x_ref + i, x);
-#pragma unroll
-      for (int l = 0; l < N; ++l) x[l] = rounded<X>(blend(x[l], scale, delta[l]));
-      store<Reuse::kSoon>(x, at.x + i);
-    } else {
-      load<Reuse::kSoon>(at.x + i, x);
-    }
-#pragma unroll
-    for (int l = 0; l < N; ++l) {
-      sum.first = fma(double(x[l]), double(delta[l]), sum.first);
-      sum.second = fma(double(x[l]), double(x[l]), sum.second);
-    }
+    apply_block<N, kWrites>(at, i, scale, sum);
   }
   return sum;
 }
 
-// Blocks of a multiprocessor: as many as no kernel of these spills with.
+// Blocks of a multiprocessor: the highest occupancy at which none of these kernels spills.
 constexpr int kBlocks = 6;
 
 template <bool kWrites, class X>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    apply_kernel(Bucket bucket, Reduction folding, Tuner tuner, StepScalars scaler) {
-  if (scaler.found_inf != nullptr && *scaler.found_inf != 0) return;
-  using Folded = Columns<&Sums::xd, &Sums::xx>;
-  for_empty_scales(bucket, folding,
-                   [&](int64_t scale) { Folded::write(bucket.sums + scale, {0, 0}); });
-  if (blockIdx.x >= bucket.chunk_count) return;
-  // Backwards, since the end of Δ is what accumulate has left in the cache.
-  const int64_t number = bucket.chunk_count - 1 - blockIdx.x;
-  const Chunk chunk = bucket.chunks[number];
-  const Tensor& tensor = bucket.tensors[chunk.tensor];
-  const double* s = tuner.state + tensor.scale * (4 * tuner.betas + 2);
-  const auto scale = Wide<X>(kWrites ? total(s, tuner.betas) : 0);
-  const Streams<X> at = {address<const X>(tensor.x_ref, chunk.offset),
-                         delta_of<Wide<X>>(bucket, tensor, chunk, nullptr),
-                         address<X>(tensor.weight, chunk.offset)};
+    apply_kernel(Bucket bucket, Reduction reduction, Tuner tuner, StepScalars scalars) {
+  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+  using Columns = SumColumns<&Sums::xd, &Sums::xx>;
+  for_empty_scales(bucket, reduction,
+                   [&](int64_t scale) { Columns::write(bucket.tables.sums + scale, {0, 0}); });
+  if (blockIdx.x >= bucket.counts.chunks) return;
+  // Backwards, since accumulate has left the end of Δ in the cache.
+  const int64_t number = bucket.counts.chunks - 1 - blockIdx.x;
+  const Chunk chunk = bucket.tables.chunks[number];
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  const double* s = tuner_row(tuner, tensor.scale).s;
+  const auto scale = opmath_t<X>(kWrites ? total_scale(s, tuner.betas) : 0);
+  const ApplyStreams<X> at = {address<const X>(tensor.x_ref, chunk.offset),
+                              delta_of<opmath_t<X>>(bucket, tensor, chunk, nullptr),
+                              address<X>(tensor.weight, chunk.offset)};
   const int n = int(chunk.length);
-  // measure adds in the same order as apply, so that their bits agree: x_ref decides for both.
-  const int body = packed<X>(n, at.x_ref, at.delta.wide, at.delta.narrow, at.x);
+  // measure must add in the same order as apply, so that their bits agree: x_ref counts in both.
+  const int in_packets = packet_elements<X>(n, at.x_ref, at.delta.full, at.delta.bfloat16, at.x);
   Pair sum = {0, 0};
-  sum = apply_span<kLanes<X>, kWrites>(at, 0, body, scale, sum);
-  sum = apply_span<1, kWrites>(at, body, n, scale, sum);
-  Folded::reduce_chunk(bucket, folding, number, tensor.scale, block_total(sum));
+  sum = apply_range<kLanes<X>, kWrites>(at, 0, in_packets, scale, sum);
+  sum = apply_range<1, kWrites>(at, in_packets, n, scale, sum);
+  Columns::reduce_chunk(bucket, reduction, number, tensor.scale, block_total(sum));
 }
 
 template <bool kWrites>
-void launch_apply(const char* verb, const Bucket& bucket, const Reduction& folding,
-                  const Tuner& tuner, const StepScalars& scaler, cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    launch(verb, kernel, bucket.chunk_count, stream, bucket, folding, tuner, scaler);
-  };
-  switch (bucket.weight) {
-    case DType::kFloat:
-      return run(apply_kernel<kWrites, float>);
-    case DType::kDouble:
-      return run(apply_kernel<kWrites, double>);
-    case DType::kBFloat16:
-      return run(apply_kernel<kWrites, BFloat16>);
-    case DType::kHalf:
-      return run(apply_kernel<kWrites, Half>);
-  }
+void launch_apply(const char* op, const Bucket& bucket, const Reduction& reduction,
+                  const Tuner& tuner, const StepScalars& scalars, cudaStream_t stream) {
+  for_dtype(bucket.dtypes.weight, [&](auto weight) {
+    launch(op, apply_kernel<kWrites, decltype(weight)>, bucket.counts.chunks, stream, bucket,
+           reduction, tuner, scalars);
+  });
 }
 
 }  // namespace
 
-void apply(const Bucket& bucket, const Reduction& folding, const Tuner& tuner, const StepScalars& scaler,
-           cudaStream_t stream) {
-  launch_apply<true>("apply", bucket, folding, tuner, scaler, stream);
+void apply(const Bucket& bucket, const Reduction& reduction, const Tuner& tuner,
+           const StepScalars& scalars, cudaStream_t stream) {
+  launch_apply<true>("apply", bucket, reduction, tuner, scalars, stream);
 }
 
-void measure(const Bucket& bucket, const Reduction& folding, cudaStream_t stream) {
-  launch_apply<false>("measure", bucket, folding, {}, {}, stream);
+void measure(const Bucket& bucket, const Reduction& reduction, cudaStream_t stream) {
+  launch_apply<false>("measure", bucket, reduction, {}, {}, stream);
 }
 
 }  // namespace mechanic::cuda

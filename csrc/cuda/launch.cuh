@@ -1,4 +1,4 @@
-// A kernel launch whose error becomes an exception with the verb's name.
+// A kernel launch whose error becomes an exception with the op's name.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,16 +20,16 @@ struct Same {
 };
 
 template <class... Args>
-void launch(const char* verb, void (*kernel)(Args...), int64_t blocks, cudaStream_t stream,
+void launch(const char* op, void (*kernel)(Args...), int64_t blocks, cudaStream_t stream,
             typename Same<Args>::type... args) {
   void* addresses[] = {&args...};
-  // Empty weights have no chunk; their scale still gets its sums of 0.
+  // One block even without chunks: it sets the sums of the empty scales to 0.
   const dim3 grid(unsigned(std::max<int64_t>(blocks, 1)));
   const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid,
                                              dim3(kThreads), addresses, 0, stream);
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it once more
-  throw std::runtime_error(std::string("mechanic_fused ") + verb +
+  cudaGetLastError();  // or the next call would report the error again
+  throw std::runtime_error(std::string("mechanic_fused ") + op +
                            ": cudaLaunchKernel: " + cudaGetErrorString(error));
 }
 

@@ -1,17 +1,18 @@
-// From memory to registers and back: N elements a thread in accesses of 16 bytes, or one by one.
+// Loads and stores of N elements a thread, in packets of 16 bytes or one by one.
 #pragma once
 
 #include <type_traits>
 
+#include "../formulas.h"
 #include "../storage.h"
 
 namespace mechanic::cuda {
 
-// Elements that a thread takes at once: 16 bytes of the weight's own dtype.
+// Elements that a thread takes at once: 16 bytes in the weight's dtype.
 template <class X>
 constexpr int kLanes = 16 / sizeof(X);
 
-// Bytes of an access for N elements: 16, or 8 where there are no more.
+// Bytes of an access for N elements: 16, or 8 if they have no more.
 template <int N, class Y>
 constexpr int kBytes = N * sizeof(Y) < 16 ? N * sizeof(Y) : 16;
 
@@ -23,17 +24,17 @@ struct alignas(kBytes<N, Y>) Packet {
 template <int N, class Y>
 using Bits = std::conditional_t<kBytes<N, Y> == 16, uint4, uint2>;
 
-// What is not touched again in this step makes way for what is: evict-first in the second-level
-// cache, where the end of Δ then waits for apply, which begins at that end.
+// Data that this step does not touch again is marked evict-first in the second-level cache, so that
+// the end of Δ stays there for apply, which begins at that end.
 enum class Reuse { kSoon, kNever };
 
 template <Reuse kReuse, class B>
-__device__ __forceinline__ B fetch(const B* from) {
+__device__ __forceinline__ B load_packet(const B* from) {
   return kReuse == Reuse::kNever ? __ldcs(from) : *from;
 }
 
 template <Reuse kReuse, class B>
-__device__ __forceinline__ void put(B* to, B packet) {
+__device__ __forceinline__ void store_packet(B* to, B packet) {
   if constexpr (kReuse == Reuse::kNever) {
     __stcs(to, packet);
   } else {
@@ -42,14 +43,14 @@ __device__ __forceinline__ void put(B* to, B packet) {
 }
 
 template <Reuse kReuse, int N, class Y>
-__device__ __forceinline__ void load(const Y* from, Wide<Y> (&to)[N]) {
+__device__ __forceinline__ void load(const Y* from, opmath_t<Y> (&to)[N]) {
   if constexpr (N == 1) {
     to[0] = widen(*from);
   } else {
     constexpr int kEach = kBytes<N, Y> / sizeof(Y);
 #pragma unroll
     for (int i = 0; i < N; i += kEach) {
-      const auto bits = fetch<kReuse>(reinterpret_cast<const Bits<N, Y>*>(from + i));
+      const auto bits = load_packet<kReuse>(reinterpret_cast<const Bits<N, Y>*>(from + i));
       const auto packet = bit_cast<Packet<N, Y>>(bits);
 #pragma unroll
       for (int l = 0; l < kEach; ++l) to[i + l] = widen(packet.lane[l]);
@@ -57,7 +58,7 @@ __device__ __forceinline__ void load(const Y* from, Wide<Y> (&to)[N]) {
   }
 }
 
-// Store what round(l) gives for each of the N elements.
+// Store round(l) for each of the N elements l.
 template <Reuse kReuse, int N, class Y, class Round>
 __device__ __forceinline__ void store_each(Y* to, Round round) {
   if constexpr (N == 1) {
@@ -69,13 +70,13 @@ __device__ __forceinline__ void store_each(Y* to, Round round) {
       Packet<N, Y> packet;
 #pragma unroll
       for (int l = 0; l < kEach; ++l) packet.lane[l] = round(i + l);
-      put<kReuse>(reinterpret_cast<Bits<N, Y>*>(to + i), bit_cast<Bits<N, Y>>(packet));
+      store_packet<kReuse>(reinterpret_cast<Bits<N, Y>*>(to + i), bit_cast<Bits<N, Y>>(packet));
     }
   }
 }
 
 template <Reuse kReuse, int N, class Y>
-__device__ __forceinline__ void store(const Wide<Y> (&from)[N], Y* to) {
+__device__ __forceinline__ void store(const opmath_t<Y> (&from)[N], Y* to) {
   store_each<kReuse, N>(to, [&](int l) {
     Y rounded;
     narrow(from[l], rounded);
@@ -83,55 +84,58 @@ __device__ __forceinline__ void store(const Wide<Y> (&from)[N], Y* to) {
   });
 }
 
-// Δ of a chunk, read as what it is by a branch that all threads take alike. Two pointers to one
-// place, since of one that may be null the compiler would not know that it is to global memory.
+// Δ of a chunk, T or bfloat16: a branch that all threads take alike. Both pointers have the same
+// address, since the compiler would not know that a pointer which may be null is to global memory.
 template <class T>
 struct Delta {
-  T* wide;
-  BFloat16* narrow;
-  bool is_narrow;
+  T* full;
+  BFloat16* bfloat16;
+  bool is_bfloat16;
   uint32_t seed;  // of the first element's random bits
 
   template <Reuse kReuse, int N>
   __device__ __forceinline__ void load(int i, T (&to)[N]) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (is_narrow) return cuda::load<kReuse>(narrow + i, to);
+      if (is_bfloat16) return cuda::load<kReuse>(bfloat16 + i, to);
     }
-    cuda::load<kReuse>(wide + i, to);
+    cuda::load<kReuse>(full + i, to);
   }
 
   template <Reuse kReuse, int N>
   __device__ __forceinline__ void store(int i, const T (&from)[N]) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (is_narrow) {
-        return store_each<kReuse, N>(
-            narrow + i, [&](int l) { return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]); });
+      if (is_bfloat16) {
+        return store_each<kReuse, N>(bfloat16 + i, [&](int l) {
+          return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]);
+        });
       }
     }
-    cuda::store<kReuse>(from, wide + i);
+    cuda::store<kReuse>(from, full + i);
   }
 };
 
-// Return where a stream of the chunk begins; base is not 0.
+// Return where a chunk begins in the array at an address, which is not 0.
 template <class T>
 __device__ __forceinline__ T* address(int64_t base, int64_t offset) {
   T* const from = reinterpret_cast<T*>(base) + offset;
-  // An address out of a table could lie anywhere, and generic accesses are slower.
+  // The compiler cannot know which memory an address from a table is in; generic accesses are
+  // slower.
   __builtin_assume(__isGlobal(from));
   return from;
 }
 
-// steps are needed where a narrow Δ is to be written.
+// step_count is needed where Δ is written in bfloat16.
 template <class T>
 __device__ __forceinline__ Delta<T> delta_of(const Bucket& bucket, const Tensor& tensor,
-                                             const Chunk& chunk, const double* steps) {
+                                             const Chunk& chunk, const double* step_count) {
   return {address<T>(tensor.delta, chunk.offset), address<BFloat16>(tensor.delta, chunk.offset),
-          bucket.delta == DType::kBFloat16, seed(steps, tensor.number) + uint32_t(chunk.offset)};
+          bucket.dtypes.delta == DType::kBFloat16,
+          rounding_seed(step_count, tensor.number) + uint32_t(chunk.offset)};
 }
 
-// Return how many of n elements can be taken kLanes at a time: none in a misaligned shard.
+// Return how many of n elements can be taken kLanes at a time: none where a stream is misaligned.
 template <class X, class... Y>
-__device__ __forceinline__ int packed(int n, const Y*... streams) {
+__device__ __forceinline__ int packet_elements(int n, const Y*... streams) {
   const bool aligned = ((reinterpret_cast<uintptr_t>(streams) | ...) & 15) == 0;
   return aligned ? n - n % kLanes<X> : 0;
 }

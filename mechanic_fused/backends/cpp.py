@@ -66,20 +66,26 @@ def describe(bucket: Bucket, tables: Any) -> Any:
     """
     first = bucket.states[0][:1]
     return _native.Bucket(
-        tensors=tables.tensors.data_ptr(),
-        chunks=tables.chunks.data_ptr(),
-        hyper=tables.hyper.data_ptr(),
-        partials=bucket.partials.data_ptr(),
-        sums=bucket.sums.data_ptr(),
-        tensor_count=len(bucket.tensors),
-        chunk_count=len(bucket.chunks),
-        scale_count=len(bucket.sums),
-        elements=sum(bucket.sizes),
+        tables=_native.Tables(
+            tensors=tables.tensors.data_ptr(),
+            chunks=tables.chunks.data_ptr(),
+            hyper=tables.hyper.data_ptr(),
+            partials=bucket.partials.data_ptr(),
+            sums=bucket.sums.data_ptr(),
+        ),
+        counts=_native.Counts(
+            tensors=len(bucket.tensors),
+            chunks=len(bucket.chunks),
+            scales=len(bucket.sums),
+            elements=sum(bucket.sizes),
+        ),
         # A bucket of the fallback is only measured and applied, whatever its kind.
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
-        weight=KERNEL_DTYPES.index(bucket.dtype),
-        state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
-        delta=KERNEL_DTYPES.index(bucket.delta[0].dtype),
+        dtypes=_native.DTypes(
+            weight=KERNEL_DTYPES.index(bucket.dtype),
+            state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
+            delta=KERNEL_DTYPES.index(bucket.delta[0].dtype),
+        ),
     )
 
 
@@ -88,7 +94,7 @@ def describe_tuner(tuner: Tuner) -> Any:
     return _native.Tuner(
         state=tuner.state.data_ptr(),
         constants=tuner.constants.data_ptr(),
-        scale_count=len(tuner.keys),
+        scales=len(tuner.keys),
         betas=len(tuner.betas),
     )
 

@@ -103,5 +103,5 @@ def _scalars(
         grad_scale=address("grad_scale", grad_scale, torch.float32),
         found_inf=address("found_inf", found_inf, torch.float32),
         clip=address("clip", clip, torch.float64),
-        steps=address("step_count", step_count, torch.float64),
+        step_count=address("step_count", step_count, torch.float64),
     )

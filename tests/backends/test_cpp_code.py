@@ -15,9 +15,9 @@ from support.cases import skip_unless_available
 REGISTERS = {"avx512f": "[yz]mm", "avx2": "ymm"}
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 OPS = ("apply", "norm", "step_along", "axpby", "difference_dots", "dots", "adarem")
-"""Beside accumulate. ``largest`` has no arithmetic to look for."""
+"""Beside accumulate. ``abs_max`` has no arithmetic to look for."""
 KERNEL = re.compile(
-    rf"mechanic::cpu::(accumulate_run<mechanic::(\w+), .*>|(?:{'|'.join(OPS)})_run<.*>)"
+    rf"mechanic::cpu::(accumulate_chunk<mechanic::(\w+), .*>|(?:{'|'.join(OPS)})_chunk<.*>)"
     r"\(.* \[clone \.(\w+)\]"
 )
 # Packed: …ps or …pd, never …ss or …sd.
@@ -62,9 +62,9 @@ def test_every_kernel_has_every_clone(kernels):
         for reads_x in ("true", "false"):
             for weight in WEIGHTS:
                 for state in {weight, "double" if weight == "double" else "float"}:
-                    key = f"accumulate_run<mechanic::{base}, {reads_x}, {weight}, {state}>"
+                    key = f"accumulate_chunk<mechanic::{base}, {reads_x}, {weight}, {state}>"
                     assert clones.pop(key, None), key
-    assert clones.keys() == {f"{verb}_run<{weight}>" for verb in OPS for weight in WEIGHTS}
+    assert clones.keys() == {f"{op}_chunk<{weight}>" for op in OPS for weight in WEIGHTS}
 
 
 @pytest.mark.parametrize("clone", REGISTERS)

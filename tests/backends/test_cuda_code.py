@@ -68,7 +68,7 @@ def test_names_are_read_as_the_compiler_mangles_them():
 
 
 def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
-    """A block's threads fold as many chunks as there are threads, and a fold takes a ticket."""
+    """A block adds up as many chunks as it has threads, and each such group takes a ticket."""
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")
     chunks = 1 << 20
@@ -78,10 +78,13 @@ def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
 def test_an_error_names_the_op_and_the_call():
     skip_unless_available("cuda")
     native = importlib.import_module("mechanic_fused._native")
-    too_many = dict.fromkeys(("tensors", "chunks", "hyper", "partials", "sums"), 0)
-    too_many |= dict.fromkeys(("tensor_count", "scale_count", "elements", "kind"), 0)
-    bucket = native.Bucket(**too_many, chunk_count=1 << 31, weight=0, state=0, delta=0)
-    folding = native.cuda.Reduction(spans=0, tickets=0)
-    scaler = native.cuda.StepScalars(grad_scale=0, found_inf=0)
+    bucket = native.Bucket(
+        tables=native.Tables(tensors=0, chunks=0, hyper=0, partials=0, sums=0),
+        counts=native.Counts(tensors=0, chunks=1 << 31, scales=0, elements=0),
+        kind=0,
+        dtypes=native.DTypes(weight=0, state=0, delta=0),
+    )
+    reduction = native.cuda.Reduction(spans=0, tickets=0)
+    scalars = native.cuda.StepScalars(grad_scale=0, found_inf=0)
     with pytest.raises(RuntimeError, match="mechanic_fused accumulate: cudaLaunchKernel: "):
-        native.cuda.accumulate(bucket, folding, scaler, 0)
+        native.cuda.accumulate(bucket, reduction, scalars, 0)

@@ -1,0 +1,90 @@
+// The names of the columns in chunk.h and of its enumerations, for the test that compares them with
+// those in Python. The compiler checks that they are complete and in order.
+#pragma once
+
+#include <cstddef>
+
+#include "chunk.h"
+
+namespace mechanic {
+
+struct Column {
+  const char* name;
+  size_t index;
+};
+
+// Every column has 8 bytes.
+#define MECHANIC_COLUMN(Row, name) {#name, offsetof(Row, name) / sizeof(int64_t)}
+
+template <size_t kCount>
+constexpr bool in_order(const Column (&columns)[kCount], size_t count) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (columns[i].index != i) return false;
+  }
+  return kCount == count;
+}
+
+template <class Row, size_t kCount>
+constexpr bool covers(const Column (&columns)[kCount]) {
+  return in_order(columns, sizeof(Row) / sizeof(int64_t)) && sizeof(Row) % sizeof(int64_t) == 0;
+}
+
+constexpr Column kTensorColumns[] = {
+    MECHANIC_COLUMN(Tensor, gradient), MECHANIC_COLUMN(Tensor, weight),
+    MECHANIC_COLUMN(Tensor, x_ref),    MECHANIC_COLUMN(Tensor, delta),
+    MECHANIC_COLUMN(Tensor, state0),   MECHANIC_COLUMN(Tensor, state1),
+    MECHANIC_COLUMN(Tensor, step),     MECHANIC_COLUMN(Tensor, scale),
+    MECHANIC_COLUMN(Tensor, group),    MECHANIC_COLUMN(Tensor, number)};
+static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
+
+constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),
+                                    MECHANIC_COLUMN(Chunk, length)};
+static_assert(covers<Chunk>(kChunkColumns), "the names must be those of Chunk, in order");
+
+constexpr Column kSpanColumns[] = {
+    MECHANIC_COLUMN(Span, first_chunk), MECHANIC_COLUMN(Span, chunks),
+    MECHANIC_COLUMN(Span, first_tensor), MECHANIC_COLUMN(Span, tensors)};
+static_assert(covers<Span>(kSpanColumns), "the names must be those of Span, in order");
+
+constexpr Column kHyperColumns[] = {
+    MECHANIC_COLUMN(Hyper, lr),       MECHANIC_COLUMN(Hyper, beta1),
+    MECHANIC_COLUMN(Hyper, beta2),    MECHANIC_COLUMN(Hyper, eps),
+    MECHANIC_COLUMN(Hyper, l2),       MECHANIC_COLUMN(Hyper, decay),
+    MECHANIC_COLUMN(Hyper, nesterov), MECHANIC_COLUMN(Hyper, gradient)};
+static_assert(covers<Hyper>(kHyperColumns), "the names must be those of Hyper, in order");
+
+constexpr Column kSumsColumns[] = {MECHANIC_COLUMN(Sums, gd), MECHANIC_COLUMN(Sums, xd),
+                                   MECHANIC_COLUMN(Sums, gg), MECHANIC_COLUMN(Sums, xx)};
+static_assert(covers<Sums>(kSumsColumns), "the names must be those of Sums, in order");
+
+#undef MECHANIC_COLUMN
+
+constexpr Column kTunerColumns[] = {{"s", kS}, {"r", kR}, {"v", kV}, {"m", kM}};
+static_assert(in_order(kTunerColumns, kTunerBlocks), "the names must be those of TunerBlock");
+
+constexpr Column kCounterColumns[] = {{"steps", kSteps}, {"nonfinite", kNonfinite}};
+static_assert(in_order(kCounterColumns, kCounters), "the names must be those of Counter");
+
+constexpr Column kConstantColumns[] = {{"decay", kDecay},
+                                       {"s_init", kSInit},
+                                       {"eps", kEps},
+                                       {"eps_in_m", kEpsInM},
+                                       {"clamps_h", kClampsH},
+                                       {"floors_r", kFloorsR},
+                                       {"tunes_scale", kTunesScale},
+                                       {"annealing_factor", kAnnealingFactor}};
+static_assert(in_order(kConstantColumns, kBetas), "the names must be those of Constant");
+
+constexpr Column kKinds[] = {{"sgd", size_t(Kind::kSgd)},
+                             {"momentum", size_t(Kind::kMomentum)},
+                             {"adam", size_t(Kind::kAdam)},
+                             {"lion", size_t(Kind::kLion)}};
+static_assert(in_order(kKinds, 4), "the names must be those of Kind, in order");
+
+constexpr Column kDTypes[] = {{"float32", size_t(DType::kFloat)},
+                              {"float64", size_t(DType::kDouble)},
+                              {"bfloat16", size_t(DType::kBFloat16)},
+                              {"float16", size_t(DType::kHalf)}};
+static_assert(in_order(kDTypes, 4), "the names must be those of DType, in order");
+
+}  // namespace mechanic
