@@ -181,7 +181,7 @@ class TestSpace:
         for layout in LAYOUTS:
             # The first two, of no and of one element, are dense whatever their strides.
             found = Space(vector(place, layout, (torch.float32,), 0)[2:5], cpp)
-            names = [part.sort.backend for part in found.parts]
+            names = [part.key.backend for part in found.parts]
             assert names == ["reference" if layout == "strided" else "cpp"]
 
     def test_zeros_and_copies_lie_as_the_weights_do(self, backend):
