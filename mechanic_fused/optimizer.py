@@ -137,6 +137,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         plan = self._plan
         if plan is None or not plan.is_current(self.param_groups, self.reduce_group):
             plan = self._fitting_plan()
+        plan.param_groups = self.param_groups
         plan.max_grad_norm, plan.extra_groups = self.max_grad_norm, self.extra_groups
         # GradScaler sets these for the duration of a step.
         plan.grad_scale = getattr(self, "grad_scale", None)

@@ -109,8 +109,8 @@ class StepPlan:
     of a step, in the order in which ``step.py`` calls them.
 
     Attributes:
-        max_grad_norm, extra_groups, grad_scale, found_inf: of the next step; the optimizer sets
-            them.
+        param_groups, max_grad_norm, extra_groups, grad_scale, found_inf: of the next step; the
+            optimizer sets them.
         release: the hooks that take gradients during the backward pass, or None.
         settings_changed: whether an option of a param group may have changed since the last step.
         awaits_calibration: whether s_init is still to be calibrated.

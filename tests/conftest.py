@@ -1,15 +1,15 @@
 """Fixtures for all tests. Every test runs with uninitialised memory filled with NaN."""
 
+import functools
 import os
 
 # torch asks for it where deterministic algorithms meet a GPU; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from pool import Pool  # noqa: E402
-
-from mechanic_fused import backends  # noqa: E402
+import pytest
+import torch
+from pool import Pool
+from support.cases import IMPLEMENTATIONS, Training, skip_unless_available
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,6 @@ def process_state():
     torch.set_num_threads(threads)
 
 
-def skip_unless_available(name):
-    row = next(row for row in backends.table() if row.name == name)
-    if not row.available:
-        pytest.skip(row.why)
-
-
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     """The name of a backend for the CPU."""
@@ -53,12 +47,18 @@ def cpp():
     return "cpp"
 
 
-@pytest.fixture(params=["reference", "cpp", "general"])
-def road(request):
-    """A way through the package: a backend, or the general road."""
-    if request.param != "general":
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """What takes a step: the name of a backend, or "fallback"."""
+    if request.param != "fallback":
         skip_unless_available(request.param)
     return request.param
+
+
+@pytest.fixture
+def train(implementation):
+    """train(base="adamw", params=None, **options) → a Training on the implementation."""
+    return functools.partial(Training, implementation)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""The faults of the existing packages, each as a check that ours passes and mechanic_pytorch fails.
+"""Each known fault of mechanic_pytorch has a check, which it fails and ours passes.
 
 That it fails matters as much: it shows that the check can. Faults that need several devices or
 ranks have no check here.
 """
 
+import functools
 import io
 import pickle
 
@@ -11,71 +12,64 @@ import mechanic_pytorch
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import (
-    FEW,
-    PLAIN,
-    SUM_RTOL,
-    SmallNet,
-    assert_same,
-    batch,
-    build,
-    double,
-    gradients,
-    loss_of,
-    make_weights,
-    run,
-    set_gradients,
-    train_net,
-    values,
-)
+from support import cases
+from support.cases import FEW, LEARNED, PLAIN, SUM_RTOL, SmallNet, assert_same, make_weights, values
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Steps in which a run with the default s_init learns.
 MANY = 300
-LEARNED = 0.5
+"""Steps in which a run with the default s_init learns."""
+
 TINY_LR = 1e-4
-# x − x_ref cancels where it is small, by a thousand at most: so much worse than 1e-12.
 RATIO_RTOL = 1e-9
-# Of the weights' bytes: what lists, tables and numbers may take.
+"""x − x_ref cancels where it is small, by a thousand at most: so much worse than 1e-12."""
+
 SMALL_SHARE = 0.01
+"""Of the weights' bytes: what lists, tables and numbers may take."""
+
 LARGE = 1 << 20
 
 
-def theirs(base, params, **options):
-    return mechanic_pytorch.mechanize(PLAIN[base])(params, **options)
+def train(make, params=None, base="adamw", steps=FEW, **options):
+    params = make_weights() if params is None else params
+    opt = make(base, params, **{"lr": 1.0, **options})
+    cases.run(opt, params, steps)
+    return opt, params
+
+
+def check_learning(make, params, steps=MANY, **options):
+    before = cases.loss_of(params)
+    train(make, params, steps=steps, **options)
+    assert cases.loss_of(params) < LEARNED * before
 
 
 def check_save_load_step(make):
-    model = SmallNet()
-    opt = make("adamw", model.parameters(), lr=1.0)
-    train_net(model, opt, FEW)
+    model, other = SmallNet(), SmallNet(seed=1)
+    opt, fresh = (make("adamw", net.parameters(), lr=1.0) for net in (model, other))
+    cases.train_net(model, opt, FEW)
     file = io.BytesIO()
     torch.save([model.state_dict(), opt.state_dict()], file)
     file.seek(0)
-    other = SmallNet(seed=1)
-    fresh = make("adamw", other.parameters(), lr=1.0)
     weights, state = torch.load(file, weights_only=False)
     other.load_state_dict(weights)
     fresh.load_state_dict(state)
-    train_net(other, fresh, FEW, first=FEW)
-    train_net(model, opt, FEW, first=FEW)
+    cases.train_net(other, fresh, FEW, first=FEW)
+    cases.train_net(model, opt, FEW, first=FEW)
     assert_same(values(other.parameters()), values(model.parameters()))
 
 
 def check_distributed_checkpoint(make, folder):
     model = SmallNet()
     opt = make("adamw", model.parameters(), lr=1.0)
-    train_net(model, opt, FEW)
+    cases.train_net(model, opt, FEW)
     dcp.save(get_optimizer_state_dict(model, opt), checkpoint_id=folder, no_dist=True)
 
 
 def check_added_group(make):
-    old, new = make_weights(), make_weights(seed=1)
-    opt = make("adamw", old, lr=1.0)
-    run(opt, old, 1)
+    opt, old = train(make, steps=1)
+    new = make_weights(seed=1)
     opt.add_param_group({"params": new})
-    run(opt, old + new, FEW)
+    cases.run(opt, old + new, FEW)
 
 
 def check_closure(make):
@@ -84,8 +78,7 @@ def check_closure(make):
 
     def closure():
         opt.zero_grad()
-        z, y = batch(0)
-        loss = (model(z) - y).square().mean()
+        loss = cases.net_loss(model, 0)
         loss.backward()
         return loss
 
@@ -94,28 +87,25 @@ def check_closure(make):
 
 
 def check_autograd_after_a_closure(make):
-    opt = make("adamw", make_weights(), lr=1.0)
-
     def closure():
-        raise KeyError
+        raise KeyError("the loss")
 
-    with pytest.raises(KeyError):
+    opt, _ = train(make, steps=0)
+    with pytest.raises(KeyError, match="the loss"):
         opt.step(closure)
     assert torch.is_grad_enabled()
 
 
 def check_no_gradients(make):
-    make("adamw", make_weights(), lr=1.0).step()
+    train(make, steps=0)[0].step()
 
 
-def check_nonfinite_gradient(make, bad):
-    params = make_weights()
-    opt = make("adamw", params, lr=1.0)
-    run(opt, params, FEW)
-    set_gradients(params, FEW)
+def check_nonfinite_gradient(bad, make):
+    opt, params = train(make)
+    cases.set_gradients(params, FEW)
     params[0].grad[0] = bad
     opt.step()
-    run(opt, params, FEW, first=FEW + 1)
+    cases.run(opt, params, FEW, first=FEW + 1)
     assert all(p.isfinite().all() for p in params)
 
 
@@ -123,104 +113,84 @@ def check_grad_scaler(make):
     """With fused=True the scaler leaves unscaling to the optimizer: to all of it."""
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu")):
-        params = make_weights(dtype=torch.float64)
-        opt = make("adamw", params, lr=1.0, fused=True)
+        opt, params = train(make, make_weights(dtype=torch.float64), steps=0, fused=True)
         for t in range(2 * FEW):
             overflows = t == FEW
             if scaler is None:
-                run(opt, params, 0 if overflows else 1, first=t)
+                cases.run(opt, params, 0 if overflows else 1, first=t)
                 continue
             scale = float(scaler.scale(torch.ones(())))
-            for p, g in zip(params, gradients(params, t), strict=True):
-                p.grad = scale * g
+            cases.give(params, [scale * g for g in cases.gradients(params, t)])
             if overflows:
                 params[1].grad[0, 0] = torch.inf
             scaler.step(opt)
             scaler.update()
         found.append(values(params))
     assert all(x.isfinite().all() for x in found[1])
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y, rtol=SUM_RTOL, atol=SUM_RTOL)
+    torch.testing.assert_close(*found, rtol=SUM_RTOL, atol=SUM_RTOL)
 
 
 def check_pickle(make):
-    params = make_weights()
-    opt = make("adamw", params, lr=1.0)
-    run(opt, params, FEW)
+    opt, params = train(make)
     others, other = pickle.loads(pickle.dumps((params, opt)))
-    run(other, others, FEW, first=FEW)
+    cases.run(other, others, FEW, first=FEW)
 
 
 def check_maximize(make):
-    params = make_weights()
-    before = loss_of(params)
-    opt = make("adamw", params, lr=1.0, maximize=True)
+    opt, params = train(make, steps=0, maximize=True)
+    before = cases.loss_of(params)
     for t in range(MANY):
-        for p, g in zip(params, gradients(params, t), strict=True):
-            p.grad = -g
+        cases.give(params, [-g for g in cases.gradients(params, t)])
         opt.step()
-    assert loss_of(params) < LEARNED * before
+    assert cases.loss_of(params) < LEARNED * before
 
 
-def make_large_weights(dtype):
-    """None near 0, where even a tiny step would be above the spacing of numbers."""
+def large_weights(dtype):
+    """Return weights of which none is near 0, where a tiny step is above the spacing of numbers."""
     params = make_weights(dtype=dtype)
-    with torch.no_grad():
-        for p in params:
-            p.copy_(p + p.sign())
+    cases.write(params, [p + p.sign() for p in values(params)])
     return params
 
 
 def check_bfloat16_weights_move(make):
-    params = make_large_weights(torch.bfloat16)
-    before = loss_of(params)
-    run(make("adamw", params, lr=1.0), params, MANY)
-    assert loss_of(params) < LEARNED * before
+    check_learning(make, large_weights(torch.bfloat16))
 
 
-def check_tuner_is_wide_whatever_the_default_dtype(make):
+def check_tiny_base_lr(make):
+    check_learning(make, large_weights(torch.float32), lr=TINY_LR)
+
+
+def check_the_default_dtype_does_not_matter(make):
     """As bfloat16, four of the six betas are 1."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            params = make_weights()
-            run(make("adamw", params, lr=1.0), params, MANY // 3)
+            found.append(values(train(make, steps=MANY // 3)[1]))
         finally:
             torch.set_default_dtype(torch.float32)
-        found.append(values(params))
-    assert_same(found[1], found[0])
+    assert_same(*found)
 
 
 def check_absent_gradients(make):
     """SGD's Δ is −lr·Σg, so x − x_ref must be the same multiple of Σg for every weight."""
-    params = make_weights(dtype=torch.float64)
-    start = [double(p) for p in params]
-    total = [torch.zeros_like(x) for x in start]
-    opt = make("sgd", params, lr=0.01)
+    opt, params = train(make, make_weights(dtype=torch.float64), "sgd", steps=0, lr=0.01)
+    start, total = values(params), [torch.zeros_like(p) for p in params]
     for t in range(MANY):
-        for i, g in enumerate(gradients(params, t)):
+        for i, g in enumerate(cases.gradients(params, t)):
             params[i].grad = None if (t + i) % 2 else g
             if params[i].grad is not None:
                 total[i] += g
         opt.step()
-    ratios = torch.cat(
-        [((p - x) / g).detach().flatten() for p, x, g in zip(params, start, total, strict=True)]
-    )
+    moved = [(p - x) / g for p, x, g in zip(values(params), start, total, strict=True)]
+    ratios = torch.cat([ratio.detach().flatten() for ratio in moved])
     middle = ratios.median()
     assert middle < 0
     torch.testing.assert_close(ratios, middle.expand_as(ratios), rtol=RATIO_RTOL, atol=0)
 
 
-def check_tiny_base_lr(make):
-    params = make_large_weights(torch.float32)
-    before = loss_of(params)
-    run(make("adamw", params, lr=TINY_LR), params, MANY)
-    assert loss_of(params) < LEARNED * before
-
-
 class CountHostReads(TorchDispatchMode):
-    """On a GPU each of these would wait for the device."""
+    """Counts the operations that would wait for a GPU."""
 
     count = 0
 
@@ -236,10 +206,8 @@ def check_host_reads(make):
     """They must not grow with the number of weights."""
     counts = []
     for copies in (1, 10):
-        params = [p for seed in range(copies) for p in make_weights(seed=seed)]
-        opt = make("adamw", params, lr=1.0)
-        run(opt, params, FEW)
-        set_gradients(params, FEW)
+        opt, params = train(make, [p for seed in range(copies) for p in make_weights(seed=seed)])
+        cases.set_gradients(params, FEW)
         with CountHostReads() as reads:
             opt.step()
         counts.append(reads.count)
@@ -247,7 +215,7 @@ def check_host_reads(make):
 
 
 def allocated_by(call):
-    """Bytes that torch's allocator hands out during a call, freed or not."""
+    """Return the bytes that torch's allocator hands out during a call, freed or not."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
@@ -259,12 +227,10 @@ def check_allocations(make):
         params = [torch.nn.Parameter(torch.ones(LARGE, dtype=dtype)) for _ in range(3)]
         opt = make(base, params, lr=1.0)
         for step in range(3):
-            for p in params:
-                p.grad = torch.full_like(p, 1.0 + step)
+            cases.give(params, [torch.full_like(p, 1.0 + step) for p in params])
             if step < 2:
                 opt.step()
-        taken = allocated_by(opt.step)
-        assert taken < SMALL_SHARE * sum(p.nbytes for p in params)
+        assert allocated_by(opt.step) < SMALL_SHARE * sum(p.nbytes for p in params)
 
 
 # Fault → how ours are checked, and what mechanic_pytorch does in that check.
@@ -274,33 +240,42 @@ FAULTS = {
     "closure": (check_closure, RuntimeError),
     "autograd stays off": (check_autograd_after_a_closure, AssertionError),
     "no gradients": (check_no_gradients, (TypeError, AttributeError)),
-    "NaN gradient": (lambda make: check_nonfinite_gradient(make, torch.nan), AssertionError),
-    "inf gradient": (lambda make: check_nonfinite_gradient(make, torch.inf), AssertionError),
+    "NaN gradient": (functools.partial(check_nonfinite_gradient, torch.nan), AssertionError),
+    "inf gradient": (functools.partial(check_nonfinite_gradient, torch.inf), AssertionError),
     "fused=True and GradScaler": (check_grad_scaler, AssertionError),
     "pickle": (check_pickle, (AttributeError, pickle.PicklingError)),
     "maximize": (check_maximize, AssertionError),
     "bfloat16 weights": (check_bfloat16_weights_move, AssertionError),
-    "bfloat16 by default": (check_tuner_is_wide_whatever_the_default_dtype, AssertionError),
+    "bfloat16 by default": (check_the_default_dtype_does_not_matter, AssertionError),
     "gradients that come and go": (check_absent_gradients, AssertionError),
     "tiny base lr": (check_tiny_base_lr, AssertionError),
 }
-# Promised for the fused road alone.
+# Promised for the fused path alone.
 FUSED_FAULTS = {
     "host reads for each weight": (check_host_reads, AssertionError),
     "copies of the weights' size": (check_allocations, AssertionError),
 }
+ignores_no_dist = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def ours(implementation):
+    return functools.partial(cases.build, implementation)
+
+
+def theirs(base, params, **options):
+    return mechanic_pytorch.mechanize(PLAIN[base])(params, **options)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_ours_lacks_the_fault(road, fault):
+def test_ours_lacks_the_fault(implementation, fault):
     check, _ = FAULTS[fault]
-    check(lambda base, params, **options: build(road, base, params, **options))
+    check(ours(implementation))
 
 
 @pytest.mark.parametrize("fault", FUSED_FAULTS)
-def test_the_fused_road_lacks_the_fault(cpp, fault):
+def test_the_fused_path_lacks_the_fault(cpp, fault):
     check, _ = FUSED_FAULTS[fault]
-    check(lambda base, params, **options: build(cpp, base, params, **options))
+    check(ours(cpp))
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *FUSED_FAULTS])
@@ -310,12 +285,12 @@ def test_the_check_finds_the_fault(fault):
         check(theirs)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_ours_can_be_saved_by_distributed_checkpoint(road, tmp_path):
-    check_distributed_checkpoint(lambda *args, **options: build(road, *args, **options), tmp_path)
+@ignores_no_dist
+def test_ours_can_be_saved_by_distributed_checkpoint(implementation, tmp_path):
+    check_distributed_checkpoint(ours(implementation), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@ignores_no_dist
 def test_theirs_cannot(tmp_path):
     with pytest.raises(KeyError):
         check_distributed_checkpoint(theirs, tmp_path)

@@ -1,11 +1,11 @@
-"""Records what optax.contrib.mechanize does, for test_goldens.py: the tests do not need optax.
+"""Record what optax.contrib.mechanize does, for core/test_goldens.py: the tests need no optax.
 
-    python3 -m venv /tmp/optax && /tmp/optax/bin/pip install optax
-    /tmp/optax/bin/python tests/record_optax.py
+    python3 -m venv optax && optax/bin/pip install optax
+    optax/bin/python tests/support/record_optax.py
 
-The problem is a two-layer tanh network with its gradient written out, so that the test can walk the
-same road without jax. ε = 1e-14 because optax recomputes Δ as (x − x_ref)/(S + ε): with its default
-of 1e-8 that alone moves Σs by up to 1 %.
+The problem is a two-layer tanh network with its gradient written out, so that the test can take the
+same steps without jax. ε = 1e-14 because optax recomputes Δ as (x − x_ref)/(S + ε): with its
+default of 1e-8 that alone moves Σs by up to 1 %.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-GOLDEN = Path(__file__).parent / "goldens" / "optax.json"
+GOLDEN = Path(__file__).parents[1] / "core" / "goldens" / "optax.json"
 STEPS = 200
 EPS = 1e-14
 X_AT = (25, 50, 100, 200)  # steps after which the weights are kept
@@ -30,14 +30,14 @@ CASES = {
 
 
 def start():
-    """The weights before the first step: the layers (4, 3) and (4,)."""
+    """Return the weights before the first step: the layers (4, 3) and (4,)."""
     i = np.arange(16, dtype=np.float64)
     w = np.sin(1.7 * i + 0.3)
     return [w[:12].reshape(4, 3), 0.5 * w[12:]]
 
 
 def gradient(weights, t):
-    """Of ½·mean((tanh(z Aᵀ) b − y)²) over twelve points z at step t.
+    """Return that of ½·mean((tanh(z Aᵀ) b − y)²) over twelve points z at step t.
 
     The targets y swing with t, as batches do: on a problem that can be solved, h falls to the
     rounding noise and then two equal programs part (Σs by 1e-1 after 130 steps of AdamW here).

@@ -1,18 +1,18 @@
-"""Mechanic once more, in numpy and in the paper's letters: what every backend is held against.
+"""Mechanic once more, in numpy and in the paper's letters: the oracle of all backends.
 
-Written from the definition (arXiv 2306.00144 and this project's rules for it) and from nothing else
-here: it shares no line with reference.py, so that the two can only agree by both being right.
+It is written from the definition (arXiv 2306.00144 and this project's rules for it) and shares no
+line with the package, so that the two can agree only by both being right.
 """
 
 import numpy as np
 
 TUNER_BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
-# s0 in units of s_init; then ε inside m, clamp of h, floor of the stored r. "scaled" is optax's
-# with λ and ε per unit of the largest lr, and s takes a part of its move, lr over the largest lr.
+# s0 in units of s_init; then ε inside m, clamp of h, floor of the stored r. "annealed" is optax's
+# with λ and ε per unit of the peak lr, and s moves by lr/(peak lr) of its update.
 VARIANTS = {
     "optax": {"s_init": 1e-6, "s0": 1, "m0": 0.0, "eps_in_m": 1, "clamp_h": 1, "floor_r": 0},
-    "scaled": {"s_init": None, "s0": "1/n", "m0": 0.0, "eps_in_m": 1, "clamp_h": 1, "floor_r": 0},
+    "annealed": {"s_init": None, "s0": "1/n", "m0": 0.0, "eps_in_m": 1, "clamp_h": 1, "floor_r": 0},
     "paper": {"s_init": 1e-8, "s0": 0, "m0": 0.0, "eps_in_m": 0, "clamp_h": 0, "floor_r": 1},
     "pytorch": {"s_init": 1e-8, "s0": 0, "m0": 1e-6, "eps_in_m": 0, "clamp_h": 0, "floor_r": 1},
 }
@@ -39,12 +39,16 @@ def adam_direction(g, state, betas, eps):
     return (state["m"] / (1 - b1**t)) / (np.sqrt(state["v"] / (1 - b2**t)) + eps)
 
 
-def adam(g, x, state, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    return -lr * adam_direction(g + weight_decay * x, state, betas, eps)
-
-
 def adamw(g, x, state, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
     return -lr * (adam_direction(g, state, betas, eps) + weight_decay * x)
+
+
+def adam(
+    g, x, state, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False
+):
+    if decoupled_weight_decay:
+        return adamw(g, x, state, lr, betas, eps, weight_decay)
+    return -lr * adam_direction(g + weight_decay * x, state, betas, eps)
 
 
 def lion(g, x, state, lr, betas=(0.9, 0.99), weight_decay=0.0):
@@ -69,8 +73,8 @@ class Oracle:
         self,
         params,
         base="adamw",
-        variant="scaled",
-        scale="global",
+        variant="annealed",
+        scale_per="model",
         s_decay=0.01,
         s_init=None,
         tuner_eps=1e-8,
@@ -91,12 +95,12 @@ class Oracle:
         for k, group in enumerate(groups):
             own = {name: value for name, value in group.items() if name != "params"}
             for x in group["params"]:
-                self.row.append({"global": 0, "group": k, "parameter": len(self.x)}[scale])
+                self.row.append({"model": 0, "group": k, "parameter": len(self.x)}[scale_per])
                 self.x.append(np.array(x, dtype=dtype))
                 self.options.append({**options, **own})
-        if variant == "scaled":
-            rate = max(own["lr"] for own in self.options)
-            self.s_decay, self.eps = s_decay * rate, tuner_eps * rate
+        if variant == "annealed":
+            peak = max(own["lr"] for own in self.options)
+            self.s_decay, self.eps = s_decay * peak, tuner_eps * peak
         self.state = [{} for _ in self.x]
         self.delta = [np.zeros_like(x) for x in self.x]
         self.x_ref = None  # taken at the first step with a gradient that is not all zeros
@@ -120,13 +124,12 @@ class Oracle:
     def dot(self, a, b):
         return float(np.dot(a.ravel().astype(np.float64), b.ravel().astype(np.float64)))
 
-    def step(self, grads, pace=1.0):
-        """One step from a list of gradients, None where a weight has none.
+    def step(self, grads, lr_factor=1.0):
+        """Take a step from a list of gradients, None where a weight has none.
 
-        `pace` is what a schedule has made of the lr, per unit of its largest; the tuner heeds it
-        only in "scaled".
+        `lr_factor` is lr/(peak lr), as a schedule has it; the tuner heeds it in "annealed" alone.
         """
-        self.pace = pace
+        self.lr_factor = lr_factor
         gs = [None if g is None else np.asarray(g, dtype=self.dtype) for g in grads]
         if self.maximize:
             gs = [None if g is None else -g for g in gs]
@@ -153,7 +156,7 @@ class Oracle:
             g_delta[k] += self.dot(g, self.delta[i])
             gg[k] += self.dot(g, g)
             g = np.where(np.isfinite(g), g, self.dtype(0))
-            options = {**self.options[i], "lr": self.options[i]["lr"] * self.pace}
+            options = {**self.options[i], "lr": self.options[i]["lr"] * self.lr_factor}
             self.delta[i] = self.delta[i] + self.base(g, x, self.state[i], **options)
         return g_delta, x_delta, gg, xx
 
@@ -172,5 +175,5 @@ class Oracle:
             self.r[k] = np.maximum(0, r) if self.variant["floor_r"] else r
             wealth = self.s_init / n * self.m[k] + np.maximum(0, r)
             s = wealth / (np.sqrt(self.v[k]) + self.eps)
-            part = self.pace if self.variant is VARIANTS["scaled"] else 1.0
+            part = self.lr_factor if self.variant is VARIANTS["annealed"] else 1.0
             self.s[k] = part * s + (1 - part) * s_prev

@@ -1,5 +1,4 @@
-"""Every backend, and the oracle itself, against the definition's numbers and the authors'
-packages."""
+"""Every backend, and the oracle itself, against published numbers and the authors' packages."""
 
 import functools
 import json
@@ -7,12 +6,11 @@ import json
 import mechanic_pytorch
 import numpy as np
 import pytest
-import record_optax
 import torch
-from cases import FUSED
-from conftest import skip_unless_available
-from oracle import Oracle
-from oracle_cases import arrays, parameters, set_gradients
+from support import record_optax
+from support.beside_oracle import arrays, give_arrays, parameters
+from support.cases import FUSED, skip_unless_available, write
+from support.oracle import Oracle
 
 from mechanic_fused import mechanize
 
@@ -34,9 +32,7 @@ class OracleRun:
 
     def step(self):
         self.oracle.step([None if p.grad is None else p.grad.numpy() for p in self.params])
-        with torch.no_grad():
-            for p, x in zip(self.params, self.oracle.x, strict=True):
-                p.copy_(torch.from_numpy(x))
+        write(self.params, map(torch.from_numpy, self.oracle.x))
 
     @property
     def scale(self):
@@ -45,14 +41,14 @@ class OracleRun:
 
 @pytest.fixture(params=["oracle", "reference", "cpp"])
 def build(request):
-    """build(base, params, **options) → an optimizer: the oracle or one of our backends."""
+    """build(base, params, **options) → an optimizer: the oracle's, or ours on a backend."""
     if request.param == "oracle":
         return lambda base, params, **options: OracleRun(params, base=base, **options)
     skip_unless_available(request.param)
     return lambda base, params, **options: FUSED[base](params, backend=request.param, **options)
 
 
-# The table of the definition: Σs after step t on f = ½Σd(x−o)².
+# From the definition: Σs after step t on f = ½Σd(x−o)².
 COLUMNS = (
     ("paper", "sgd", 0.01),
     ("paper", "adam", 0.01),
@@ -74,7 +70,7 @@ TABLE = """
 
 
 @pytest.mark.parametrize(("variant", "base", "s_decay"), COLUMNS)
-def test_table_of_the_definition(build, variant, base, s_decay):
+def test_the_scale_follows_the_table_of_the_definition(build, variant, base, s_decay):
     rows = np.array([line.split() for line in TABLE.strip().splitlines()], dtype=float)
     steps, expected = rows[:, 0], rows[:, 1 + COLUMNS.index((variant, base, s_decay))]
     d, o = np.array([1.0, 4.0, 10.0]), np.array([1.0, -1.0, 0.5])
@@ -83,7 +79,7 @@ def test_table_of_the_definition(build, variant, base, s_decay):
     opt = build(base, params, lr=lr, variant=variant, s_decay=s_decay)
     seen = []
     for t in range(1, int(steps[-1]) + 1):
-        set_gradients(params, [d * (x - o) for x in arrays(params)])
+        give_arrays(params, [d * (x - o) for x in arrays(params)])
         opt.step()
         if t in steps:
             seen.append(float(opt.scale.sum()))
@@ -100,7 +96,7 @@ def float64_by_default():
 
 
 def train_network(make, scale_of=lambda opt: opt.scale):
-    """Σs after each step and the weights after the last: a small tanh network on small batches."""
+    """Return Σs after each step, and the weights after the last, of a small tanh network."""
     rng = torch.Generator().manual_seed(0)
     z, noise = torch.randn(64, 5, generator=rng), torch.randn(64, 2, generator=rng)
     y = torch.stack([z[:, 0] * z[:, 1], z[:, 2].sin()], dim=1) + 0.1 * noise
@@ -121,15 +117,19 @@ def train_network(make, scale_of=lambda opt: opt.scale):
 
 
 PACKAGE_CASES = {
-    "sgd": ("sgd", torch.optim.SGD, {"lr": 0.1}),
-    "momentum": ("sgd", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    "l2": ("sgd", torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.05}),
-    "adam": ("adam", torch.optim.Adam, {"lr": 1.0, "weight_decay": 0.01}),
-    "adamw": ("adamw", torch.optim.AdamW, {"lr": 1.0, "weight_decay": 0.05}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "l2": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.05}),
+    "adam": (torch.optim.Adam, {"lr": 1.0, "weight_decay": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 1.0, "weight_decay": 0.05}),
+    "nadam": (torch.optim.NAdam, {"lr": 1.0}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.1}),
 }
 
 
-def train_with_package(torch_base, options):
+@functools.cache
+def package_run(case):
+    torch_base, options = PACKAGE_CASES[case]
     package = mechanic_pytorch.mechanize(torch_base, s_decay=0.0, store_delta=True)
     return train_network(
         lambda params: package(params, **options),
@@ -137,49 +137,35 @@ def train_with_package(torch_base, options):
     )
 
 
-def assert_same_run(ours, theirs):
+def check_package_run(make, case):
+    ours, theirs = train_network(make), package_run(case)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=PACKAGE_RTOL, atol=0)
     torch.testing.assert_close(ours[1], theirs[1], rtol=PACKAGE_RTOL, atol=PACKAGE_RTOL)
 
 
-@functools.cache
-def package_run(case):
-    _, torch_base, options = PACKAGE_CASES[case]
-    return train_with_package(torch_base, options)
+@pytest.mark.parametrize("case", ["sgd", "momentum", "l2", "adam", "adamw"])
+def test_two_hundred_steps_are_those_of_mechanic_pytorch(build, case, float64_by_default):
+    options = {**PACKAGE_CASES[case][1], "variant": "pytorch", "s_decay": 0.0}
+    base = case if case in FUSED else "sgd"
+    check_package_run(lambda params: build(base, params, **options), case)
 
 
-@pytest.mark.parametrize("case", PACKAGE_CASES)
-def test_two_hundred_steps_of_mechanic_pytorch(build, case, float64_by_default):
-    base, _, options = PACKAGE_CASES[case]
-    ours = train_network(
-        lambda params: build(base, params, variant="pytorch", s_decay=0.0, **options)
-    )
-    assert_same_run(ours, package_run(case))
-
-
-@pytest.mark.parametrize(
-    ("torch_base", "options"),
-    [
-        (torch.optim.SGD, {"lr": 0.1}),
-        (torch.optim.NAdam, {"lr": 1.0}),
-        (torch.optim.RMSprop, {"lr": 0.1}),
-    ],
-)
-def test_mechanize_any_base_is_mechanic_pytorch(torch_base, options, float64_by_default):
-    make = mechanize(torch_base, s_decay=0.0, variant="pytorch")
-    ours = train_network(lambda params: make(params, **options))
-    assert_same_run(ours, train_with_package(torch_base, options))
+@pytest.mark.parametrize("case", ["sgd", "nadam", "rmsprop"])
+def test_a_mechanized_base_steps_as_that_of_mechanic_pytorch(case, float64_by_default):
+    base, options = PACKAGE_CASES[case]
+    made = mechanize(base, s_decay=0.0, variant="pytorch")
+    check_package_run(lambda params: made(params, **options), case)
 
 
 @pytest.mark.parametrize("case", record_optax.CASES)
-def test_recorded_optax_run(build, case):
+def test_a_recorded_run_of_optax_is_repeated(build, case):
     golden = json.loads(record_optax.GOLDEN.read_text())[case]
     assert golden["options"] == record_optax.CASES[case]
     base = case if case in FUSED else "sgd"
     params = parameters(record_optax.start())
     opt = build(base, params, tuner_eps=record_optax.EPS, variant="optax", **golden["options"])
     for t in range(1, record_optax.STEPS + 1):
-        set_gradients(params, record_optax.gradient(arrays(params), t))
+        give_arrays(params, record_optax.gradient(arrays(params), t))
         opt.step()
         seen = float(opt.scale.sum())
         np.testing.assert_allclose(seen, golden["scale"][t - 1], rtol=OPTAX_RTOL, err_msg=f"{t=}")
