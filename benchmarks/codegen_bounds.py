@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from mechanic_fused.backends.layout import KINDS, STATES, compute_dtype
-from mechanic_fused.bucket import delta_dtype
 
 from .machine_code import Code
 
@@ -61,6 +60,12 @@ class Traffic(NamedTuple):
 
     loads: int
     stores: int
+
+
+def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
+    """Return the dtype of Δ beside weights of a dtype."""
+    wide = compute_dtype(dtype)
+    return torch.bfloat16 if narrow and wide is torch.float32 else wide
 
 
 def variants(kernel: str, dtype: torch.dtype) -> tuple[bool, ...]:

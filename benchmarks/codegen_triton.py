@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from mechanic_fused.backends.layout import KINDS, compute_dtype
-from mechanic_fused.bucket import delta_dtype
 
 from . import machine_code
-from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, variants
+from .codegen_bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, delta_dtype, variants
 
 
 def source(
