@@ -18,26 +18,18 @@ def test_the_first_gradient_is_taken_at_the_weights_and_later_ones_ahead(backend
 
 
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-@pytest.mark.parametrize("fails", [False, True])
-def test_weights_return_from_ahead_to_the_bit(backend, dtype, fails):
-    """After an error there, and where the gradient found there is 0."""
+def test_a_gradient_of_0_leaves_the_weights_to_the_bit(backend, dtype):
     options = {"momentum": 0.0, "weight_decay": 0.0}
     run = Run("ExtrapolatedSGD", backend, dtype, **options).steps(FEW)
     before, ahead = values(run.params), []
 
     def flat():
         ahead.extend(values(run.params))
-        if fails:
-            raise RuntimeError("the loss could not be had")
         for p in run.params:
             p.grad = torch.zeros_like(p)
         return 0.0
 
-    if fails:
-        with pytest.raises(RuntimeError, match="could not be had"):
-            run.opt.step(flat)
-    else:
-        run.opt.step(flat)
+    run.opt.step(flat)
     assert not torch.equal(ahead[0], before[0])
     assert_same(values(run.params), before)
 

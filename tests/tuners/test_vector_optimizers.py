@@ -14,6 +14,7 @@ from support.cases import (
     WIDTHS,
     assert_same,
     assert_within,
+    differs,
     loss_of,
     make_weights,
     ulp,
@@ -34,12 +35,20 @@ of_variants = pytest.mark.parametrize(
     ("name", "variant"),
     [(name, variant) for name, method in METHODS.items() for variant in method.variants],
 )
-with_options = pytest.mark.parametrize("name", ["AdaRem", "ExtrapolatedSGD"])
-"""Those whose options may all differ between groups."""
+OTHER_GROUP = {
+    "AdaRem": {"lr": 0.02, "weight_decay": 0.0, "beta": 0.5, "lam": 0.9},
+    "ExtrapolatedSGD": {"lr": 0.02, "weight_decay": 0.0, "momentum": 0.0},
+    "CGQ": {"weight_decay": 0.0},
+}
+"""Options that may differ between groups."""
 
 
 def variant_of(name, variant):
     return METHODS[name].variants[variant]
+
+
+def no_searches(name):
+    return {"probability": 0.0} if name == "CGQ" else {}
 
 
 # The formula
@@ -75,8 +84,7 @@ def test_float32_is_as_near_as_plain_arithmetic(backend, name, variant):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backends_agree_to_the_bit(cpp, name, dtype):
     # A search adds products in an order of the backend's.
-    options = {"probability": 0.0} if name == "CGQ" else {}
-    runs = [Run(name, backend, dtype, **options).steps() for backend in (cpp, "reference")]
+    runs = [Run(name, b, dtype, **no_searches(name)).steps() for b in (cpp, "reference")]
     assert_same(*(run.snapshot() for run in runs))
 
 
@@ -95,21 +103,18 @@ def test_16_bit_weights_learn_with_state_of_the_dtype_of_the_arithmetic(backend,
         }
 
 
-@with_options
+@pytest.mark.parametrize("name", OTHER_GROUP)
 def test_groups_have_options_of_their_own(backend, name):
-    other = {"lr": 0.02, "weight_decay": 0.0}
-    other |= {"beta": 0.5, "lam": 0.9} if name == "AdaRem" else {"momentum": 0.0}
-    groups = make_weights(dtype=torch.float64)
-    groups = [{"params": groups[:1]}, {"params": groups[1:], **other}]
-    run = Run(name, backend, params=groups)
-    params = [p for group in groups for p in group["params"]]
+    other, params = OTHER_GROUP[name], make_weights(dtype=torch.float64)
+    groups = [{"params": params[:1]}, {"params": params[1:], **other}]
+    run = Run(name, backend, params=groups, **no_searches(name))
     run.follow(run.opt, 0).steps(FEW)
     first, rest = (run.method.oracle(torch.float64, run, **o) for o in ({}, other))
     for p, x in zip(params, [*first.xs[:1], *rest.xs[1:]], strict=True):
         assert_within(p, x, FEW * run.method.roundings * ulp(first.largest))
 
 
-@with_options
+@pytest.mark.parametrize("name", ["AdaRem", "ExtrapolatedSGD"])
 def test_an_lr_of_0_moves_nothing(backend, name):
     run = Run(name, backend, torch.float32, lr=0.0).steps(FEW)
     assert_same(values(run.params), values(make_weights()), run.closure.seen[-1])
@@ -259,6 +264,8 @@ def test_an_error_in_the_closure_changes_nothing(backend, name, call, dtype):
     with pytest.raises(RuntimeError, match="could not be had"):
         run.opt.step(fails)
     assert_same(run.snapshot(), before)
+    if name == "ExtrapolatedSGD":
+        assert differs(run.closure.seen[-1], before["weights"])  # It was ahead.
     generator, grads = calls[0]
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is g is not None for p, g in zip(run.params, grads, strict=True))
@@ -312,7 +319,7 @@ def test_trials_draw_the_same_numbers_and_move_neither_generators_nor_buffers(na
 
 @of_methods
 def test_sharded_weights_step_as_whole_ones(ranks, backend, name):
-    options = {"probability": 0.0} if name == "CGQ" else {}
+    options = no_searches(name)
     for found in ranks(2).run("support.vector_optimizers.sharded", name, backend, **options):
         assert_same(found, sharded(name, backend, **options))
 
