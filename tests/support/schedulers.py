@@ -110,7 +110,7 @@ SCHEDULERS = {
             ({"version": 2}, "version must .* expected 1, got 2"),
             ({"drops": ABSENT}, "must have drops"),
         ),
-        (0, 1, 3, 44, 59),
+        (0, 1, 3, 18, 44, 59),
         probes=False,
     ),
     "AutoDrop 2": Scheduler(
@@ -129,7 +129,7 @@ SCHEDULERS = {
             ({"version": 1}, "version must .* expected 2, got 1"),
             ({"smoothed": ABSENT, "drops": ABSENT}, "must have drops, smoothed"),
         ),
-        (0, 1, 3, 44, 59),
+        (0, 1, 3, 44, 49, 59),
         probes=False,
     ),
     "GeN": Scheduler(
