@@ -1,6 +1,6 @@
-"""The verbs in Triton: one launch a verb for all tensors of a bucket.
+"""The ops in Triton: one launch an op for all tensors of a bucket.
 
-Same functions as reference.py; elementwise results agree with it to the bit.
+Same functions as ``backends/reference.py``; elementwise results agree with it to the bit.
 """
 
 from mechanic_fused.backends.layout import CPU_CHUNK
@@ -9,13 +9,11 @@ from mechanic_fused.bucket import Bucket
 from .accumulate import accumulate
 from .apply import apply, measure
 from .norm import norm
-from .sums import Tables
+from .reduce import Tables
 from .tune import tune
 
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
 """The CPU's size on a GPU too: 2^13, which the CUDA backend takes, has not been measured."""
-
-COPIES_TABLES = True
 
 __all__ = ["accumulate", "apply", "measure", "norm", "prepare", "tune"]
 
