@@ -1,4 +1,4 @@
-"""AutoGD's choice among its candidates, where the contract of vector optimizers does not look."""
+"""AutoGD's choice among its candidates, beyond the contract of the vector optimizers."""
 
 import math
 
