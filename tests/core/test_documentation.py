@@ -13,7 +13,11 @@ import mechanic_fused
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md"))]
-RUN_AS_PASTED = ["README.md", "docs/quickstart.md", "docs/checkpoints.md"]
+TUNERS = sorted(p for p in ROOT.glob("docs/tuners/*.md") if "```python" in p.read_text())
+RUN_AS_PASTED = [
+    *("README.md", "docs/quickstart.md", "docs/checkpoints.md"),
+    *(str(p.relative_to(ROOT)) for p in TUNERS),
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
