@@ -1,6 +1,6 @@
-"""The verbs in Triton: one launch a verb for all tensors of a bucket.
+"""The ops in Triton: one launch an op for all tensors of a bucket.
 
-Same functions as reference.py; elementwise results agree with it to the bit.
+Same functions as ``backends/reference.py``; elementwise results agree with it to the bit.
 """
 
 from mechanic_fused.backends.layout import CPU_CHUNK
@@ -9,7 +9,7 @@ from mechanic_fused.bucket import Bucket
 from .accumulate import accumulate
 from .apply import apply, measure
 from .norm import norm
-from .sums import Tables
+from .reduce import Tables
 from .tune import tune
 
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}

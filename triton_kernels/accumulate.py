@@ -1,79 +1,103 @@
-"""accumulate: g·Δ and g·g with the old Δ; the base's state and Δ move on by one update u."""
+"""accumulate: g·Δ and g·g with the old Δ; the base's state and Δ move by one update u."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from mechanic_fused.bucket import Bucket
 
-from .formulas import adam, coefficients, lion, momentum, random_bits16, seed, sgd
-from .storage import (
-    CHUNK_COLUMNS,
-    DELTA,
-    DTYPES,
-    GRADIENT,
-    GROUP,
-    NUMBER,
-    SCALE,
-    STATE0,
-    STATE1,
-    STEP,
-    TENSOR_COLUMNS,
-    WEIGHT,
-    aligned_at,
-    at,
-    narrow,
-    read,
+from .chunk_loop import chunk_loop
+from .formulas import (
+    Coefficients,
+    adam,
+    coefficients,
+    finite_or_zero,
+    lion,
+    momentum,
+    random_bits16,
+    rounding_seed,
+    sgd,
     stochastic_round,
-    widen,
 )
-from .sums import FOLD, fold, launch, reduce_chunk
+from .layout import (
+    HYPER_COLUMNS,
+    HYPER_DECAY,
+    HYPER_L2,
+    SPAN_COLUMNS,
+    SPAN_FIRST_TENSOR,
+    SPAN_TENSORS,
+    SUMS_GD,
+    SUMS_GG,
+    TENSOR_COLUMNS,
+    TENSOR_DELTA,
+    TENSOR_GRADIENT,
+    TENSOR_GROUP,
+    TENSOR_NUMBER,
+    TENSOR_SCALE,
+    TENSOR_STATE0,
+    TENSOR_STATE1,
+    TENSOR_STEP,
+    TENSOR_WEIGHT,
+)
+from .reduce import REDUCE_BLOCK, is_empty, launch, load_chunk, reduce_chunk, reduce_scale
+from .storage import DTYPES, array, at, narrow, read, widen
+
+
+class AccumulateStreams(NamedTuple):
+    """What the blocks of a chunk work on."""
+
+    g: tl.tensor
+    x: tl.tensor
+    delta: tl.tensor
+    state0: tl.tensor
+    state1: tl.tensor
+    offset: tl.tensor  # of the chunk in each of these arrays
+    reads_x: tl.tensor
+    x_limit: tl.tensor  # the chunk's length, 0 where x is not read
+    c: Coefficients
+    seed: tl.tensor  # of the chunk's random bits, or None where Δ is not rounded
 
 
 @triton.jit
-def move(
-    g_at,
-    x_at,
-    delta_at,
-    state0_at,
-    state1_at,
-    mask,
-    x_mask,
-    c,
-    key,
-    element,
-    KIND: tl.constexpr,
-    T: tl.constexpr,
-):
-    """One block: Δ += u, the state moves on; returns the products g·Δ (old Δ) and g·g, float64.
+def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
+    """Δ += u, the state moves; returns the products g·Δ (old Δ) and g·g, float64.
 
-    g enters the products as it is, and u as 0 where it is not finite. With a ``key`` the new Δ is
-    rounded to bfloat16 by random bits, of the ``key`` and each element's number in its chunk.
+    The products take g as it is, u takes 0 where it is not finite. With a seed the new Δ is rounded
+    to bfloat16 by random bits, which depend on the seed and on each element's index in its chunk.
     """
-    S: tl.constexpr = state0_at.dtype.element_ty
-    g = widen(read(g_at, mask), T) * c.gradient
+    S: tl.constexpr = streams.state0.dtype.element_ty
+    g_at = at(streams.g, streams.offset, i, limit)
+    x_at = at(streams.x, streams.offset, i, limit)
+    delta_at = at(streams.delta, streams.offset, i, limit)
+    state0_at = at(streams.state0, streams.offset, i, limit)
+    state1_at = at(streams.state1, streams.offset, i, limit)
+    mask = None if limit is None else i < limit
+    x_mask = streams.reads_x if limit is None else i < streams.x_limit
+    g = widen(read(g_at, mask), T) * streams.c.gradient
     x = widen(read(x_at, x_mask), T)
     delta = widen(read(delta_at, mask), T)
     wide_g = g.to(tl.float64)
-    g = tl.where(g - g == 0, g, 0.0)
+    g = finite_or_zero(g)
     if KIND == "sgd":
-        u = sgd(g, x, c)
+        u = sgd(g, x, streams.c)
     elif KIND == "momentum":
-        u, state0 = momentum(g, x, widen(read(state0_at, mask), T), c)
+        u, state0 = momentum(g, x, widen(read(state0_at, mask), T), streams.c)
     elif KIND == "lion":
-        u, state0 = lion(g, x, widen(read(state0_at, mask), T), c)
+        u, state0 = lion(g, x, widen(read(state0_at, mask), T), streams.c)
     else:
         u, state0, state1 = adam(
-            g, x, widen(read(state0_at, mask), T), widen(read(state1_at, mask), T), c
+            g, x, widen(read(state0_at, mask), T), widen(read(state1_at, mask), T), streams.c
         )
         tl.store(state1_at, narrow(state1, S), mask=mask)
     if KIND != "sgd":
         tl.store(state0_at, narrow(state0, S), mask=mask)
-    if key is None:
+    if streams.seed is None:
         tl.store(delta_at, delta + u, mask=mask)
     else:
-        bits = random_bits16(key, element.to(tl.uint32))
+        bits = random_bits16(streams.seed, i.to(tl.uint32))
         tl.store(delta_at, stochastic_round(bits, delta + u), mask=mask)
     return wide_g * delta.to(tl.float64), wide_g * wide_g
 
@@ -81,16 +105,16 @@ def move(
 @triton.jit
 def advance_steps(row, tensors, spans):
     """step += 1 for the weights of a scale that have a gradient."""
-    first = tl.load(spans + row * 4 + 2)
-    count = tl.load(spans + row * 4 + 3)
+    first = tl.load(spans + row * SPAN_COLUMNS + SPAN_FIRST_TENSOR)
+    count = tl.load(spans + row * SPAN_COLUMNS + SPAN_TENSORS)
     start = tl.full((), 0, tl.int64)
     while start < count:
-        i = start + tl.arange(0, FOLD)
+        i = start + tl.arange(0, REDUCE_BLOCK)
         tensor = tensors + (first + i) * TENSOR_COLUMNS
-        present = tl.load(tensor + GRADIENT, mask=i < count, other=0) != 0
-        steps = tl.load(tensor + STEP, mask=present, other=0).to(tl.pointer_type(tl.float32))
+        present = tl.load(tensor + TENSOR_GRADIENT, mask=i < count, other=0) != 0
+        steps = array(tl.load(tensor + TENSOR_STEP, mask=present, other=0), tl.float32)
         tl.store(steps, tl.load(steps, mask=present, other=0.0) + 1.0, mask=present)
-        start += FOLD
+        start += REDUCE_BLOCK
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -105,7 +129,7 @@ def accumulate_kernel(
     grad_scale,
     found_inf,
     clip,
-    clock,
+    step_count,
     chunk_count,
     KIND: tl.constexpr,
     X: tl.constexpr,
@@ -115,105 +139,66 @@ def accumulate_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """sums[:, 0] = Σ g·Δ and sums[:, 2] = Σ g·g over the old Δ; then Δ = Δ + u, state = state'.
+    """sums[:, GD] = Σ g·Δ and sums[:, GG] = Σ g·g with the old Δ; then Δ += u, state = state'.
 
-    A program a chunk, then one a scale, which matters for scales without chunks only. Arithmetic
-    in T, one rounding an operation; products and their sums in float64; Δ is kept in D and the
-    state in S; ``clock``, the count of steps, is there where D is narrower than T. Where found_inf
-    is not 0, or a gradient is absent, nothing changes.
+    One program a chunk, then one a scale, which does something only for a scale without chunks.
+    Arithmetic is in T with one rounding an operation, products and their sums in float64; Δ is
+    stored in D and the state in S. ``step_count`` is None unless D is narrower than T. Where
+    ``found_inf`` is not 0, or a gradient is absent, nothing changes.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
     if program < chunk_count:
-        tensor = tensors + tl.load(chunks + program * CHUNK_COLUMNS) * TENSOR_COLUMNS
-        offset = tl.load(chunks + program * CHUNK_COLUMNS + 1)
-        length = tl.load(chunks + program * CHUNK_COLUMNS + 2).to(tl.int32)
-        g = tl.load(tensor + GRADIENT)
-        x = tl.load(tensor + WEIGHT)
-        delta = tl.load(tensor + DELTA)
-        state0 = tl.load(tensor + STATE0)
-        state1 = tl.load(tensor + STATE1)
-        step_at = tl.load(tensor + STEP).to(tl.pointer_type(tl.float32))
-        row = tl.load(tensor + SCALE)
-        h = hyper + tl.load(tensor + GROUP) * 8
+        index, offset, length = load_chunk(chunks, program)
+        tensor = tensors + index * TENSOR_COLUMNS
+        g = tl.load(tensor + TENSOR_GRADIENT)
+        x = tl.load(tensor + TENSOR_WEIGHT)
+        delta = tl.load(tensor + TENSOR_DELTA)
+        state0 = tl.load(tensor + TENSOR_STATE0)
+        state1 = tl.load(tensor + TENSOR_STATE1)
+        step_at = array(tl.load(tensor + TENSOR_STEP), tl.float32)
+        row = tl.load(tensor + TENSOR_SCALE)
+        h = hyper + tl.load(tensor + TENSOR_GROUP) * HYPER_COLUMNS
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
-        key = None
-        if clock is not None:
-            key = seed(tl.load(clock), tl.load(tensor + NUMBER)) + offset.to(tl.uint32)
-        reads_x = (tl.load(h + 4) != 0) | (tl.load(h + 5) != 0)
-
+        seed = None
+        if step_count is not None:
+            number = tl.load(tensor + TENSOR_NUMBER)
+            seed = rounding_seed(tl.load(step_count), number) + offset.to(tl.uint32)
+        reads_x = (tl.load(h + HYPER_L2) != 0) | (tl.load(h + HYPER_DECAY) != 0)
         # An absent gradient has no elements.
         length = tl.where(g == 0, 0, length)
-        x_length = tl.where(reads_x, length, 0)
-        # Whole blocks at aligned addresses go 128 bits wide, the rest an element at a time.
         aligned = (g | x | delta | state0 | state1) % 16 == 0
-        whole = tl.where(aligned, length // BLOCK, 0)
-
-        gd = tl.zeros((BLOCK,), dtype=tl.float64)
-        gg = tl.zeros((BLOCK,), dtype=tl.float64)
-        number = 0
-        while number < whole:
-            i = number * BLOCK + tl.arange(0, BLOCK)
-            more_gd, more_gg = move(
-                aligned_at(g, offset, X) + i,
-                aligned_at(x, offset, X) + i,
-                aligned_at(delta, offset, D) + i,
-                aligned_at(state0, offset, S) + i,
-                aligned_at(state1, offset, S) + i,
-                None,
-                reads_x,
-                c,
-                key,
-                i,
-                KIND,
-                T,
-            )
-            gd += more_gd
-            gg += more_gg
-            number += 1
-        total_gd = tl.sum(gd, 0)
-        total_gg = tl.sum(gg, 0)
-
-        gd = tl.zeros((TAIL,), dtype=tl.float64)
-        gg = tl.zeros((TAIL,), dtype=tl.float64)
-        start = whole * BLOCK
-        while start < length:
-            i = start + tl.arange(0, TAIL)
-            more_gd, more_gg = move(
-                at(g, offset, X) + i,
-                at(x, offset, X) + i,
-                at(delta, offset, D) + i,
-                at(state0, offset, S) + i,
-                at(state1, offset, S) + i,
-                i < length,
-                i < x_length,
-                c,
-                key,
-                i,
-                KIND,
-                T,
-            )
-            gd += more_gd
-            gg += more_gg
-            start += TAIL
-        total_gd += tl.sum(gd, 0)
-        total_gg += tl.sum(gg, 0)
-        last = reduce_chunk(program, row, total_gd, total_gg, partials, spans, tickets, 0)
+        streams = AccumulateStreams(
+            array(g, X),
+            array(x, X),
+            array(delta, D),
+            array(state0, S),
+            array(state1, S),
+            offset,
+            reads_x,
+            tl.where(reads_x, length, 0),
+            c,
+            seed,
+        )
+        totals = chunk_loop(
+            accumulate_block, KIND, T, streams, length, aligned, 2, "sum", BLOCK, TAIL
+        )
+        last = reduce_chunk(program, row, totals, partials, spans, tickets, (SUMS_GD, SUMS_GG))
     else:
         row = (program - chunk_count).to(tl.int64)
-        last = tl.load(spans + row * 4 + 1) == 0
+        last = is_empty(row, spans)
     if last:
-        fold(row, partials, sums, spans, tickets, 0)
+        reduce_scale(row, partials, sums, spans, tickets, (SUMS_GD, SUMS_GG))
         # Only now, when no program reads the counts any more.
         if KIND == "adam" or KIND == "momentum":
             advance_steps(row, tensors, spans)
 
 
 def accumulate(bucket: Bucket) -> None:
-    """Take g·Δ and g·g with the old Δ; move the base's state and Δ on by one update."""
+    """Take g·Δ and g·g with the old Δ; move the base's state and Δ by one update."""
     state = bucket.states[0][0].dtype if bucket.states[0] else bucket.compute_dtype
     launch(
         accumulate_kernel,

@@ -1,6 +1,8 @@
-"""apply: x = round(x_ref + S·Δ), and what the next step needs of it; measure: that alone."""
+"""apply: x = round(x_ref + S·Δ), and the sums that the next step needs; measure: the sums alone."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,44 +11,44 @@ from torch.autograd.graph import increment_version
 from mechanic_fused.bucket import Bucket
 from mechanic_fused.tuner import Tuner
 
-from .storage import (
-    CHUNK_COLUMNS,
-    DELTA,
-    DTYPES,
-    SCALE,
+from .chunk_loop import chunk_loop
+from .formulas import apply_scale, total_scale
+from .layout import (
+    COUNTERS_COLUMNS,
+    SUMS_XD,
+    SUMS_XX,
     TENSOR_COLUMNS,
-    WEIGHT,
-    X_REF,
-    aligned_at,
-    at,
-    narrow,
-    read,
-    widen,
+    TENSOR_DELTA,
+    TENSOR_SCALE,
+    TENSOR_WEIGHT,
+    TENSOR_X_REF,
+    TUNER_BLOCKS,
 )
-from .sums import fold, launch, reduce_chunk
+from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
+from .storage import DTYPES, array, at, narrow, read, widen
+
+
+class ApplyStreams(NamedTuple):
+    """What the blocks of a chunk work on."""
+
+    x: tl.tensor
+    x_ref: tl.tensor
+    delta: tl.tensor
+    offset: tl.tensor  # of the chunk in each of these arrays
+    scale: tl.tensor  # S in the dtype of arithmetic, or None where x is not written
 
 
 @triton.jit
-def total(s, BETAS: tl.constexpr):
-    """S = Σ s, float64, in the order of the betas."""
-    sum = tl.load(s)
-    for i in tl.static_range(1, BETAS):
-        sum = sum + tl.load(s + i)
-    return sum
-
-
-@triton.jit
-def blend(x_ref, scale, delta):
-    """x_ref + S·Δ."""
-    return x_ref + scale * delta
-
-
-@triton.jit
-def settle(x_at, x_ref_at, delta_at, mask, scale, WRITES: tl.constexpr, T: tl.constexpr):
-    """One block: x = round(x_ref + S·Δ) where WRITES; returns the products x·Δ and x·x, float64."""
+def apply_block(WRITES: tl.constexpr, T: tl.constexpr, streams, i, limit):
+    """x = round(x_ref + S·Δ) where WRITES; returns the products x·Δ and x·x, float64."""
+    x_at = at(streams.x, streams.offset, i, limit)
+    x_ref_at = at(streams.x_ref, streams.offset, i, limit)
+    delta_at = at(streams.delta, streams.offset, i, limit)
+    mask = None if limit is None else i < limit
     delta = widen(read(delta_at, mask), T)
     if WRITES:
-        x = narrow(blend(widen(read(x_ref_at, mask), T), scale, delta), x_at.dtype.element_ty)
+        x_ref = widen(read(x_ref_at, mask), T)
+        x = narrow(apply_scale(x_ref, streams.scale, delta), x_at.dtype.element_ty)
         tl.store(x_at, x, mask=mask)
     else:
         x = read(x_at, mask)
@@ -72,80 +74,40 @@ def apply_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """x = round(x_ref + S·Δ); then sums[:, 1] = Σ x·Δ and sums[:, 3] = Σ x·x of the rounded x.
+    """x = round(x_ref + S·Δ); then sums[:, XD] = Σ x·Δ and sums[:, XX] = Σ x·x of the rounded x.
 
-    S, a float64 sum, is rounded to T, as are S·Δ and the sum; Δ lies in D; x is rounded to X, to
-    even; products and their sums are float64. ``tuner`` is its state, a row a scale, or None: then
-    x is not written and the sums are of x as it stands, in the same order, so that bits agree.
+    S, a float64 sum, is rounded to T, as are S·Δ and x_ref + S·Δ; Δ is stored in D; x is rounded to
+    X, ties to even; products and their sums are float64. ``tuner`` is its state, a row a scale, or
+    None: then x is not written and the sums are of x as it is, in the same order, so that their
+    bits agree.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
     program = tl.program_id(0)
     if program < chunk_count:
-        # Backwards, since the end of Δ is what accumulate has left in the cache.
+        # Backwards, since accumulate has left the end of Δ in the cache.
         chunk = chunk_count - 1 - program
-        tensor = tensors + tl.load(chunks + chunk * CHUNK_COLUMNS) * TENSOR_COLUMNS
-        offset = tl.load(chunks + chunk * CHUNK_COLUMNS + 1)
-        length = tl.load(chunks + chunk * CHUNK_COLUMNS + 2).to(tl.int32)
-        x = tl.load(tensor + WEIGHT)
-        x_ref = tl.load(tensor + X_REF)
-        delta = tl.load(tensor + DELTA)
-        row = tl.load(tensor + SCALE)
+        index, offset, length = load_chunk(chunks, chunk)
+        tensor = tensors + index * TENSOR_COLUMNS
+        x = tl.load(tensor + TENSOR_WEIGHT)
+        x_ref = tl.load(tensor + TENSOR_X_REF)
+        delta = tl.load(tensor + TENSOR_DELTA)
+        row = tl.load(tensor + TENSOR_SCALE)
         WRITES: tl.constexpr = tuner is not None
         scale = None
         if WRITES:
-            scale = total(tuner + row * (4 * BETAS + 2), BETAS).to(T)
-
-        # Whole blocks at aligned addresses go 128 bits wide, the rest an element at a time.
+            s_at = tuner + row * (TUNER_BLOCKS * BETAS + COUNTERS_COLUMNS)
+            scale = total_scale(s_at, None, BETAS).to(T)
         aligned = (x | x_ref | delta) % 16 == 0
-        whole = tl.where(aligned, length // BLOCK, 0)
-
-        xd = tl.zeros((BLOCK,), dtype=tl.float64)
-        xx = tl.zeros((BLOCK,), dtype=tl.float64)
-        number = 0
-        while number < whole:
-            i = number * BLOCK + tl.arange(0, BLOCK)
-            more_xd, more_xx = settle(
-                aligned_at(x, offset, X) + i,
-                aligned_at(x_ref, offset, X) + i,
-                aligned_at(delta, offset, D) + i,
-                None,
-                scale,
-                WRITES,
-                T,
-            )
-            xd += more_xd
-            xx += more_xx
-            number += 1
-        total_xd = tl.sum(xd, 0)
-        total_xx = tl.sum(xx, 0)
-
-        xd = tl.zeros((TAIL,), dtype=tl.float64)
-        xx = tl.zeros((TAIL,), dtype=tl.float64)
-        start = whole * BLOCK
-        while start < length:
-            i = start + tl.arange(0, TAIL)
-            more_xd, more_xx = settle(
-                at(x, offset, X) + i,
-                at(x_ref, offset, X) + i,
-                at(delta, offset, D) + i,
-                i < length,
-                scale,
-                WRITES,
-                T,
-            )
-            xd += more_xd
-            xx += more_xx
-            start += TAIL
-        total_xd += tl.sum(xd, 0)
-        total_xx += tl.sum(xx, 0)
-        last = reduce_chunk(chunk, row, total_xd, total_xx, partials, spans, tickets, 1)
+        streams = ApplyStreams(array(x, X), array(x_ref, X), array(delta, D), offset, scale)
+        totals = chunk_loop(apply_block, WRITES, T, streams, length, aligned, 2, "sum", BLOCK, TAIL)
+        last = reduce_chunk(chunk, row, totals, partials, spans, tickets, (SUMS_XD, SUMS_XX))
     else:
         row = (program - chunk_count).to(tl.int64)
-        last = tl.load(spans + row * 4 + 1) == 0
+        last = is_empty(row, spans)
     if last:
-        fold(row, partials, sums, spans, tickets, 1)
+        reduce_scale(row, partials, sums, spans, tickets, (SUMS_XD, SUMS_XX))
 
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
@@ -163,6 +125,6 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
 
 
 def measure(bucket: Bucket) -> None:
-    """Take x·Δ and x·x from x as it stands."""
+    """Take x·Δ and x·x of the weights as they are."""
     dtype = DTYPES[bucket.delta[0].dtype]
     launch(apply_kernel, bucket, tuner=None, found_inf=None, BETAS=0, D=dtype)

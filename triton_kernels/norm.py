@@ -1,33 +1,44 @@
-"""norm: g·g over the elements that are finite."""
+"""norm: g·g over the finite elements."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from mechanic_fused.bucket import Bucket
 
-from .formulas import multiplier
-from .storage import (
-    CHUNK_COLUMNS,
-    GRADIENT,
-    GROUP,
-    SCALE,
+from .chunk_loop import chunk_loop
+from .formulas import finite_or_zero, gradient_multiplier
+from .layout import (
+    HYPER_COLUMNS,
+    SUMS_GG,
     TENSOR_COLUMNS,
-    aligned_at,
-    at,
-    read,
-    widen,
+    TENSOR_GRADIENT,
+    TENSOR_GROUP,
+    TENSOR_SCALE,
 )
-from .sums import fold, launch, reduce_chunk
+from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
+from .storage import array, at, read, widen
+
+
+class NormStreams(NamedTuple):
+    """What the blocks of a chunk work on."""
+
+    g: tl.tensor
+    offset: tl.tensor  # of the chunk
+    multiplier: tl.tensor  # of the gradient, in the dtype of arithmetic
 
 
 @triton.jit
-def square(g_at, mask, by, T: tl.constexpr):
-    """One block's g·g, float64, 0 where g is not finite."""
-    g = widen(read(g_at, mask), T) * by
-    g = tl.where(g - g == 0, g, 0.0).to(tl.float64)
-    return g * g
+def norm_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
+    """The products g·g, float64, 0 where g is not finite."""
+    g_at = at(streams.g, streams.offset, i, limit)
+    mask = None if limit is None else i < limit
+    g = widen(read(g_at, mask), T) * streams.multiplier
+    g = finite_or_zero(g).to(tl.float64)
+    return (g * g,)
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -47,7 +58,7 @@ def norm_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """sums[:, 2] = Σ g·g over the finite elements of g, before any clipping.
+    """sums[:, GG] = Σ g·g over the finite elements of g, before any clipping.
 
     g is multiplied as in accumulate, in T; products and their sums are float64. Programs as there.
     """
@@ -58,43 +69,28 @@ def norm_kernel(
     if program < chunk_count:
         # Backwards, since accumulate starts at the end that is then left in the cache.
         chunk = chunk_count - 1 - program
-        tensor = tensors + tl.load(chunks + chunk * CHUNK_COLUMNS) * TENSOR_COLUMNS
-        offset = tl.load(chunks + chunk * CHUNK_COLUMNS + 1)
-        length = tl.load(chunks + chunk * CHUNK_COLUMNS + 2).to(tl.int32)
-        g = tl.load(tensor + GRADIENT)
-        row = tl.load(tensor + SCALE)
-        by = multiplier(hyper + tl.load(tensor + GROUP) * 8, grad_scale, None).to(T)
-
+        index, offset, length = load_chunk(chunks, chunk)
+        tensor = tensors + index * TENSOR_COLUMNS
+        g = tl.load(tensor + TENSOR_GRADIENT)
+        row = tl.load(tensor + TENSOR_SCALE)
+        h = hyper + tl.load(tensor + TENSOR_GROUP) * HYPER_COLUMNS
+        multiplier = gradient_multiplier(h, grad_scale, None).to(T)
         # An absent gradient has no elements.
         length = tl.where(g == 0, 0, length)
-        # Whole blocks at aligned addresses go 128 bits wide, the rest an element at a time.
-        whole = tl.where(g % 16 == 0, length // BLOCK, 0)
-
-        gg = tl.zeros((BLOCK,), dtype=tl.float64)
-        number = 0
-        while number < whole:
-            i = number * BLOCK + tl.arange(0, BLOCK)
-            gg += square(aligned_at(g, offset, X) + i, None, by, T)
-            number += 1
-        total = tl.sum(gg, 0)
-
-        gg = tl.zeros((TAIL,), dtype=tl.float64)
-        start = whole * BLOCK
-        while start < length:
-            i = start + tl.arange(0, TAIL)
-            gg += square(at(g, offset, X) + i, i < length, by, T)
-            start += TAIL
-        total += tl.sum(gg, 0)
-        last = reduce_chunk(chunk, row, total, None, partials, spans, tickets, 2)
+        streams = NormStreams(array(g, X), offset, multiplier)
+        totals = chunk_loop(
+            norm_block, None, T, streams, length, g % 16 == 0, 1, "sum", BLOCK, TAIL
+        )
+        last = reduce_chunk(chunk, row, totals, partials, spans, tickets, (SUMS_GG,))
     else:
         row = (program - chunk_count).to(tl.int64)
-        last = tl.load(spans + row * 4 + 1) == 0
+        last = is_empty(row, spans)
     if last:
-        fold(row, partials, sums, spans, tickets, 2)
+        reduce_scale(row, partials, sums, spans, tickets, (SUMS_GG,))
 
 
 def norm(bucket: Bucket) -> None:
-    """Take g·g over the elements that are finite, before any clipping."""
+    """Take g·g over the finite elements, before any clipping."""
     launch(
         norm_kernel,
         bucket,

@@ -1,6 +1,7 @@
-"""Partial sums of chunks, folded by the last program of each scale.
+"""The sums of a scale, from the partial sums of its chunks.
 
-Tickets are integers: which program is last varies, the order in which it adds does not.
+The last program of each scale adds them up. Tickets are integers: which program is the last one
+varies, the order in which it adds does not.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ import triton.language as tl
 from mechanic_fused.backends.device_tables import DeviceTables
 from mechanic_fused.bucket import Bucket
 
+from .layout import (
+    CHUNK_COLUMNS,
+    CHUNK_LENGTH,
+    CHUNK_OFFSET,
+    CHUNK_TENSOR,
+    SPAN_CHUNKS,
+    SPAN_COLUMNS,
+    SPAN_FIRST_CHUNK,
+    SUMS_COLUMNS,
+)
 from .storage import DTYPES, OPTIONS, on, sizes
 
-# Partial sums that a program folds at once: two a thread.
-FOLD = tl.constexpr(512)
+# Partial sums that a program adds at once: four a thread.
+REDUCE_BLOCK = tl.constexpr(512)
 
 
 class Tables(DeviceTables):
-    """A bucket's tables on its device, and what its programs fold sums by.
+    """A bucket's tables on its device, and the tickets of the reduction.
 
     Attributes:
         tickets: (scales,) int32, all 0 between launches: how many chunks of a scale are done. The
-            program that draws a scale's last ticket folds its partial sums and puts 0 back.
+            program that draws a scale's last ticket reduces its partial sums and resets it to 0.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -34,7 +45,7 @@ class Tables(DeviceTables):
 
 
 def launch(kernel: Any, bucket: Bucket, **own: Any) -> None:
-    """Run a kernel that folds sums: a program a chunk, then one a scale.
+    """Run a kernel that reduces sums: a program a chunk, then one a scale.
 
     Args:
         kernel: its parameters are those named here and its own.
@@ -60,38 +71,61 @@ def launch(kernel: Any, bucket: Bucket, **own: Any) -> None:
 
 
 @triton.jit
-def reduce_chunk(chunk, row, first, second, partials, spans, tickets, COLUMN: tl.constexpr):
-    """Hand in a chunk's partial sums; True for its scale's last chunk.
-
-    They belong to the columns COLUMN and COLUMN + 2; where the latter is none, ``second`` is None.
-
-    The atomic addition releases what this program has written and read, and lets the last one
-    acquire what all others have.
-    """
-    tl.store(partials + chunk * 4 + COLUMN, first)
-    if second is not None:
-        tl.store(partials + chunk * 4 + COLUMN + 2, second)
-    tl.debug_barrier()
-    drawn = tl.atomic_add(tickets + row, 1)
-    return drawn + 1 == tl.load(spans + row * 4 + 1)
+def load_chunk(chunks, chunk):
+    """A row of the chunk table: the index of the tensor, the offset, and the length, int32."""
+    at = chunks + chunk * CHUNK_COLUMNS
+    return (
+        tl.load(at + CHUNK_TENSOR),
+        tl.load(at + CHUNK_OFFSET),
+        tl.load(at + CHUNK_LENGTH).to(tl.int32),
+    )
 
 
 @triton.jit
-def fold(row, partials, sums, spans, tickets, COLUMN: tl.constexpr):
-    """sums[row] = its chunks' partial sums, in an order that depends on their number only."""
-    first = tl.load(spans + row * 4)
-    count = tl.load(spans + row * 4 + 1)
-    a = tl.zeros((FOLD,), dtype=tl.float64)
-    b = tl.zeros((FOLD,), dtype=tl.float64)
+def reduce_chunk(chunk, row, totals, partials, spans, tickets, COLUMNS: tl.constexpr):
+    """Store a chunk's partial sums; return whether it is the last chunk of its scale.
+
+    Args:
+        totals: a sum for each of the COLUMNS.
+    """
+    for k in tl.static_range(len(COLUMNS)):
+        tl.store(partials + chunk * SUMS_COLUMNS + COLUMNS[k], totals[k])
+    return is_last_block(row, spans, tickets)
+
+
+@triton.jit
+def is_last_block(row, spans, tickets):
+    """Draw a ticket of a scale; return whether it is the last one.
+
+    The atomic addition releases what this program has written and read, and lets the program with
+    the last ticket acquire what all others have written.
+    """
+    tl.debug_barrier()
+    drawn = tl.atomic_add(tickets + row, 1)
+    return drawn + 1 == tl.load(spans + row * SPAN_COLUMNS + SPAN_CHUNKS)
+
+
+@triton.jit
+def is_empty(row, spans):
+    """Whether a scale has no chunks, so that no program of a chunk will reduce its sums."""
+    return tl.load(spans + row * SPAN_COLUMNS + SPAN_CHUNKS) == 0
+
+
+@triton.jit
+def reduce_scale(row, partials, sums, spans, tickets, COLUMNS: tl.constexpr):
+    """sums[row] = Σ of its chunks' partial sums, in an order that depends on their number only."""
+    first = tl.load(spans + row * SPAN_COLUMNS + SPAN_FIRST_CHUNK)
+    count = tl.load(spans + row * SPAN_COLUMNS + SPAN_CHUNKS)
+    totals = (tl.zeros((REDUCE_BLOCK,), dtype=tl.float64),) * len(COLUMNS)
     start = tl.full((), 0, tl.int64)
     while start < count:
-        i = start + tl.arange(0, FOLD)
-        at = partials + (first + i) * 4 + COLUMN
-        a += tl.load(at, mask=i < count, other=0.0)
-        if COLUMN < 2:
-            b += tl.load(at + 2, mask=i < count, other=0.0)
-        start += FOLD
-    tl.store(sums + row * 4 + COLUMN, tl.sum(a, 0))
-    if COLUMN < 2:
-        tl.store(sums + row * 4 + COLUMN + 2, tl.sum(b, 0))
+        i = start + tl.arange(0, REDUCE_BLOCK)
+        more = ()
+        for k in tl.static_range(len(COLUMNS)):
+            at = partials + (first + i) * SUMS_COLUMNS + COLUMNS[k]
+            more = more + (totals[k] + tl.load(at, mask=i < count, other=0.0),)
+        totals = more
+        start += REDUCE_BLOCK
+    for k in tl.static_range(len(COLUMNS)):
+        tl.store(sums + row * SUMS_COLUMNS + COLUMNS[k], tl.sum(totals[k], 0))
     tl.store(tickets + row, 0)

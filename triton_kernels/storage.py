@@ -1,4 +1,4 @@
-"""How numbers lie in memory, and how kernels start."""
+"""How numbers are loaded and stored, and how kernels are launched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import triton.language as tl
 WARPS = 4
 THREADS = 32 * WARPS
 
-# Without it a·b + c may be rounded once or twice, as the compiler likes; reference.py rounds twice.
+# With fusion the compiler would choose whether a·b + c is rounded once or twice; everywhere else it
+# is rounded twice.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 DTYPES = {
@@ -21,18 +22,12 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-# The columns of a row of the tensor table (bucket.TENSOR) and of the hyperparameters (bases.HYPER).
-GRADIENT, WEIGHT, X_REF, DELTA, STATE0, STATE1, STEP, SCALE, GROUP, NUMBER, TENSOR_COLUMNS = (
-    tl.constexpr(i) for i in range(11)
-)
-CHUNK_COLUMNS = tl.constexpr(3)
-
 
 def sizes(dtype: torch.dtype) -> dict[str, int]:
-    """Elements of a block where weights have ``dtype``: 128 bits a thread, the widest access.
+    """Return the elements of a block for weights of ``dtype``: 128 bits a thread, the widest load.
 
-    More would cost registers, and so the other programs whose loads hide the latency of ours. In
-    the TAIL of a chunk it is an element a thread.
+    More would take registers from the other programs, whose loads hide the latency of this one's.
+    In the TAIL of a chunk a thread takes one element.
     """
     return {"BLOCK": THREADS * 16 // dtype.itemsize, "TAIL": THREADS}
 
@@ -43,20 +38,27 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @triton.jit
-def at(address, offset, dtype: tl.constexpr):
-    """The pointer to element ``offset``, int64, of the array at an address."""
-    return address.to(tl.pointer_type(dtype)) + offset
+def array(address, dtype: tl.constexpr):
+    """An address from a table, int64, as a pointer to numbers of dtype."""
+    return address.to(tl.pointer_type(dtype))
 
 
 @triton.jit
-def aligned_at(address, offset, dtype: tl.constexpr):
-    """The same for an address and an offset in bytes that are multiples of 16: loads get wide."""
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + offset, 16)
+def at(base, offset, i, limit):
+    """Pointers to the elements i of a chunk that begins at element ``offset``, int64, of an array.
+
+    ``limit`` is None in whole blocks (see ``chunk_loop``): there the address of the array and the
+    offset in bytes are multiples of 16, so that loads become 128 bits wide.
+    """
+    first = base + offset
+    if limit is None:
+        first = tl.multiple_of(first, 16)
+    return first + i
 
 
 @triton.jit
 def read(pointers, mask):
-    """Load; 0 where the mask (or None) is false."""
+    """Load; 0 where the mask is false. Without a mask, None, load everything."""
     if mask is None:
         return tl.load(pointers)
     else:
@@ -65,9 +67,9 @@ def read(pointers, mask):
 
 @triton.jit
 def widen(x, dtype: tl.constexpr):
-    """x in dtype, the dtype of the arithmetic: exact."""
+    """x converted to dtype, the dtype of arithmetic, which is exact."""
     if x.dtype == tl.bfloat16:
-        # By integers, since the interpreter garbles the smallest numbers.
+        # In integers, since the interpreter converts subnormal numbers wrongly.
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(dtype)
@@ -75,9 +77,9 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Round x to the nearest number of dtype, to even between two."""
+    """x rounded to dtype, to nearest, ties to even."""
     if dtype == tl.bfloat16:
-        # By integers, since the interpreter would truncate.
+        # In integers, since the interpreter would truncate.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # Rounding up could turn a NaN into an infinity or a zero.
@@ -86,15 +88,3 @@ def narrow(x, dtype: tl.constexpr):
         return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
-
-
-@triton.jit
-def stochastic_round(bits, x):
-    """float32 x in bfloat16: up in magnitude as often as what is cut off is of a last place.
-
-    ``bits`` are 16 random ones, uint32; x is the result of an operation, so its NaNs are quiet
-    ones, which cutting leaves NaN and adding might not.
-    """
-    bits = tl.where(x == x, bits, 0)
-    high = (x.to(tl.uint32, bitcast=True) + bits) >> 16
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,4 +1,4 @@
-"""tune: the scale learns from the four sums."""
+"""tune: the scales learn from their sums."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from torch import Tensor
 
 from mechanic_fused.tuner import Tuner
 
+from .formulas import total_scale, tuner_constants, tuner_h, tuner_update
+from .layout import (
+    CONSTANTS_BETAS,
+    COUNTERS_COLUMNS,
+    COUNTERS_NONFINITE,
+    COUNTERS_STEPS,
+    SUMS_COLUMNS,
+    SUMS_GD,
+    SUMS_GG,
+    SUMS_XD,
+    SUMS_XX,
+    TUNER_BLOCKS,
+    TUNER_M,
+    TUNER_R,
+    TUNER_S,
+    TUNER_V,
+)
 from .storage import on
 
-# Scales in a block: any number of them takes few rounds of one program.
+# Scales in a block; one program takes any number of scales in few rounds.
 ROWS = 32
-
-
-@triton.jit
-def learn(h, s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, pace):
-    """One update of s, r, v, m, (rows, betas), from h, (rows, 1). ``s_init``: over the betas.
-
-    Where S anneals with the schedule, s takes a part of its move, ``pace``.
-    """
-    reward_h = tl.where(clamps_h, tl.maximum(tl.minimum(h, m), -m), h)
-    m = tl.maximum(beta * m, tl.abs(h) + tl.where(eps_in_m, eps, 0.0))
-    v = beta * beta * v + h * h
-    r = beta * r - reward_h * s
-    r = tl.where(floors_r, tl.maximum(r, 0.0), r)
-    to = (s_init * m + tl.maximum(r, 0.0)) / (tl.sqrt(v) + eps)
-    s = tl.where(pace < 1, s + pace * (to - s), to)
-    return s, r, v, m
 
 
 @triton.jit
@@ -40,67 +41,60 @@ def tune_kernel(
     sums, state, constants, found_inf, rows, BETAS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """h = g·Δ + λ·S·√(g·g)/(√(x·x) + ε)·(x·Δ); then s, r, v, m of each row, all in float64.
+    """h from the sums of each scale; then its s, r, v, m from h, all in float64.
 
     One program for all scales. A row whose sums or h are not finite keeps its numbers; the first
-    row's second counter counts the steps at which any was not. COLUMNS is a power of two ≥ BETAS.
+    row's second counter counts the steps in which any row was not. COLUMNS is a power of two ≥
+    BETAS.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    decay = tl.load(constants)
-    s_init = tl.load(constants + 1) / BETAS
-    eps = tl.load(constants + 2)
-    eps_in_m = tl.load(constants + 3) != 0
-    clamps_h = tl.load(constants + 4) != 0
-    floors_r = tl.load(constants + 5) != 0
-    learners = tl.where(tl.load(constants + 6) != 0, rows, 0)
-    pace = tl.load(constants + 7)
+    c = tuner_constants(constants, BETAS)
+    learners = tl.where(c.tunes_scale, rows, 0)
     column = tl.arange(0, COLUMNS)[None, :]
-    beta = tl.load(constants + 8 + column, mask=column < BETAS, other=0.0)
-    width: tl.constexpr = 4 * BETAS + 2
+    beta = tl.load(constants + CONSTANTS_BETAS + column, mask=column < BETAS, other=0.0)
+    width: tl.constexpr = TUNER_BLOCKS * BETAS + COUNTERS_COLUMNS
+    counters: tl.constexpr = TUNER_BLOCKS * BETAS
     nonfinite = 0
     start = 0
-    # The interpreter's `range` knows no numbers that are tensors.
+    # Not `for start in range(...)`: in the interpreter, range takes no tensors.
     while start < rows:
         row = start + tl.arange(0, ROWS)
         here = row < rows
-        s_at = state + row * width
-        gd = tl.load(sums + row * 4, mask=here, other=0.0)
-        xd = tl.load(sums + row * 4 + 1, mask=here, other=0.0)
-        gg = tl.load(sums + row * 4 + 2, mask=here, other=0.0)
-        xx = tl.load(sums + row * 4 + 3, mask=here, other=0.0)
-        scale = tl.load(s_at, mask=here, other=0.0)
-        for i in tl.static_range(1, BETAS):
-            scale = scale + tl.load(s_at + i, mask=here, other=0.0)
-        h = gd + decay * scale * tl.sqrt(gg) / (tl.sqrt(xx) + eps) * xd
+        row_at = state + row * width
+        sums_at = sums + row * SUMS_COLUMNS
+        gd = tl.load(sums_at + SUMS_GD, mask=here, other=0.0)
+        xd = tl.load(sums_at + SUMS_XD, mask=here, other=0.0)
+        gg = tl.load(sums_at + SUMS_GG, mask=here, other=0.0)
+        xx = tl.load(sums_at + SUMS_XX, mask=here, other=0.0)
+        scale = total_scale(row_at + TUNER_S * BETAS, here, BETAS)
+        h = tuner_h(gd, xd, gg, xx, scale, c.decay, c.eps)
         finite = is_finite(gd) & is_finite(xd) & is_finite(gg) & is_finite(xx) & is_finite(h)
         nonfinite += tl.sum(tl.where(finite, 0, 1), 0)
 
-        at = s_at[:, None] + column
+        at = row_at[:, None] + column
         mask = here[:, None] & (column < BETAS)
-        s = tl.load(at, mask=mask, other=0.0)
-        r = tl.load(at + BETAS, mask=mask, other=0.0)
-        v = tl.load(at + 2 * BETAS, mask=mask, other=0.0)
-        m = tl.load(at + 3 * BETAS, mask=mask, other=0.0)
-        s, r, v, m = learn(
-            h[:, None], s, r, v, m, beta, s_init, eps, eps_in_m, clamps_h, floors_r, pace
-        )
+        s = tl.load(at + TUNER_S * BETAS, mask=mask, other=0.0)
+        r = tl.load(at + TUNER_R * BETAS, mask=mask, other=0.0)
+        v = tl.load(at + TUNER_V * BETAS, mask=mask, other=0.0)
+        m = tl.load(at + TUNER_M * BETAS, mask=mask, other=0.0)
+        s, r, v, m = tuner_update(h[:, None], s, r, v, m, beta, c)
         learns = mask & (finite & (row < learners))[:, None]
-        tl.store(at, s, mask=learns)
-        tl.store(at + BETAS, r, mask=learns)
-        tl.store(at + 2 * BETAS, v, mask=learns)
-        tl.store(at + 3 * BETAS, m, mask=learns)
-        steps = s_at + 4 * BETAS
+        tl.store(at + TUNER_S * BETAS, s, mask=learns)
+        tl.store(at + TUNER_R * BETAS, r, mask=learns)
+        tl.store(at + TUNER_V * BETAS, v, mask=learns)
+        tl.store(at + TUNER_M * BETAS, m, mask=learns)
+        steps = row_at + counters + COUNTERS_STEPS
         tl.store(steps, tl.load(steps, mask=here, other=0.0) + 1.0, mask=here)
         start += ROWS
     if nonfinite > 0:
-        count = state + 4 * BETAS + 1
+        count = state + counters + COUNTERS_NONFINITE
         tl.store(count, tl.load(count) + 1.0)
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
-    """Learn S from the sums, (scales, 4) float64; ``tuner.state`` changes in place."""
+    """Update ``tuner.state`` from the sums, (scales, 4) float64."""
     n = len(tuner.betas)
     with on(sums.device):
         tune_kernel[(1,)](

@@ -28,9 +28,9 @@ def source(
     from mechanic_fused.triton_kernels import storage
     from triton.compiler import ASTSource
 
-    verb = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate")}.get(kernel, kernel)
-    module = importlib.import_module(f"mechanic_fused.triton_kernels.{verb}")
-    function = getattr(module, f"{verb}_kernel")
+    op = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate")}.get(kernel, kernel)
+    module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
+    function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
     d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
     constants = {
@@ -40,16 +40,16 @@ def source(
             "T": t,
             "D": d,
             "S": x if narrow else t,
-            **({} if narrow_delta else {"clock": None}),
+            **({} if narrow_delta else {"step_count": None}),
             **storage.sizes(dtype),
         },
         "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},
         "norm": {"X": x, "T": t, **storage.sizes(dtype)},
         "tune": {"BETAS": 6, "COLUMNS": 8, "ROWS": 32},
-    }[verb] | {"grad_scale": None, "found_inf": None, "clip": None}
+    }[op] | {"grad_scale": None, "found_inf": None, "clip": None}
     if kernel == "measure":
         constants |= {"tuner": None, "BETAS": 0}
-    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "clock")
+    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "step_count")
     types = {
         **dict.fromkeys(("tensors", "chunks", "spans"), "*i64"),
         **dict.fromkeys(doubles, "*fp64"),

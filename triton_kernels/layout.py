@@ -1,0 +1,77 @@
+"""The columns of the tables in kernels: ``mechanic_fused.backends.layout`` as constexprs.
+
+Kernels must import these names one by one: Triton compiles a kernel anew when a constexpr that its
+module names has changed, but does not notice a changed attribute of another module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import triton.language as tl
+
+from mechanic_fused.backends import layout
+
+
+def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
+    """Return the number of each column."""
+    return (tl.constexpr(i) for i in range(len(names)))
+
+
+(
+    TENSOR_GRADIENT,
+    TENSOR_WEIGHT,
+    TENSOR_X_REF,
+    TENSOR_DELTA,
+    TENSOR_STATE0,
+    TENSOR_STATE1,
+    TENSOR_STEP,
+    TENSOR_SCALE,
+    TENSOR_GROUP,
+    TENSOR_NUMBER,
+) = columns(layout.TENSOR)
+TENSOR_COLUMNS = tl.constexpr(len(layout.TENSOR))
+
+CHUNK_TENSOR, CHUNK_OFFSET, CHUNK_LENGTH = columns(layout.CHUNK)
+CHUNK_COLUMNS = tl.constexpr(len(layout.CHUNK))
+
+SPAN_FIRST_CHUNK, SPAN_CHUNKS, SPAN_FIRST_TENSOR, SPAN_TENSORS = columns(layout.SPAN)
+SPAN_COLUMNS = tl.constexpr(len(layout.SPAN))
+
+(
+    HYPER_LR,
+    HYPER_BETA1,
+    HYPER_BETA2,
+    HYPER_EPS,
+    HYPER_L2,
+    HYPER_DECAY,
+    HYPER_NESTEROV,
+    HYPER_GRADIENT,
+) = columns(layout.HYPER)
+HYPER_COLUMNS = tl.constexpr(len(layout.HYPER))
+
+SUMS_GD, SUMS_XD, SUMS_GG, SUMS_XX = columns(layout.SUMS)
+SUMS_COLUMNS = tl.constexpr(len(layout.SUMS))
+
+# Blocks of a row of the tuner's state, a number a tuner beta in each, then the counters.
+TUNER_S, TUNER_R, TUNER_V, TUNER_M = columns(layout.TUNER)
+TUNER_BLOCKS = tl.constexpr(len(layout.TUNER))
+COUNTERS_STEPS, COUNTERS_NONFINITE = columns(layout.COUNTERS)
+COUNTERS_COLUMNS = tl.constexpr(len(layout.COUNTERS))
+
+(
+    CONSTANTS_DECAY,
+    CONSTANTS_S_INIT,
+    CONSTANTS_EPS,
+    CONSTANTS_EPS_IN_M,
+    CONSTANTS_CLAMPS_H,
+    CONSTANTS_FLOORS_R,
+    CONSTANTS_TUNES_SCALE,
+    CONSTANTS_ANNEALING_FACTOR,
+) = columns(layout.CONSTANTS)
+# The tuner betas follow the other constants.
+CONSTANTS_BETAS = tl.constexpr(len(layout.CONSTANTS))
+
+# Of the vector ops, see csrc/vectors.h: addresses a weight, and partial results a chunk.
+STREAM_COLUMNS = tl.constexpr(4)
+PARTIAL_COLUMNS = tl.constexpr(4)
