@@ -1,9 +1,9 @@
 #: make build        .venv, the compiled module, an editable install
 #: make demo         trains a small transformer with no learning rate chosen
-#: make test         the tests that need no framework, no interpreter and no patience
+#: make test         what every change must pass: no framework, no interpreter, three minutes
 #: make test-triton  the Triton kernels, in Triton's interpreter
 #: make test-stacks  the tests with training frameworks, which it installs
-#: make test-slow    what these three leave out: every combination
+#: make test-slow    the slow tests of these three: every combination
 #: make test-all     all of these, with CUDA compiled where nvcc is
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
@@ -40,14 +40,14 @@ demo: build .venv/demo.done
 	$(PY) examples/char_lm.py $(ARGS)
 
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
-INTEGRATIONS := $(wildcard tests/integrations tests/stacks)
+INTEGRATIONS := tests/integrations
 SLOW = and not slow
 
 test: build .venv/test.done .venv/triton.done
-	$(PYTEST) -m "not triton $(SLOW)" $(INTEGRATIONS:%=--ignore=%) $(ARGS)
+	$(PYTEST) -m "not triton $(SLOW)" --ignore=$(INTEGRATIONS) $(ARGS)
 
 test-triton: build .venv/test.done .venv/triton.done
-	TRITON_INTERPRET=1 $(PYTEST) -m "triton $(SLOW)" $(INTEGRATIONS:%=--ignore=%) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "triton $(SLOW)" --ignore=$(INTEGRATIONS) $(ARGS)
 
 test-stacks: build .venv/stacks.done
 	$(PYTEST) -m "not triton $(SLOW)" $(ARGS) $(INTEGRATIONS)

@@ -1,37 +1,52 @@
-"""The columns of the tables: Python, C++ and Triton name the same ones in the same order."""
+"""The tables have the same columns in Python, in C++ and CUDA, and in Triton."""
 
 import importlib
 
 import pytest
-from support.cases import skip_unless_available
+import torch
+from conftest import skip_unless_available
 
 from mechanic_fused.backends import layout
 
-COLUMNS = ("TENSOR", "CHUNK", "SPAN", "HYPER", "SUMS", "TUNER", "COUNTERS", "CONSTANTS")
+TABLES = ("TENSOR", "CHUNK", "SPAN", "HYPER", "SUMS", "TUNER", "COUNTERS", "CONSTANTS")
+
+# What Triton calls the number of a table's columns, where it is not COLUMNS.
+COUNTS = {"TUNER": "BLOCKS", "CONSTANTS": "BETAS"}
 
 
-def test_the_names_in_cpp_are_those_of_python():
+def test_cpp_and_python_have_the_same_columns():
     skip_unless_available("cpp")
-    found = importlib.import_module("mechanic_fused._native").layout
-    expected = {name: getattr(layout, name) for name in (*COLUMNS, "KINDS")}
+    native = importlib.import_module("mechanic_fused._native")
+    expected = {name: getattr(layout, name) for name in (*TABLES, "KINDS", "KERNEL_DTYPES")}
     expected["KERNEL_DTYPES"] = tuple(
         str(dtype).removeprefix("torch.") for dtype in layout.KERNEL_DTYPES
     )
+    assert native.layout == expected
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_triton_and_python_have_the_same_columns(table):
+    pytest.importorskip("triton")
+    module = importlib.import_module("mechanic_fused.triton_kernels.layout")
+    found = {
+        name: number.value for name, number in vars(module).items() if name.startswith(f"{table}_")
+    }
+    columns = getattr(layout, table)
+    expected = {f"{table}_{column.upper()}": i for i, column in enumerate(columns)}
+    expected[f"{table}_{COUNTS.get(table, 'COLUMNS')}"] = len(columns)
     assert found == expected
 
 
-@pytest.mark.parametrize("table", COLUMNS)
-def test_the_constants_of_triton_are_the_columns_of_python(table):
+def test_triton_takes_the_dtypes_that_the_kernels_take():
     pytest.importorskip("triton")
-    triton_layout = importlib.import_module("mechanic_fused.triton_kernels.layout")
-    columns = getattr(layout, table)
-    expected = {f"{table}_{name.upper()}": i for i, name in enumerate(columns)}
-    # How long a row is, or where what follows these columns begins.
-    ends = {f"{table}_{what}": len(columns) for what in ("COLUMNS", "BLOCKS", "BETAS")}
-    found = {
-        name: constant.value
-        for name, constant in vars(triton_layout).items()
-        if name.startswith(f"{table}_")
-    }
-    assert found.items() <= (expected | ends).items()
-    assert expected.keys() < found.keys()
+    storage = importlib.import_module("mechanic_fused.triton_kernels.storage")
+    assert set(storage.DTYPES) == set(layout.KERNEL_DTYPES)
+
+
+def test_columns_are_named_once():
+    for table in (*TABLES, "KINDS"):
+        names = getattr(layout, table)
+        assert len(set(names)) == len(names)
+    assert len(set(layout.KERNEL_DTYPES)) == len(layout.KERNEL_DTYPES)
+    assert all(isinstance(dtype, torch.dtype) for dtype in layout.KERNEL_DTYPES)
+    assert set(layout.STATES) == set(layout.KINDS)

@@ -53,14 +53,6 @@ def test_a_dry_run_creates_state_and_changes_nothing_else(implementation, train,
     assert_same(one.run().snapshot(), train(base, **cases.OPTIONS[base]).run().snapshot())
 
 
-def test_zero_gradients_later_are_an_ordinary_step(train):
-    one = train().run(FEW)
-    before = one.x
-    one.step_on_zeros()
-    assert cases.differs(one.x, before)
-    assert one.states("step")[0] == FEW + 1
-
-
 # Weights written in mid-run
 
 

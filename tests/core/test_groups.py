@@ -24,30 +24,6 @@ def one_each(params):
 # Param groups
 
 
-@pytest.mark.parametrize("base", cases.FUSED)
-def test_groups_keep_their_own_options(train, base):
-    """With a scale for each group, two groups are two optimizers, where λ and ε are not per unit of
-    the peak lr."""
-    own = [{"lr": 1.0, "weight_decay": 0.1}, {"lr": 0.3, "weight_decay": 0.0}]
-    more = [{"betas": (0.5, 0.9)}, {"betas": (0.9, 0.99)}]
-    if base == "sgd":
-        more = [{"momentum": 0.5}, {"momentum": 0.0}]
-    own = [{**a, **b} for a, b in zip(own, more, strict=True)]
-
-    def groups(params):
-        return [{**g, **options} for g, options in zip(one_each(params), own, strict=True)]
-
-    parts = two()
-    together = train(
-        base, [*parts[0], *parts[1]], groups=groups, scale_per="group", variant="optax"
-    )
-    together.run(STEPS, *parts)
-    apart = [
-        train(base, seed=seed, variant="optax", **options).run() for seed, options in enumerate(own)
-    ]
-    assert_same(together.x, apart[0].x + apart[1].x)
-
-
 @pytest.mark.parametrize("when", [0, 1, FEW])
 @pytest.mark.parametrize("scale_per", ["group", "parameter"])
 def test_an_added_group_runs_as_if_alone_and_disturbs_no_other(train, scale_per, when):
@@ -232,19 +208,6 @@ def test_frozen_weights_need_not_be_what_trained_ones_must_be():
     cases.run(opt, params, 1)
     assert opt.state[params[0]]["delta"].any()
     assert frozen not in opt.state
-
-
-def test_a_weight_without_gradient_keeps_its_state_and_follows_the_scale(train):
-    one = train().run(FEW)
-    absent, *rest = one.params
-    absent.grad = None
-    before = {k: v.clone() for k, v in one.opt.state[absent].items()}
-    x_before = cases.values([absent])
-    one.run(STEPS, rest)
-    assert_same(dict(one.opt.state[absent]), before)
-    assert cases.differs(cases.values([absent]), x_before)
-    expected = before["x_ref"].double() + move(one.opt, absent)
-    cases.assert_within(absent, expected, cases.ulp(absent))
 
 
 @pytest.mark.parametrize("steps", [0, FEW])

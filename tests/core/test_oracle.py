@@ -49,14 +49,18 @@ def test_the_tuner_gets_its_options(backend):
 
 
 @pytest.mark.parametrize("scale_per", SCALE_PER)
-def test_groups_and_scales_agree_with_the_oracle(implementation, scale_per):
+@pytest.mark.parametrize("case", FULL)
+def test_groups_and_scales_agree_with_the_oracle(implementation, case, scale_per):
+    base, options = CASES[case]
+    other = {"momentum": 0.0} if base == "sgd" else {"betas": (0.7, 0.9)}
+
     def groups(weights):
         return [
-            {"params": weights[:1], "lr": 1.0, "weight_decay": 0.1},
-            {"params": weights[1:], "lr": 0.5, "betas": (0.7, 0.9)},
+            {"params": weights[:1], "weight_decay": 0.2},
+            {"params": weights[1:], "lr": 0.5 * options["lr"], **other},
         ]
 
-    both = Beside(implementation, groups=groups, scale_per=scale_per)
+    both = Beside(implementation, base, groups=groups, scale_per=scale_per, **options)
     assert both.opt.scale.shape == both.oracle.scale.shape
     both.run()
 

@@ -87,7 +87,7 @@ def test_the_example_saves_and_resumes_to_the_bit(tmp_path):
     through = under_torchrun(2, run_example, *arguments)
     assert "2 ranks on cpu" in through[0]
     assert "from step 0" in through[0]
-    assert "the same bits on 2 ranks" in through[-1]
+    assert "identical on 2 ranks" in through[-1]
     # What a kill in the middle of the second save leaves: a folder without its .metadata.
     (saved / "step-6" / ".metadata").unlink()
     resumed = under_torchrun(2, run_example, *arguments)
@@ -99,7 +99,7 @@ def test_the_example_saves_and_resumes_to_the_bit(tmp_path):
 def test_the_script_and_the_example_run_from_the_command_line(tmp_path):
     for program, arguments, said in (
         (Path(train_script.__file__), [tmp_path], ""),
-        (EXAMPLE, ["--steps=1"], "the same bits on 2 ranks"),
+        (EXAMPLE, ["--steps=1"], "identical on 2 ranks"),
     ):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", program, *arguments]

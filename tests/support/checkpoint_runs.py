@@ -69,8 +69,21 @@ def warm_up_and_cosine(opt):
     return schedulers.SequentialLR(opt, parts, [4])
 
 
-def tensor_lr(**options):
-    return Training(MechanicAdamW, lr=torch.tensor(1.0), schedule=warm_up_and_cosine, **options)
+def rising(opt):
+    """Return a schedule under which the peak lr is known only when it is reached."""
+    return schedulers.LambdaLR(opt, lambda t: 1 + t / 10)
+
+
+def warm_restarts(opt):
+    return schedulers.CosineAnnealingWarmRestarts(opt, 7)
+
+
+def cyclic(opt):
+    return schedulers.CyclicLR(opt, 0.1, 1.0, step_size_up=7, cycle_momentum=False)
+
+
+def tensor_lr(schedule=warm_up_and_cosine, **options):
+    return Training(MechanicAdamW, lr=torch.tensor(1.0), schedule=schedule, **options)
 
 
 adamw = partial(Training, MechanicAdamW)
@@ -91,7 +104,12 @@ RUNS = {
     "lion bfloat16": partial(Training, MechanicLion, **BFLOAT16),
     "one cycle": partial(adamw, schedule=one_cycle),
     "warm-up, cosine": partial(adamw, schedule=warm_up_and_cosine),
+    "rising": partial(adamw, schedule=rising, s_init=None),
+    "warm restarts": partial(adamw, schedule=warm_restarts, s_init=None),
+    "cyclic": partial(adamw, schedule=cyclic, s_init=None),
     "tensor lr": tensor_lr,
+    "tensor lr, rising": partial(tensor_lr, schedule=rising, s_init=None),
+    "tensor lr, cyclic": partial(tensor_lr, schedule=cyclic, s_init=None),
     "added group": added,
     "added group, scale_per=group": partial(added, scale_per="group"),
     "added group, scale_per=parameter": partial(added, scale_per="parameter"),
