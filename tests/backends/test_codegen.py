@@ -76,7 +76,8 @@ def test_offsets_into_weights_have_64_bits(kernel):
     """What is added to an address out of the table, or a weight of 2³¹ elements would wrap."""
     ttir = codegen.triton.compiled(kernel, torch.float32, 90)["ttir"]
     arrays = re.findall(r"(%\S+) = tt\.int_to_ptr %\S+ : i64 -> !tt\.ptr<f32>", ttir)
-    assert len(arrays) >= 2
+    # norm reads the gradient alone.
+    assert len(arrays) >= (1 if kernel == "norm" else 2)
     indexed = 0
     for array in arrays:
         for offset in re.findall(rf"tt\.addptr {array}, %\S+ : !tt\.ptr<f32>, (\S+)", ttir):
