@@ -109,6 +109,8 @@ def test_a_callback_of_the_trainer_reads_the_learned_lr(tmp_path):
 
 def train_and_die(folder):
     """Train by the Trainer; SIGKILL between the checkpoint and the end."""
+    # As many as in the test's own process: torch's products depend on the number of threads.
+    torch.set_num_threads(1)
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == SAVED_AT + 2:
