@@ -29,10 +29,9 @@ def named_groups(part):
     """Return groups as torchtitan makes them by patterns: the implementation stands in each."""
     groups = []
     for is_matrix in (True, False):
-        named = [(n, p) for n, p in part.named_parameters() if (p.ndim > 1) is is_matrix]
-        names, params = zip(*named, strict=True)
-        options = {"param_names": list(names), "fused": True, "foreach": False}
-        groups.append({"params": list(params), **options})
+        named = {n: p for n, p in part.named_parameters() if (p.ndim > 1) is is_matrix}
+        group = {"params": list(named.values()), "param_names": list(named)}
+        groups.append({**group, "fused": True, "foreach": False})
     return groups
 
 
@@ -50,7 +49,7 @@ class Container:
 
     def make_state(self):
         """Take the dry step by which a container gets entries to read or to fill."""
-        if any(opt.state for opt in self.optimizers):
+        if self.optimizers[0].state:
             return
         groups = [group for opt in self.optimizers for group in opt.param_groups]
         for group in groups:
@@ -61,31 +60,35 @@ class Container:
         for group in groups:
             group["lr"] = OPTIONS["lr"]
 
-    def state_dict(self):
+    def named(self):
+        """Yield (optimizer, group, its options, names and weights)."""
         self.make_state()
-        flat = {}
         for opt in self.optimizers:
             for group in opt.param_groups:
-                for name, p in zip(group["param_names"], group["params"], strict=True):
-                    entries = {k: v for k, v in group.items() if not k.startswith("param")}
-                    flat |= {f"state.{name}.{k}": v for k, v in opt.state[p].items()}
-                    flat |= {f"param_groups.{name}.{k}": v for k, v in entries.items()}
+                options = [name for name in group if name not in ("params", "param_names")]
+                pairs = zip(group["param_names"], group["params"], strict=True)
+                yield opt, group, options, list(pairs)
+
+    def state_dict(self):
+        flat = {}
+        for opt, group, options, pairs in self.named():
+            for name, p in pairs:
+                flat |= {f"state.{name}.{k}": value for k, value in opt.state[p].items()}
+                flat |= {f"param_groups.{name}.{k}": group[k] for k in options}
         return flat
 
     def load_state_dict(self, flat):
         """Load; the options of a group are those of its first weight."""
-        self.make_state()
-        for opt in self.optimizers:
-            state, groups = {}, []
-            for group in opt.param_groups:
-                names = group["param_names"]
-                ids = list(range(len(state), len(state) + len(names)))
-                for i, name, p in zip(ids, names, group["params"], strict=True):
-                    state[i] = {k: flat[f"state.{name}.{k}"] for k in opt.state[p]}
-                keys = [k for k in group if not k.startswith("param")]
-                options = {k: flat[f"param_groups.{names[0]}.{k}"] for k in keys}
-                groups.append({"params": ids, **options})
-            opt.load_state_dict({"state": state, "param_groups": groups})
+        loaded = {opt: {"state": {}, "param_groups": []} for opt in self.optimizers}
+        for opt, _, options, pairs in self.named():
+            state, groups = loaded[opt].values()
+            first = len(state)
+            for i, (name, p) in enumerate(pairs, first):
+                state[i] = {k: flat[f"state.{name}.{k}"] for k in opt.state[p]}
+            group = {k: flat[f"param_groups.{pairs[0][0]}.{k}"] for k in options}
+            groups.append({"params": list(range(first, len(state))), **group})
+        for opt, state_dict in loaded.items():
+            opt.load_state_dict(state_dict)
 
 
 class FlattenedByTorch(Container):
@@ -130,8 +133,7 @@ def contained_run(folder=None, sharded=True, container=Container, reads_state=Fa
         assert_same(sharding.full_weights(net), before)
     train(net, opt, 0, HALF)
     if folder:
-        saved = {"net": net.state_dict(), "opt": opt.state_dict()}
-        dcp.save(saved, checkpoint_id=folder)
+        dcp.save({"net": net.state_dict(), "opt": opt.state_dict()}, checkpoint_id=folder)
         net, opt = make(sharded, container)
         state = {"net": net.state_dict(), "opt": opt.state_dict()}
         dcp.load(state, checkpoint_id=folder)
@@ -194,10 +196,9 @@ def test_optimizers_that_step_together_must_have_the_same_options(name, values):
 
 
 def test_optimizers_that_step_together_must_have_started_together():
-    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizers = [MechanicAdamW([p]) for p in weights]
-    for p in weights:
-        p.grad = torch.ones(2)
+    parts = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    optimizers = [MechanicAdamW(part.parameters()) for part in parts]
+    sum(part(torch.ones(2)) for part in parts).backward()
     optimizers[0].step()
     with pytest.raises(ValueError, match="must have started together"):
         step_together(optimizers)

@@ -135,19 +135,9 @@ def test_state_beside_bfloat16_weights_stays_float32(ranks, tmp_path):
     assert_agrees(results, sharding.run("single", 2 * HALF, **options), tolerance=2**-6)
 
 
-def read_state_before_the_first_step(layout, base):
-    """Ask for the optimizer's state, for which torch takes a dry step; then train."""
-    run = Run(layout, base)
-    get_optimizer_state_dict(run.net, run.opt)
-    names = list(run.opt.state[next(run.net.parameters())])
-    run.train(0, sharding.STEPS)
-    return {**run.result(), "names": names}
-
-
 @pytest.mark.parametrize("base", ["adamw", "radam"])
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp"])
 def test_reading_the_state_before_the_first_step_changes_nothing(ranks, layout, base):
     size = LAYOUTS[layout].ranks
-    results = ranks(size).run(read_state_before_the_first_step, layout, base)
+    results = ranks(size).run(sharding.run, layout, base=base, reads_state=True)
     assert_agrees(results, sharding.run("single", base=base))
-    assert "exp_avg" in results[0]["names"]

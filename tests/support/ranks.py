@@ -14,15 +14,6 @@ from datetime import timedelta
 import pytest
 import torch
 
-PRELOADED = (
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch.distributed.checkpoint.state_dict",
-    "mechanic_fused",
-    "pytest",
-)
-"""What ranks inherit from the process that forks them, and need not import."""
-
 COLLECTIVE_SECONDS = 30
 """How long a rank waits for the others: a missed collective fails instead of hanging."""
 
@@ -32,7 +23,9 @@ ANSWER_SECONDS = 120
 def forkserver():
     """Return the context that forks processes from one that has imported torch once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    parts = ("fsdp", "tensor.parallel", "checkpoint.state_dict")
+    modules = [f"torch.distributed.{part}" for part in parts]
+    context.set_forkserver_preload([*modules, "mechanic_fused", "pytest"])
     return context
 
 
@@ -48,11 +41,10 @@ class Pool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.size, f"{self.folder.name}/store", theirs)
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
+            self.processes.append(context.Process(target=serve, args=arguments, daemon=True))
+            self.processes[-1].start()
             self.pipes.append(ours)
-            self.processes.append(process)
+            theirs.close()
 
     def run(self, function, *args, **options):
         """Call a function on every rank and return the results in the order of the ranks.
@@ -70,25 +62,17 @@ class Pool:
         try:
             for pipe in self.pipes:
                 pipe.send_bytes(packed((function, args, options)))
-            answers = [self.answer(rank) for rank in range(self.size)]
-            failures = [
-                f"rank {rank}:\n{result}" for rank, (fine, result) in enumerate(answers) if not fine
-            ]
+            answers = []
+            for rank, pipe in enumerate(self.pipes):
+                assert pipe.poll(ANSWER_SECONDS), f"rank {rank} does not answer"
+                answers.append(unpacked(pipe.recv_bytes()))
+            failures = [f"rank {i}:\n{text}" for i, (fine, text) in enumerate(answers) if not fine]
             assert not failures, "\n".join(failures)
         except BaseException:
             # The ranks may wait in different collectives now.
             self.close()
             raise
         return [result for _, result in answers]
-
-    def answer(self, rank):
-        pipe = self.pipes[rank]
-        try:
-            if pipe.poll(ANSWER_SECONDS):
-                return unpacked(pipe.recv_bytes())
-        except EOFError:
-            return False, "the process has died"
-        return False, f"no answer within {ANSWER_SECONDS} s"
 
     def close(self):
         for process in self.processes:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -107,10 +108,6 @@ def square_mesh(first="dp", second="tp"):
     return init_device_mesh("cpu", (half, 2), mesh_dim_names=(first, second))
 
 
-def single(net):
-    return net, {}
-
-
 def fsdp2(net):
     """The block's halves are units of their own, as large models are wrapped."""
     mesh = flat_mesh()
@@ -150,10 +147,6 @@ def fsdp2_and_tensor_parallel(net):
     return net, {}
 
 
-def ddp(net):
-    return DistributedDataParallel(net), {}
-
-
 def fsdp1(net, use_orig_params=True):
     cpu = torch.device("cpu")
     net = FullyShardedDataParallel(net, use_orig_params=use_orig_params, device_id=cpu)
@@ -166,14 +159,14 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "single": Layout(1, single),
+    "single": Layout(1, lambda net: (net, {})),
     "fsdp2": Layout(2, fsdp2),
     "fsdp2 with plain weights": Layout(2, fsdp2_with_plain_weights),
     "hsdp": Layout(4, hsdp),
     "tp": Layout(2, tensor_parallel),
     "fsdp2 x tp": Layout(4, fsdp2_and_tensor_parallel),
-    "ddp": Layout(2, ddp),
-    "zero1": Layout(2, ddp),
+    "ddp": Layout(2, lambda net: (DistributedDataParallel(net), {})),
+    "zero1": Layout(2, lambda net: (DistributedDataParallel(net), {})),
     "fsdp1": Layout(2, fsdp1),
     "fsdp1 flat": Layout(2, functools.partial(fsdp1, use_orig_params=False)),
 }
@@ -218,53 +211,35 @@ def full_weights(net):
 # What may happen to gradients before a step
 
 
-def keep(net, t):
-    pass
-
-
-def drop_some(net, t):
+def drop(net, t, names=("",)):
     """In every third step some weights have no gradient on any rank."""
     if t % 3 == 2:
-        for name, p in net.named_parameters():
-            if "down" in name or "gain" in name:
+        for found, p in net.named_parameters():
+            if any(name in found for name in names):
                 p.grad = None
 
 
-def drop_all(net, t):
-    if t % 3 == 2:
-        for p in net.parameters():
-            p.grad = None
+def spoil(net, t, name, index, value):
+    """In one step an element of a gradient is not finite, on the ranks that have it."""
+    if t != SPOILT_STEP:
+        return
+    p = next(p for found, p in net.named_parameters() if name in found)
+    if isinstance(p, DTensor):
+        whole = p.grad.full_tensor()
+        whole.view(-1)[index] = value
+        p.grad = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+    elif p.grad is not None and p.grad.numel():
+        p.grad.view(-1)[index] = value
 
 
-def set_element(p, index, value):
-    """Set an element of a DTensor's gradient, on the ranks that have it."""
-    gradient = p.grad.redistribute(p.device_mesh, p.placements)
-    whole = gradient.full_tensor()
-    whole.view(-1)[index] = value
-    p.grad = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def spoil(net, t):
-    """One step's first element of the first weight is NaN: on rank 0, where it is sharded."""
-    if t == SPOILT_STEP:
-        p = next(net.parameters())
-        if isinstance(p, DTensor):
-            set_element(p, 0, float("nan"))
-        elif not getattr(p, "_fsdp_flattened", False) or distributed.get_rank() == 0:
-            p.grad.view(-1)[0] = float("nan")
-
-
-def overflow(net, t):
-    """One step's last element of a weight that TP shards too is infinite: on the last rank."""
-    if t == SPOILT_STEP:
-        p = next(p for name, p in net.named_parameters() if "up.weight" in name)
-        if isinstance(p, DTensor):
-            set_element(p, -1, float("inf"))
-        elif p.grad is not None and p.grad.numel():
-            p.grad.view(-1)[-1] = float("inf")
-
-
-CHANGES = {None: keep, "some": drop_some, "all": drop_all, "nan": spoil, "inf": overflow}
+CHANGES = {
+    None: lambda net, t: None,
+    "some": functools.partial(drop, names=("down", "gain")),
+    "all": drop,
+    # On the first rank, and on the last one of a weight that tensor parallelism shards too.
+    "nan": functools.partial(spoil, name="embedding.weight", index=0, value=float("nan")),
+    "inf": functools.partial(spoil, name="up.weight", index=-1, value=float("inf")),
+}
 
 
 # Training
@@ -277,10 +252,20 @@ class Run:
         layout: a key of LAYOUTS.
         base: a key of BASES.
         released: whether gradients are released.
+        reads_state: whether to ask for the optimizer's state first, for which torch takes a dry
+            step.
         options: of the optimizer.
     """
 
-    def __init__(self, layout, base="adamw", dtype=torch.float32, released=False, **options):
+    def __init__(
+        self,
+        layout,
+        base="adamw",
+        dtype=torch.float32,
+        released=False,
+        reads_state=False,
+        **options,
+    ):
         self.layout = layout
         self.net, needed = LAYOUTS[layout].wrap(model(dtype))
         self.opt = optimizer(layout, base, self.net.parameters(), **{**needed, **options})
@@ -289,6 +274,9 @@ class Run:
         self.norms, self.factor = [], None
         if released:
             self.opt.release_gradients()
+        if reads_state:
+            state = get_optimizer_state_dict(self.net, self.opt)["state"]
+            assert all("exp_avg" in entries for entries in state.values())
 
     def backward(self, t, own_batches=0, passes=1, scaled=lambda loss: loss):
         """Compute the gradients of step t.
@@ -299,21 +287,20 @@ class Run:
             scaled: what GradScaler makes of a loss.
         """
         self.opt.zero_grad()
-        rank = distributed.get_rank() if own_batches and self.layout != "single" else 0
-        batches = range(own_batches or 1) if self.layout == "single" else [rank]
+        streams = range(own_batches or 1)
+        if self.layout != "single":
+            streams = [distributed.get_rank() if own_batches else 0]
         for k in range(passes):
-            with self.synchronized(k == passes - 1):
-                for rank in batches:
+            last, waiting = k == passes - 1, contextlib.nullcontext()
+            if self.layout in ("fsdp2", "hsdp"):
+                self.net.set_requires_gradient_sync(last)
+            elif self.layout == "ddp" and not last:
+                waiting = self.net.no_sync()
+            with waiting:
+                for rank in streams:
                     loss = loss_of(self.net, batch(passes * t + k, rank))
-                    scaled(loss / (passes * len(batches))).backward()
+                    scaled(loss / (passes * len(streams))).backward()
         average_plain_gradients(self.net)
-
-    def synchronized(self, last):
-        if self.layout in ("fsdp2", "hsdp"):
-            self.net.set_requires_gradient_sync(last)
-        elif self.layout == "ddp" and not last:
-            return self.net.no_sync()
-        return contextlib.nullcontext()
 
     def train(self, first, steps, change=None, loss_scale=None, clip_by_torch=None, **backward):
         """Take steps.
@@ -324,7 +311,10 @@ class Run:
             clip_by_torch: the bound for clip_grad_norm_, or None.
             backward: as for ``backward``.
         """
-        scaler = self.grad_scaler(loss_scale)
+        scaler = torch.amp.GradScaler
+        if self.layout.startswith("fsdp1"):
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as scaler
+        scaler = scaler("cpu", loss_scale or 1.0, enabled=loss_scale is not None)
         for t in range(first, first + steps):
             self.backward(t, scaled=scaler.scale, **backward)
             CHANGES[change](self.net, t)
@@ -335,14 +325,6 @@ class Run:
             if clip_by_torch or self.inner.max_grad_norm:
                 self.norms.append(float(self.inner.grad_norm))
         self.factor = scaler.get_scale()
-
-    def grad_scaler(self, loss_scale):
-        options = {"init_scale": loss_scale or 1.0, "enabled": loss_scale is not None}
-        if self.layout.startswith("fsdp1"):
-            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-            return ShardedGradScaler(device="cpu", **options)
-        return torch.amp.GradScaler("cpu", **options)
 
     def result(self):
         return {
@@ -369,18 +351,16 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-TRAIN_OPTIONS = ("change", "loss_scale", "clip_by_torch", "own_batches", "passes")
-
-
 def run(layout, steps=STEPS, **options):
     """Train under a layout and return whole weights, S and what else all ranks must agree on.
 
     Args:
         options: of Run, and of its ``train``.
     """
-    training = {name: options.pop(name) for name in TRAIN_OPTIONS if name in options}
+    names = ("change", "loss_scale", "clip_by_torch", "own_batches", "passes")
+    of_train = {name: options.pop(name) for name in names if name in options}
     trained = Run(layout, **options)
-    trained.train(0, steps, **training)
+    trained.train(0, steps, **of_train)
     return trained.result()
 
 

@@ -1,10 +1,9 @@
 """Training stacks with one interface: each trains the same model, and saves and resumes by itself.
 
-A stack is a function of a folder, a model and a Recipe that returns a Run. It saves after SAVED_AT
-steps; with ``resume`` it starts from what it has saved in that folder.
+A stack is a function of a folder, a model and a Recipe that returns the state at the end. It saves
+after SAVED_AT steps; with ``resume`` it starts from what it has saved in that folder.
 """
 
-import functools
 import importlib
 import os
 from dataclasses import dataclass, field
@@ -52,35 +51,22 @@ class Recipe:
         steps: of the optimizer; the schedule ends there.
         clip: the bound of the gradients' norm, or None.
         passes: backward passes per step.
-        autocast: whether to run the model in bfloat16.
+        autocast: the dtype in which to run the model, or None.
+        loss_scale: the initial factor of a GradScaler, or None; for the plain loop.
         options: of the optimizer.
     """
 
     steps: int = STEPS
     clip: float | None = None
     passes: int = 1
-    autocast: bool = False
+    autocast: torch.dtype | None = None
+    loss_scale: float | None = None
     options: dict[str, Any] = field(default_factory=lambda: {"lr": 1.0, "s_init": 0.01})
 
-    @property
-    def epochs(self):
-        return self.steps * self.passes * BATCH // EXAMPLES
 
-
-@dataclass
-class Run:
-    """What is left of a run."""
-
-    model: Any
-    optimizer: Any
-    schedule: Any
-
-    def state(self):
-        return {
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+def state_of(**parts):
+    """Return what a run must end with, and a checkpoint of the plain loop consists of."""
+    return {name: part.state_dict() for name, part in parts.items()}
 
 
 def make_optimizer(model, recipe):
@@ -108,55 +94,54 @@ def loader(**options):
 
 def plain_loop(folder, model, recipe, resume=False):
     opt = make_optimizer(model, recipe)
-    run = Run(model, opt, make_schedule(opt, recipe))
+    schedule = make_schedule(opt, recipe)
+    scaler = torch.amp.GradScaler(
+        "cpu", recipe.loss_scale or 1.0, enabled=recipe.loss_scale is not None
+    )
+    run = {"model": model, "optimizer": opt, "schedule": schedule, "scaler": scaler}
     first = 0
     if resume:
         saved = torch.load(folder / "run.pt", weights_only=True)
-        for name, part in vars(run).items():
+        for name, part in run.items():
             part.load_state_dict(saved[name])
         first = SAVED_AT
     for t in range(first, recipe.steps):
         if t == SAVED_AT:
-            parts = {name: part.state_dict() for name, part in vars(run).items()}
-            torch.save(parts, folder / "run.pt")
+            torch.save(state_of(**run), folder / "run.pt")
         opt.zero_grad()
         for i in range(t * recipe.passes, (t + 1) * recipe.passes):
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            with torch.autocast("cpu", recipe.autocast, enabled=recipe.autocast is not None):
                 loss = model(**batch(i))["loss"] / recipe.passes
-            loss.backward()
+            scaler.scale(loss).backward()
         if recipe.clip:
+            scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        opt.step()
-        run.schedule.step()
-    return run
+        scaler.step(opt)
+        scaler.update()
+        schedule.step()
+    return state_of(**run)
 
 
-def make_accelerator(recipe=None, **options):
+def accelerate_loop(folder, model, recipe, resume=False, loader=loader, **options):
+    """The loop of Accelerate's guide.
+
+    Args:
+        loader: makes one; by default of Chains in order.
+        options: of Accelerator.
+    """
     accelerate = import_stack("accelerate")
-    recipe = recipe or Recipe()
     # The settings are the process's: those of the last Accelerator would hold.
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
-    return accelerate.Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=True,
         gradient_accumulation_steps=recipe.passes,
         mixed_precision="bf16" if recipe.autocast else "no",
         **options,
     )
-
-
-def accelerate_loop(folder, model, recipe, resume=False, accelerator=None, data=None, watch=None):
-    """The loop of Accelerate's guide.
-
-    Args:
-        accelerator: made by the recipe unless given.
-        data: a loader; Chains in order unless given.
-        watch: called with the mechanized optimizer after each backward pass, or None.
-    """
-    accelerator = accelerator or make_accelerator(recipe)
     opt = make_optimizer(model, recipe)
     model, opt, data, schedule = accelerator.prepare(
-        model, opt, data or loader(), make_schedule(opt, recipe)
+        model, opt, loader(), make_schedule(opt, recipe)
     )
     steps = 0
     if resume:
@@ -172,68 +157,52 @@ def accelerate_loop(folder, model, recipe, resume=False, accelerator=None, data=
                 schedule.step()
                 opt.zero_grad()
             steps += accelerator.sync_gradients
-            if watch:
-                watch(opt.optimizer)
         if steps == SAVED_AT:
             accelerator.save_state(folder / "state")
-    return Run(model, opt, schedule)
+    return state_of(model=model, optimizer=opt, schedule=schedule)
 
 
-@functools.cache
-def lightning_module():
-    """Return the class of a LightningModule around a model."""
+def lightning_trainer(folder, model, recipe, resume=False, loader=loader, **options):
+    """Lightning's Trainer.
 
-    class Module(import_stack("lightning").LightningModule):
-        def __init__(self, model, recipe):
+    Args:
+        loader: makes one; by default of Chains in order, since Lightning saves no sampler's state.
+        options: of the Trainer; ``callbacks`` replaces the one that saves at an epoch's end.
+    """
+    lightning = import_stack("lightning")
+    path = folder / "run.ckpt"
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
             super().__init__()
-            self.model, self.recipe = model, recipe
+            self.model = model
 
         def training_step(self, examples, _):
             return self.model(**examples)["loss"]
 
         def configure_optimizers(self):
-            opt = make_optimizer(self.model, self.recipe)
-            schedule = make_schedule(opt, self.recipe)
-            return {
-                "optimizer": opt,
-                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-            }
-
-    return Module
-
-
-def lightning_trainer(folder, model, recipe, resume=False, data=None, **options):
-    """Lightning's Trainer.
-
-    Args:
-        data: a loader; Chains in order unless given, since Lightning saves no sampler's state.
-        options: of the Trainer.
-    """
-    lightning = import_stack("lightning")
-    path = folder / "run.ckpt"
+            opt = make_optimizer(model, recipe)
+            schedule = {"scheduler": make_schedule(opt, recipe), "interval": "step"}
+            return {"optimizer": opt, "lr_scheduler": schedule}
 
     class Save(lightning.Callback):
-        def on_train_epoch_end(self, trainer, module):
+        def on_train_epoch_end(self, trainer, _):
             if trainer.global_step == SAVED_AT:
                 trainer.save_checkpoint(path)
 
-    module = lightning_module()(model, recipe)
-    options.setdefault("precision", "bf16-mixed" if recipe.autocast else None)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = lightning.Trainer(
-        max_epochs=recipe.epochs,
+        max_epochs=recipe.steps * recipe.passes * BATCH // EXAMPLES,
         accelerator="cpu",
         default_root_dir=folder,
         gradient_clip_val=recipe.clip,
         accumulate_grad_batches=recipe.passes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Save(), *options.pop("callbacks", [])],
-        **options,
+        **{"precision": "bf16-mixed" if recipe.autocast else None, "callbacks": Save(), **options},
+        **dict.fromkeys(quiet, False),
     )
-    trainer.fit(module, data or loader(), ckpt_path=path if resume else None)
-    return Run(model, trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler)
+    trainer.fit(Module(), loader(), ckpt_path=path if resume else None)
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    return state_of(model=model, optimizer=trainer.optimizers[0], schedule=schedule)
 
 
 def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None):
@@ -245,7 +214,7 @@ def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None):
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=recipe.passes,
         max_grad_norm=recipe.clip or 0.0,
-        bf16=recipe.autocast,
+        bf16=recipe.autocast is not None,
         train_sampling_strategy="sequential",
         save_strategy="steps",
         save_steps=SAVED_AT,
@@ -265,7 +234,7 @@ def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None):
     )
     checkpoint = str(folder / f"checkpoint-{SAVED_AT}")
     trainer.train(resume_from_checkpoint=checkpoint if resume else None)
-    return Run(trainer.model, trainer.optimizer, trainer.lr_scheduler)
+    return state_of(model=trainer.model, optimizer=trainer.optimizer, schedule=trainer.lr_scheduler)
 
 
 STACKS = {
