@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 
 def visible_gpus():
-    """Returns the compute capabilities of the GPUs here; "" is that of one which does not tell."""
+    """Returns the compute capabilities of the GPUs here; "" stands for one that is unknown."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True).stdout if which(query[0]) else ""
     return re.findall(r"^\d+\.\d+$", answer, re.M) or [""] * os.path.exists("/dev/nvidia0")

@@ -54,7 +54,7 @@ class Bucket:
     ``parameters`` and ``own_state`` (x_ref and Δ) are as users see them; all other tensors are
     plain: of a DTensor, this rank's shard.
 
-    Attributes that backends read, each list with an entry a weight:
+    Attributes that backends read, each list with one entry per weight:
         kind: the update, one of ``layout.KINDS``, or "fallback".
         compute_dtype: the dtype of the arithmetic.
         delta_is_bfloat16: whether Δ is kept in bfloat16.
@@ -210,7 +210,7 @@ class Bucket:
         ``tensors_stale`` and ``hyper_stale`` tell a GPU backend what to upload.
 
         Args:
-            hyper_rows: rows of ``layout.HYPER``, one a param group.
+            hyper_rows: rows of ``layout.HYPER``, one per param group.
             live_lr, grad_scale, found_inf: for kernels that read them on the device; empty and None
                 where the host has read them.
             step_count: see the class.

@@ -17,7 +17,7 @@ class RenamingLoadPlanner(DefaultLoadPlanner):
     its former name. A checkpoint of this release loads as without this planner.
 
     Args:
-        as of torch.distributed.checkpoint.DefaultLoadPlanner.
+        The arguments are those of torch.distributed.checkpoint.DefaultLoadPlanner.
 
     Example:
         >>> import torch.distributed.checkpoint as dcp

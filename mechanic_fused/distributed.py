@@ -1,4 +1,4 @@
-"""Sharded weights: what shards them, and sums over ranks with one all-reduce a process group.
+"""Sharded weights: what shards them, and sums over ranks with one all-reduce per process group.
 
 A scale is learned from sums over all weights. A rank adds its shares to one row for each set of
 process groups that shards weights; each row is all-reduced over each of its groups once, and then
@@ -32,7 +32,7 @@ def like(t: Tensor, weight: Tensor) -> Tensor:
     if isinstance(t, kind) != isinstance(weight, kind):
         raise ValueError(
             "a tensor must be sharded as its weight is, expected "
-            f"{_placement(weight)}, got {_placement(t)}, shape {tuple(t.shape)}"
+            f"{_placement(weight)}, got {_placement(t)} of shape {tuple(t.shape)}"
         )
     there: Any = weight
     here: Any = t
@@ -92,7 +92,7 @@ def shards(weight: Tensor, reduce_group: Any) -> Groups:
             )
         return () if reduce_group is None else (reduce_group,)
     mesh, placements = weight.device_mesh, weight.placements
-    # Not isinstance(placement, Shard): the placement of a dimension that is sharded twice is none.
+    # Not isinstance(placement, Shard): a dimension sharded twice has a placement that is not one.
     return tuple(
         mesh.get_group(i)
         for i, placement in enumerate(placements)

@@ -1,7 +1,7 @@
 """The fallback: Mechanic around any optimizer, from what the base's own step does to the weights.
 
-Slower than the fused path, with temporaries of the weights' size, but all it requires of the base
-is that its step reads ``p.grad`` and changes ``p``.
+It is slower than the fused path and needs temporaries of the weights' size. Of the base it requires
+only that step() reads ``p.grad`` and changes ``p``.
 """
 
 from __future__ import annotations
@@ -147,5 +147,5 @@ def _finite_gradient(bucket: Bucket, i: int, factor: float) -> Tensor | None:
     g = bucket.grads[i]
     if g is None:
         return None
-    # Without the sign: the base negates the gradient itself to maximize.
+    # abs(): the base applies the sign of maximize itself.
     return formulas.finite_or_zero(g.to(bucket.compute_dtype) * abs(factor))

@@ -108,7 +108,7 @@ class GradientRelease:
         """Raise RuntimeError where ``step()`` does not fit what the backward pass has done.
 
         Args:
-            plan: of the step.
+            plan: the plan of the step.
             has_grad_scaler: whether GradScaler takes the step.
         """
         self.check_unmodified(plan)

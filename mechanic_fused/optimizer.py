@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 class Mechanized(SupportsGradScaler, Optimizer):
     """What :func:`mechanic_fused.mechanize` puts in front of a base: x = x_ref + S·Δ.
 
-    Not to be instantiated itself: its subclasses name a base.
+    Do not instantiate this class: use a subclass, which names its base.
     """
 
     _base: type[Optimizer]
@@ -132,7 +132,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         Raises:
             ValueError: for weights that cannot be trained.
-            RuntimeError: for a copy that has lost the process groups of its original.
+            RuntimeError: for a copy whose process groups have not been set again.
         """
         plan = self._plan
         if plan is None or not plan.is_current(self.param_groups, self.reduce_group):
@@ -217,7 +217,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def implementation(self) -> str:
-        """What takes a step: "fused (cpp)", or "fallback: RAdam has no fused update"."""
+        """How a step is computed: "fused (cpp)", or "fallback: RAdam has no fused update"."""
         reason = self.fallback_reason
         if reason:
             return f"fallback: {reason}"
@@ -361,7 +361,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         return self._release is not None
 
     def run_state(self) -> tuple[Phase | None, Tensor | None]:
-        """Return what the optimizer knows beside param_groups and state; for probes."""
+        """Return what is in neither param_groups nor state: the phase and last squared norm."""
         return self._run.phase, self._run.squared_norm
 
     def restore_run_state(self, saved: tuple[Phase | None, Tensor | None]) -> None:

@@ -249,7 +249,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
         lr: the peak of your schedule; with "annealed" its size does not matter.
         momentum: μ, 0 or more.
-        dampening: of the momentum.
+        dampening: dampening of the momentum.
         weight_decay: added to the gradient (L2), 0 or more.
         nesterov: Nesterov momentum; needs momentum and no dampening.
         maximize: maximize the objective instead of minimizing it.
@@ -460,9 +460,11 @@ def mechanize(
     if not (isinstance(Base, type) and issubclass(Base, Optimizer)):
         raise TypeError(f"Base must be a subclass of torch.optim.Optimizer, got {Base!r}")
     if issubclass(Base, Mechanized):
-        raise TypeError(f"Base must be a plain optimizer, got {Base.__name__}, mechanized already")
+        raise TypeError(
+            f"Base must be a plain optimizer, got {Base.__name__}, which is already mechanized"
+        )
     if issubclass(Base, torch.optim.LBFGS):
-        raise TypeError("Base must step without a closure, got LBFGS, which evaluates it again")
+        raise TypeError("Base must step without a closure, got LBFGS, which needs one")
     if log_func is not None and not callable(log_func):
         raise ValueError(f"log_func must be callable, got {log_func!r}")
     options: dict[str, Any] = {

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SHARD_BITS = 16
 """Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
 
-CONSTANTS_OF_A_RUN = (float, int, bool, str, type(None))
-"""Types whose value cannot change while the object stays the same."""
+IMMUTABLE_TYPES = (float, int, bool, str, type(None))
+"""Option types whose objects cannot change in place, so that identity implies equal values."""
 
 
 class Phase(Enum):
@@ -44,11 +44,11 @@ class Phase(Enum):
 
 @dataclass
 class Run:
-    """What an optimizer knows of a run beside its param groups and state; its plans share it.
+    """The state of a run that is in neither param groups nor state; the optimizer's plans share it.
 
     Attributes:
-        phase: None until the tuner's counters have been read.
-        squared_norm: N² = Σ g·g of the last step, one number or one a scale.
+        phase: None until it has been read from the tuner's counters.
+        squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
     """
 
     phase: Phase | None = None
@@ -109,8 +109,8 @@ class StepPlan:
     of a step, in the order in which ``step.py`` calls them.
 
     Attributes:
-        param_groups, max_grad_norm, extra_groups, grad_scale, found_inf: of the next step; the
-            optimizer sets them.
+        param_groups, max_grad_norm, extra_groups, grad_scale, found_inf: inputs of the next step,
+            set by the optimizer.
         release: the hooks that take gradients during the backward pass, or None.
         settings_changed: whether an option of a param group may have changed since the last step.
         awaits_calibration: whether s_init is still to be calibrated.
@@ -119,7 +119,7 @@ class StepPlan:
     Args:
         param_groups: the optimizer's own.
         states: the optimizer's own ``state``; missing entries are created.
-        options: see there.
+        options: how the weights are sorted and stored.
         tuner: has a row for each scale.
         run: the optimizer's own.
         fused: the base's row of the table of fused updates, or None.
@@ -253,15 +253,15 @@ class StepPlan:
             # Dropped here and not where they are read: this step may not be taken.
             self._hyper_rows = []
             return False
-        return self._holds(param_groups, reduce_group)
+        return self._has_same_weights(param_groups, reduce_group)
 
     def fits(self, param_groups: list[Group], fused: FusedBase | None, reduce_group: Any) -> bool:
         """Return whether nothing but gradients, values and options of groups has changed."""
-        return self._structure == _structure(param_groups, fused) and self._holds(
+        return self._structure == _structure(param_groups, fused) and self._has_same_weights(
             param_groups, reduce_group
         )
 
-    def _holds(self, param_groups: list[Group], reduce_group: Any) -> bool:
+    def _has_same_weights(self, param_groups: list[Group], reduce_group: Any) -> bool:
         members = [p for group in param_groups for p in group["params"]]
         return (
             len(members) == len(self._members)
@@ -302,7 +302,7 @@ class StepPlan:
     def load(self, shared: bool) -> bool:
         """Write the tables of this step; return whether the step is to be taken.
 
-        It is not where there is no gradient, or where the host sees that GradScaler found an
+        The step is skipped if there is no gradient, or if the host sees that GradScaler found an
         overflow.
 
         Args:
@@ -313,13 +313,13 @@ class StepPlan:
             return False
         found_inf = self.found_inf
         if shared and found_inf is not None:
-            found_inf = self._agree(found_inf)
+            found_inf = self._reduce_found_inf(found_inf)
         if not self.reads_on_device and bool(found_inf):
             return False
         self.write_tables(self.grad_scale, found_inf)
         return True
 
-    def _agree(self, found_inf: Tensor | float) -> Tensor:
+    def _reduce_found_inf(self, found_inf: Tensor | float) -> Tensor:
         """Return found_inf summed over all ranks: torch reduces it over one mesh only."""
         flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
         if len(self._group_sets) == 1 and not self.extra_groups:
@@ -393,7 +393,7 @@ class StepPlan:
         found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
         for groups in self._group_sets.keys() - found.keys():
             found[groups] = torch.zeros(shape, dtype=torch.float64, device=device)
-        # In one order on all ranks.
+        # The same order on all ranks.
         return {groups: found[groups] for groups in self._group_sets}
 
     def start(self) -> None:
@@ -494,7 +494,7 @@ class StepPlan:
     def tune(self, total: Tensor) -> None:
         """Update s, r, v, m from the sums over all weights of all ranks.
 
-        Without a gradient on any rank nothing is tuned, as in a single process without gradients.
+        If no rank has a gradient, nothing is tuned, as in a single process.
         """
         scales = len(self.tuner.keys)
         if self.max_grad_norm is None:
@@ -534,5 +534,5 @@ def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[A
 
 def _is_constant(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(isinstance(each, CONSTANTS_OF_A_RUN) for each in value)
-    return isinstance(value, CONSTANTS_OF_A_RUN)
+        return all(isinstance(each, IMMUTABLE_TYPES) for each in value)
+    return isinstance(value, IMMUTABLE_TYPES)

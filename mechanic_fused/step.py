@@ -1,4 +1,4 @@
-"""One step, in order: every line is one op of the plans, and nothing below calls back up."""
+"""take_step: the order of one step. Each phase runs for all plans before the next one begins."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def take_step(plans: Sequence[StepPlan]) -> None:
 
     Until the first step with a gradient element that is not 0, only state is created.
     """
+    # Lists, not generators: they are faster, and every plan is asked.
     started = any([plan.has_started() for plan in plans])
     if started and any([plan.settings_changed for plan in plans]):
         follow_settings(plans, started)

@@ -64,7 +64,7 @@ def check_saved(
 
 
 class Tuner:
-    """The numbers from which S is computed: one row a scale, float64, on one device.
+    """The numbers from which S is computed: one row per scale, float64, on one device.
 
     Attributes:
         state: (scales, 4·betas + 2) float64: the blocks of ``layout.TUNER``, then
@@ -164,7 +164,7 @@ class Tuner:
         self._send()
 
     def set_annealing_factor(self, factor: float | Tensor) -> None:
-        """Let s move by this fraction of its update; writes to the device if it changed."""
+        """Multiply each update of s by this factor; writes to the device if it changed."""
         if torch.is_tensor(factor):
             self.constants[ANNEALING_FACTOR].copy_(factor, non_blocking=True)
             # Any number that comes next differs from the one on the device.

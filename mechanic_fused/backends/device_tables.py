@@ -23,10 +23,10 @@ class DeviceTables:
     """The tables of a bucket on its device, at addresses that never change.
 
     Attributes:
-        tensors: (weights, 10) int64, a row of ``layout.TENSOR`` a weight.
+        tensors: (weights, 10) int64, a row of ``layout.TENSOR`` per weight.
         chunks: (chunks, 3) int64, rows of ``layout.CHUNK``.
-        hyper: (groups, 8) float64, a row of ``layout.HYPER`` a param group.
-        spans: (scales, 4) int64, a row of ``layout.SPAN`` a scale. Weights are in the order of
+        hyper: (groups, 8) float64, a row of ``layout.HYPER`` per param group.
+        spans: (scales, 4) int64, a row of ``layout.SPAN`` per scale. Weights are in the order of
             their groups, so the weights and chunks of a scale are contiguous.
 
     Args:
@@ -48,7 +48,7 @@ class DeviceTables:
         """Upload the tables that have changed, on the current stream; never waits for the device.
 
         In a graph capture the upload of the tensor table becomes a node of the graph, so that a
-        replay finds the addresses of its own gradients whatever was stepped in between.
+        replay finds the addresses of its own gradients whatever steps were taken in between.
 
         Raises:
             RuntimeError: during a capture, if the device lacks the present hyperparameters or no
