@@ -1,42 +1,69 @@
-# `make` alone lists the verbs, builds, and says what was built. Each verb makes what it needs:
-# .venv with pinned packages, the compiled module, an editable install. ARGS goes to the program
-# that a verb runs: make test ARGS="-k plan", make demo ARGS=--compare.
+#: make build        .venv, the compiled module, an editable install
+#: make demo         trains a small transformer with no learning rate chosen
+#: make test         what every change must pass: no framework, no interpreter, three minutes
+#: make test-triton  the Triton kernels, in Triton's interpreter
+#: make test-stacks  the tests with training frameworks, which it installs
+#: make test-slow    the slow tests of these three: every combination
+#: make test-all     all of these, with CUDA compiled where nvcc is
+#: make bench        step times beside the optimizers of torch and mechanic-pytorch
+#: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
+#: make checkstyle   ruff, clang-format, mypy, import-linter
+#: make format       rewrites the sources as checkstyle wants them
+#: make clean        removes what was built; .venv stays (rm -r .venv removes that too)
+#:
+#: ARGS goes to the program of a verb: make test ARGS="-k checkpoint", make demo ARGS=--compare.
+#: CUDA is compiled where a GPU is visible; MECHANIC_CUDA=1 or 0 in the environment decides it.
+.PHONY: help build demo test test-triton test-stacks test-slow test-all
+.PHONY: bench convergence checkstyle format clean always
+# One pip at a time in .venv; ninja and pytest use all cores by themselves.
+.NOTPARALLEL:
+
 PYTHON ?= python3
 # How many processes run tests side by side; the tests of a file stay together.
 JOBS ?= 2
+# For Linux, PyPI's torch is the CUDA build, of gigabytes. Where no GPU is visible this index too is
+# asked, and its CPU build wins by its local version. Empty, or out of reach: pip's own choice.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
 PY := .venv/bin/python
-PIP := $(PY) -m pip install -qq --disable-pip-version-check
+PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: report build test test-all demo bench convergence checkstyle format clean
-report:
-	@echo 'make build       .venv, the compiled module, an editable install'
-	@echo 'make test        the tests, without those marked slow'
-	@echo 'make test-all    every test'
-	@echo 'make demo        trains a small transformer with no learning rate chosen'
-	@echo 'make bench       step times beside the optimizers of torch and mechanic-pytorch'
-	@echo 'make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)'
-	@echo 'make checkstyle  ruff, clang-format, mypy'
-	@echo 'make format      rewrites the sources as checkstyle wants them'
-	@echo 'make clean       removes what was built; .venv stays (rm -r .venv removes that too)'
-	@$(MAKE) --no-print-directory build
-	@$(PY) -m mechanic_fused
+help:
+	@sed -n 's/^#: \{0,1\}//p' Makefile
 
 build: build/native.done .venv/editable.done
 
-test: build
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
-
-test-all: build
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
-
-demo: build
+# It runs on the CPU.
+demo: export MECHANIC_CUDA ?= 0
+demo: build .venv/demo.done
 	$(PY) examples/char_lm.py $(ARGS)
 
-bench: build
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
+INTEGRATIONS := tests/integrations
+SLOW = and not slow
+
+test: build .venv/test.done .venv/triton.done
+	$(PYTEST) -m "not triton $(SLOW)" --ignore=$(INTEGRATIONS) $(ARGS)
+
+test-triton: build .venv/test.done .venv/triton.done
+	TRITON_INTERPRET=1 $(PYTEST) -m "triton $(SLOW)" --ignore=$(INTEGRATIONS) $(ARGS)
+
+test-stacks: build .venv/stacks.done
+	$(PYTEST) -m "not triton $(SLOW)" $(ARGS) $(INTEGRATIONS)
+
+test-slow: SLOW = and slow
+test-slow: test test-triton test-stacks
+
+NVCC = $(shell command -v nvcc || command -v $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc)
+test-all: SLOW =
+test-all: export MECHANIC_CUDA ?= $(if $(NVCC),1)
+test-all: test test-triton test-stacks
+
+bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)
 
-convergence: build
+convergence: build .venv/bench.done
 	$(PY) -m benchmarks.convergence $(ARGS)
 
 checkstyle: build .venv/style.done
@@ -44,6 +71,7 @@ checkstyle: build .venv/style.done
 	$(PY) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 
 format: build .venv/style.done
 	$(PY) -m ruff check --fix .
@@ -52,32 +80,48 @@ format: build .venv/style.done
 
 clean:
 	rm -rf build .venv/editable.done mechanic_fused/_native*.so mechanic_fused/_build.txt
-	rm -rf .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 
 # A step that was cut short leaves no .done file. A cut-short installation may also leave a package
 # that pip takes for whole: then .venv/begun is still there, and all is made anew.
-.venv/packages.done: requirements/test.txt requirements/triton.txt
+ifneq ($(and $(MAKECMDGOALS),$(wildcard .venv/begun)),)
+$(shell rm -rf .venv)
+endif
+define install
+@touch .venv/begun
+$(PIP) $(1)
+@rm .venv/begun && touch $@
+endef
+
+.venv/pip.done:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." \
 		if sys.version_info < (3, 10) else 0)'
-	@if test -e .venv/begun; then rm -rf .venv; fi
-	@echo 'Installing the packages of requirements/test.txt into .venv, once'
-	@mkdir -p .venv && touch .venv/begun
 	$(PYTHON) -m venv .venv
-	$(PIP) -r requirements/test.txt
-	@$(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
-		|| $(PIP) -r requirements/triton.txt
-	@rm .venv/begun && touch $@
+	$(call install,pip)
 
-.venv/style.done: requirements/style.txt .venv/packages.done
-	$(PIP) -r requirements/style.txt
-	@touch $@
+# The groups of pyproject.toml, by name.
+.venv/%.done: pyproject.toml constraints.txt | .venv/pip.done
+	$(call install,--group $*)
+
+GPU = nvidia-smi -L 2>/dev/null | grep -q GPU || test -e /dev/nvidia0
+ASK_TORCH_INDEX = $(if $(TORCH_INDEX),--retries 0 --timeout 5 --extra-index-url $(TORCH_INDEX))
+.venv/torch.done: constraints.txt | .venv/pip.done
+	$(call install,--no-deps torch $(shell $(GPU) || echo $(ASK_TORCH_INDEX)))
+
+TRITON_GROUP = import torch; print("pip" if torch.version.cuda else "--group triton")
+.venv/triton.done: pyproject.toml .venv/editable.done
+	$(call install,$(shell $(PY) -c '$(TRITON_GROUP)'))
+
+.venv/editable.done: pyproject.toml setup.py .venv/torch.done | .venv/build.done build/native.done
+	$(call install,--no-build-isolation --editable .)
+
+# What the environment asks of setup.py; the file is touched only when that changes.
+build/asked: always
+	@mkdir -p build
+	@echo "MECHANIC_CUDA=$(MECHANIC_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)" > $@.new
+	@cmp -s $@.new $@ || mv $@.new $@
 
 # Without a compiler nothing is built and the next call tries again.
-build/native.done: .venv/packages.done setup.py $(CSRC) csrc/rules.ninja
+build/native.done: build/asked setup.py $(CSRC) csrc/rules.ninja .venv/build.done
 	@$(PY) setup.py --quiet build_ext --inplace
 	@grep -q '^not built' mechanic_fused/_build.txt || touch $@
-
-.venv/editable.done: .venv/packages.done setup.py pyproject.toml \
-		$(wildcard triton_kernels/__init__.py) | build/native.done
-	$(PIP) --no-build-isolation --no-deps --editable .
-	@touch $@

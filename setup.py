@@ -1,6 +1,7 @@
 """Builds mechanic_fused._native as far as this machine can; all else is in pyproject.toml."""
 
 import os
+import re
 import shlex
 import subprocess
 from glob import glob
@@ -13,10 +14,29 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
+def visible_gpus():
+    """Returns the compute capabilities of the GPUs here; "" stands for one that is unknown."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True).stdout if which(query[0]) else ""
+    return re.findall(r"^\d+\.\d+$", answer, re.M) or [""] * os.path.exists("/dev/nvidia0")
+
+
+def find_nvcc():
+    """Returns the CUDA compiler, or None and why CUDA is left out."""
+    choice = os.environ.get("MECHANIC_CUDA")
+    if choice == "0":
+        return None, "MECHANIC_CUDA=0"
+    if choice != "1" and not visible_gpus():
+        return None, "no GPU is visible; MECHANIC_CUDA=1 compiles it"
+    nvcc = which("nvcc") or which(os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc")
+    return nvcc, f"{nvcc} failed" if nvcc else "no nvcc on PATH or in CUDA_HOME"
+
+
 def gencode(nvcc):
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     default = "8.0;9.0;10.0+PTX" if "compute_100" in known else "8.0;9.0+PTX"
-    for arch in (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).replace(";", " ").split():
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(sorted(set(visible_gpus())))
+    for arch in (wanted or default).replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
         for kind in ("sm", "compute") if arch.endswith("+PTX") else ("sm",):
             yield f"-gencode=arch=compute_{number},code={kind}_{number}"
@@ -27,13 +47,14 @@ def run_ninja(module, cxx, nvcc=None):
     out = Path("build", "native" + get_config_var("EXT_SUFFIX"))  # one folder a Python
     headers = shlex.join(["-isystem", pybind11.get_include(), "-isystem", get_path("include")])
     lines = [f"builddir = {out}", f"cxx = {cxx}", f"headers = {headers}"]
-    sources = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    sources, define = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))], ""
     if nvcc:
         sources += sorted(glob("csrc/cuda/*.cu"))
         lines += [f"nvcc = {nvcc}", f"gencode = {' '.join(gencode(nvcc))}"]
-        lines += ["define = -DMECHANIC_CUDA"]
+        define = "\n  define = -DMECHANIC_CUDA"
     lines += ["include csrc/rules.ninja"]
     lines += [f"build {out}/{s}.o: {s.rpartition('.')[2]} {s}" for s in sources]
+    lines[-len(sources)] += define  # of the bindings, the one source that CUDA changes
     objects = " ".join(f"{out}/{s}.o" for s in sources)
     lines += [f"build {module}: {'link_cuda' if nvcc else 'link'} {objects}"]
     out.mkdir(parents=True, exist_ok=True)
@@ -47,12 +68,13 @@ def build(module):
     cxx = os.environ.get("CXX") or "c++"
     version = subprocess.check_output([*shlex.split(cxx), "--version"], text=True).splitlines()[0]
     os.stat(f"{get_path('include')}/Python.h")
-    nvcc = which("nvcc") or which(os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin/nvcc")
-    nvcc = nvcc if glob("csrc/cuda/*.cu") and os.environ.get("MECHANIC_CUDA") != "0" else None
+    nvcc, why_not = find_nvcc()
     if nvcc and run_ninja(module, cxx, nvcc):
         return f"built by {version}, with CUDA by {nvcc}"
+    if os.environ.get("MECHANIC_CUDA") == "1":
+        raise SystemExit(f"MECHANIC_CUDA=1, but {why_not}")  # asked for, so nothing less will do
     if run_ninja(module, cxx):
-        return f"built by {version}, without CUDA" + (f": {nvcc} failed" if nvcc else "")
+        return f"built by {version}, without CUDA: {why_not}"
     raise RuntimeError(f"{version} does not compile csrc")
 
 

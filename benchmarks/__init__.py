@@ -1,4 +1,4 @@
-"""Measurements: step time on a CPU (``python -m benchmarks.step``) and on a GPU (``.gpu``)."""
+"""Measurements of speed, memory and convergence; README.md has the figures and the commands."""
 
 import os
 

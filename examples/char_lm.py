@@ -1,11 +1,11 @@
-"""Train a small language model with no learning rate chosen by anybody.
+"""Train a small language model without choosing a learning rate.
 
-    python examples/char_lm.py                      # about two minutes
-    python examples/char_lm.py --compare            # beside AdamW at five rates, ten minutes more
-    python examples/char_lm.py --checkpoint out/a   # saves as it goes; run again, it goes on
+    python examples/char_lm.py                      # one to two minutes
+    python examples/char_lm.py --compare            # also AdamW at five rates: six times as long
+    python examples/char_lm.py --checkpoint out/a   # save during training; run again to resume
 
-It prints the validation loss and a few lines that the model wrote, and draws the losses and the
-learned learning rate over the steps.
+It prints the validation loss and a sample of text from the model, and plots the losses and the
+learned learning rate.
 """
 
 import argparse
@@ -17,6 +17,9 @@ import tempfile
 import textwrap
 import threading
 from pathlib import Path
+
+# Read when torch loads OpenMP: a thread that waits by spinning slows down a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from char_model import CharModel, Text, generate, load_text, random_batch, validation_loss
@@ -32,14 +35,14 @@ ADAMW_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def make_optimizer(model: CharModel, lr: float | None) -> torch.optim.Optimizer:
-    """Mechanic, or plain AdamW at a learning rate of somebody's choice."""
+    """Return Mechanic, or plain AdamW at a chosen learning rate."""
     if lr is None:
-        return MechanicAdamW(model.parameters(), lr=1.0)  # 1.0 is not tuned: it is always 1.0
+        return MechanicAdamW(model.parameters(), lr=1.0)  # not tuned: lr is always 1.0
     return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
 
 
 class Run:
-    """One training run and all that is needed to go on with it."""
+    """One training run and everything needed to resume it."""
 
     def __init__(self, text: Text, steps: int, seed: int, lr: float | None = None):
         torch.manual_seed(seed)  # the weights
@@ -54,7 +57,7 @@ class Run:
         }
         self.model = CharModel(len(text.vocabulary))
         self.optimizer = make_optimizer(self.model, lr)
-        # The schedule is a shape from 0 to 1 and back; Mechanic learns its height.
+        # The schedule rises from 0 to 1 and falls back to 0; Mechanic learns its height.
         warmup = max(1, steps // 20)
         self.scheduler = SequentialLR(
             self.optimizer,
@@ -76,13 +79,13 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        # On a GPU each read of a number waits for the device, so we read every some steps only.
+        # On a GPU each read would wait for the device, so this only happens every few steps.
         if self.step % max(1, self.steps // 400) == 0:
             self.history.append((self.step, loss.item(), *self.rate_and_scale()))
         self.scheduler.step()
 
     def rate_and_scale(self) -> tuple[float, float]:
-        """The learning rate of this step, schedule included, and the scale alone."""
+        """Return the learning rate of this step, including the schedule, and the scale alone."""
         if self.lr is None:
             return self.optimizer.learned_lr()[0], self.optimizer.scale.item()
         return self.scheduler.get_last_lr()[0], self.lr
@@ -104,7 +107,7 @@ class Run:
             "history": self.history,
             "validation": self.validation,
         }
-        # Replacing is atomic: whenever the program dies, a whole checkpoint is in place.
+        # Replacing is atomic: a complete checkpoint exists whenever the program dies.
         unfinished = path.with_suffix(".tmp")
         torch.save(checkpoint, unfinished)
         os.replace(unfinished, path)
@@ -114,7 +117,7 @@ class Run:
             checkpoint = torch.load(path, weights_only=True)
             settings = checkpoint["settings"]
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, OSError):
-            sys.exit(f"{path} is no checkpoint of this example: remove it, or take another folder")
+            sys.exit(f"{path} is not a checkpoint of this example: use another folder")
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 sys.exit(
@@ -130,7 +133,7 @@ class Run:
 
 
 def watch_for_interrupt() -> threading.Event:
-    """Note a Ctrl-C, so that no step is cut in the middle; a second one stops at once."""
+    """Let the current step finish after Ctrl-C; a second Ctrl-C stops immediately."""
     asked = threading.Event()
 
     def note(*_: object) -> None:
@@ -142,14 +145,14 @@ def watch_for_interrupt() -> threading.Event:
 
 
 def train(run: Run, folder: Path | None, interrupted: threading.Event) -> None:
-    """Train to the last step, from the checkpoint in `folder` if there is one."""
+    """Train to the last step, resuming from the checkpoint in `folder` if there is one."""
     checkpoint = folder / f"{run.name.replace(' ', '_')}.pt" if folder else None
     if checkpoint and checkpoint.exists():
         run.load(checkpoint)
-        print(f"{checkpoint}: going on after step {run.step} of {run.steps}")
+        print(f"{checkpoint}: resumed after step {run.step} of {run.steps}")
     interval = max(10, run.steps // 20)
-    pause = 0.2 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer pictures of a bar
-    with tqdm(total=run.steps, initial=run.step, desc=run.name, mininterval=pause) as bar:
+    refresh = 0.2 if sys.stderr.isatty() else 10  # seconds; less often in a log file
+    with tqdm(total=run.steps, initial=run.step, desc=run.name, mininterval=refresh) as bar:
         while run.step < run.steps and not interrupted.is_set():
             run.train_step()
             if run.step % interval == 0 or run.step == run.steps:
@@ -165,18 +168,18 @@ def train(run: Run, folder: Path | None, interrupted: threading.Event) -> None:
 
 
 def stop(run: Run, checkpoint: Path | None) -> None:
-    """The end after Ctrl-C."""
+    """Save and exit after Ctrl-C."""
     if checkpoint:
         run.save(checkpoint)
-        message = f"{checkpoint} is saved: the same command goes on from there"
+        message = f"{checkpoint} is saved: run the same command to resume"
     else:
-        message = "nothing was saved (--checkpoint DIR would)"
+        message = "nothing was saved (use --checkpoint DIR)"
     print(f"\nStopped after step {run.step} of {run.steps}; {message}.")
-    sys.exit(130)  # what a shell expects of a program that Ctrl-C ended
+    sys.exit(130)  # the exit status of a program ended by Ctrl-C
 
 
 def print_sample(run: Run, seed: int) -> None:
-    """A few lines written by the model."""
+    """Print text generated by the model."""
     generator = torch.Generator().manual_seed(seed)
     tokens = generate(run.model, run.text.encode(PROMPT), 300, generator)
     print("\nThe model writes:\n")
@@ -190,7 +193,7 @@ def print_table(runs: list[Run]) -> None:
         print(f"{name:<14}  {run.peak_rate():>18.1e}  {loss:>15.3f}")
     best = min(runs[1:], key=lambda run: run.validation[-1][1])
     if best in (runs[1], runs[-1]):
-        print("AdamW is best at the edge of the grid: a wider grid might be better still.")
+        print("AdamW is best at the edge of the grid: a wider grid might find a better rate.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -199,20 +202,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=3000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    # A model this small gains little from a second thread, and loses much on a busy machine.
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    # A model this small does not gain from more than two threads.
+    threads = min(2, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=threads, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("out/char_lm.png"), help="the picture (%(default)s)"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here, or go on")
-    parser.add_argument("--compare", action="store_true", help="also plain AdamW, a grid of rates")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here, or resume")
+    parser.add_argument("--compare", action="store_true", help="also AdamW at a grid of rates")
     arguments = parser.parse_args()
     for name in ("steps", "threads"):
         if (value := getattr(arguments, name)) < 1:
             parser.error(f"--{name} must be 1 or more, got {value}")
     if arguments.out.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--out must end in .png, .pdf or .svg, got {arguments.out}")
-    # Better to hear of a bad folder now than after the training.
+    # Report a bad folder before the training, not after it.
     for folder in filter(None, (arguments.out.parent, arguments.checkpoint)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +234,7 @@ def main() -> None:
     runs = [Run(text, arguments.steps, arguments.seed, lr) for lr in rates]
     mechanic = runs[0]
     print(f"{len(text.train):,} characters of Python's own documentation to learn from")
-    print(f"{mechanic.name}, {mechanic.optimizer.road}; no learning rate given")
+    print(f"{mechanic.name}, {mechanic.optimizer.implementation}; no learning rate given")
     interrupted = watch_for_interrupt()
     for run in runs:
         train(run, arguments.checkpoint, interrupted)

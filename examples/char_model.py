@@ -1,7 +1,7 @@
-"""A small character-level language model and its text: what the examples and benchmarks train.
+"""The character-level language model and the text that the examples and benchmarks train on.
 
-The text is Python's own documentation, which every Python carries as `pydoc_data.topics`, so
-nothing is downloaded. It differs a little between Python versions, and so do the losses.
+The text is Python's documentation, which comes with Python as `pydoc_data.topics`, so nothing is
+downloaded. It differs a little between Python versions, and so do the losses.
 """
 
 from pydoc_data.topics import topics
@@ -27,9 +27,9 @@ class Text(NamedTuple):
 
 
 def load_text(validation_share: float = 0.1) -> Text:
-    """Python's help topics; the last tenth is kept for validation."""
-    # Some topics quote others at length. Each paragraph is kept once, or a part of the validation
-    # text would have been seen in training.
+    """Return Python's help topics; the last tenth is the validation text."""
+    # Some topics quote others at length. Each paragraph is kept once, so that no validation text
+    # occurs in the training text.
     paragraphs = dict.fromkeys("\n\n".join(topics.values()).split("\n\n"))
     string = "\n\n".join(paragraphs)
     vocabulary = "".join(sorted(set(string)))
@@ -40,13 +40,13 @@ def load_text(validation_share: float = 0.1) -> Text:
 
 
 def random_batch(tokens: Tensor, size: int, context: int, generator: torch.Generator) -> Tensor:
-    """Windows of context + 1 tokens from random places, (size, context + 1)."""
-    windows = tokens.unfold(0, context + 1, 1)  # a view: every window there is
+    """Return windows of context + 1 tokens at random positions, (size, context + 1)."""
+    windows = tokens.unfold(0, context + 1, 1)  # a view of all windows
     return windows[torch.randint(len(windows), (size,), generator=generator)]
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each added to the stream it reads."""
+    """Causal self-attention and a two-layer perceptron, both residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -97,13 +97,13 @@ class CharModel(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a character, of each next token in (batch, length + 1)."""
+        """Return the mean cross-entropy of the next token, in nats, over (batch, length + 1)."""
         return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def validation_loss(model: CharModel, tokens: Tensor, batch: int = 64) -> float:
-    """The loss over all of `tokens`, in windows that do not overlap."""
+    """Return the loss over `tokens`, in windows that do not overlap."""
     windows = tokens.unfold(0, model.context + 1, model.context)
     losses = [model.loss(part) * len(part) for part in windows.split(batch)]
     return (torch.stack(losses).sum() / len(windows)).item()
@@ -113,7 +113,7 @@ def validation_loss(model: CharModel, tokens: Tensor, batch: int = 64) -> float:
 def generate(
     model: CharModel, tokens: list[int], length: int, generator: torch.Generator
 ) -> list[int]:
-    """`tokens` and `length` more, each drawn from what the model expects after those before."""
+    """Return `tokens` and `length` more, sampled from the model."""
     tokens = list(tokens)
     for _ in range(length):
         logits = model(torch.tensor([tokens[-model.context :]]))[0, -1]

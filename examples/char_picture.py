@@ -1,4 +1,4 @@
-"""The picture that char_lm.py draws: the losses and the learning rates over the steps."""
+"""The plot of char_lm.py: losses and learning rates over the steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files and needs no display
-import matplotlib.pyplot as plt  # noqa: E402  (pyplot takes the backend that it finds)
+matplotlib.use("Agg")  # draws to files, without a display
+import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
     from char_lm import Run
@@ -18,7 +18,7 @@ STYLE = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.s
 
 
 def draw(runs: Sequence["Run"], path: Path) -> None:
-    """Draw Mechanic's run, which comes first, and those of plain AdamW, if any."""
+    """Plot Mechanic's run, the first one, and those of plain AdamW, if any."""
     mechanic, *grid = runs
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12 if grid else 8, 6.5), layout="constrained")
@@ -30,19 +30,19 @@ def draw(runs: Sequence["Run"], path: Path) -> None:
         if grid:
             draw_grid(figure.add_subplot(columns[:, 1]), mechanic, grid)
         figure.align_ylabels([losses, rates])
-        figure.suptitle("A character-level transformer, with no learning rate chosen by anybody")
+        figure.suptitle("A character-level transformer, trained without choosing a learning rate")
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
 def colours(grid: Sequence["Run"]):
-    """Blue, darker for a higher learning rate."""
+    """Return shades of blue, darker for a higher learning rate."""
     return plt.cm.Blues([0.35 + 0.6 * i / max(1, len(grid) - 1) for i in range(len(grid))])
 
 
-def smooth(values: Sequence[float], reach: int = 6) -> list[float]:
-    """Means over neighbours, since one batch's loss says little."""
-    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+def smooth(values: Sequence[float], radius: int = 6) -> list[float]:
+    """Return means over neighbours: the loss of one batch is noisy."""
+    return [fmean(values[max(0, i - radius) : i + radius + 1]) for i in range(len(values))]
 
 
 def draw_losses(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
@@ -67,7 +67,7 @@ def draw_losses(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
     axes.set_ylabel("loss (nats a character)")
     axes.tick_params(labelbottom=False)
     axes.set_xlim(0, mechanic.steps)
-    axes.set_ylim(top=1.1 * losses[0])  # the fall from 4.6 in the first steps would hide the rest
+    axes.set_ylim(top=1.1 * losses[0])  # the first steps fall from 4.6, which would hide the rest
     axes.legend(frameon=False, loc="lower left")
 
 
@@ -80,14 +80,14 @@ def draw_rates(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
     label = f"S × lr, the learned learning rate (at most {mechanic.peak_rate():.1e})"
     axes.plot(steps, rates, color=MECHANIC, lw=2, label=label)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=min(scales) / 10)  # the schedule ends at 0, and a log axis has no 0
+    axes.set_ylim(bottom=min(scales) / 10)  # the schedule ends at 0, which a log axis cannot show
     axes.set_xlabel("step")
     axes.set_ylabel("learning rate")
     axes.legend(frameon=False, loc="lower center")
 
 
 def draw_grid(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
-    """The final validation loss at each learning rate that one might have chosen."""
+    """Plot the final validation loss at each learning rate of the grid."""
     final = [run.validation[-1][1] for run in grid]
     axes.plot([run.lr for run in grid], final, color="tab:blue", zorder=1)
     axes.scatter([run.lr for run in grid], final, color=colours(grid), s=50, label="AdamW")

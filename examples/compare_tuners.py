@@ -1,17 +1,21 @@
-"""Train one small language model with every tuner of the package, and draw them beside each other.
+"""Train one small language model with every tuner of the package, and plot them together.
 
     python examples/compare_tuners.py                  # a few minutes
     python examples/compare_tuners.py --methods GeN "AutoDrop on AdamW" --steps 1000
 
-One seed and a short run: it shows how each is used and what its learning rate does, not which is
-best. docs/tuners/README.md has figures over tasks and seeds.
+One seed and a short run: it shows how to use each tuner and what its learning rate does, not which
+is best. docs/tuners/README.md has figures over tasks and seeds.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Read when torch loads OpenMP: a thread that waits by spinning slows down a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from char_model import CharModel, load_text, random_batch, validation_loss
@@ -24,24 +28,22 @@ from mechanic_fused import MechanicAdamW, tuners
 BATCH = 16
 CONTEXT = 32
 VALIDATION = 40_000
-"""Characters of the validation text that are judged by: a look at all would take longer than the
-training."""
+"""Characters of validation text: the whole text would take longer than the training."""
 
 
 class Method(NamedTuple):
-    """An optimizer, what goes with it, and how the two take a step.
+    """An optimizer, its schedulers or tuner, and how they take a step together.
 
     Args:
-        optimizer: weights → the optimizer.
-        beside: (optimizer, model, steps) → what tunes its learning rate: a list, often of one.
-        way: "after" the optimizer's step, "before" it with a closure, or the optimizer takes a
-            "closure" itself.
-        clips: whether gradients may be clipped; a line search needs the loss's own.
+        optimizer: weights → optimizer.
+        schedulers: (optimizer, model, steps) → a list of whatever changes its learning rate.
+        call: they step "after" the optimizer or "before" it; or the optimizer takes a "closure".
+        clips: whether gradients may be clipped; a line search needs the gradients of the loss.
     """
 
     optimizer: Callable[[list], Optimizer]
-    beside: Callable[[Optimizer, CharModel, int], list]
-    way: str = "after"
+    schedulers: Callable[[Optimizer, CharModel, int], list]
+    call: str = "after"
     clips: bool = True
 
 
@@ -61,7 +63,7 @@ METHODS = {
     "AdamW 1e-2, cosine": Method(lambda w: AdamW(w, lr=1e-2), cosine),
     "AdamW 1e-2, constant": Method(lambda w: AdamW(w, lr=1e-2), nothing),
     "Mechanic AdamW, cosine": Method(lambda w: MechanicAdamW(w, lr=1.0), cosine),
-    # Windows of one step, or a run this short would be over before the first drop.
+    # Windows of one step: otherwise a run this short would end before the first drop.
     "AutoDrop on AdamW": Method(
         lambda w: AdamW(w, lr=1e-2), lambda opt, *_: [tuners.AutoDrop(opt, k=1)]
     ),
@@ -79,13 +81,13 @@ METHODS = {
         lambda w: tuners.ExtrapolatedSGD(w, lr=0.3, momentum=0.9), cosine, "closure"
     ),
     "AdaRem": Method(lambda w: tuners.AdaRem(w, lr=0.4), cosine, "closure"),
-    # For objectives without noise: it sees the same batch at every step.
+    # For objectives without noise: every step uses the same batch.
     "AutoGD, one batch": Method(lambda w: tuners.AutoGD(w), nothing, "closure", clips=False),
 }
 
 
 class Run:
-    """One training run, and what is drawn of it."""
+    """One training run and its curves."""
 
     def __init__(self, name: str, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -95,7 +97,7 @@ class Run:
         self.model = CharModel(len(self.text.vocabulary), context=CONTEXT)
         self.method = METHODS[name]
         self.optimizer = self.method.optimizer(list(self.model.parameters()))
-        self.beside = self.method.beside(self.optimizer, self.model, steps)
+        self.schedulers = self.method.schedulers(self.optimizer, self.model, steps)
         self.fixed = self.batch() if "one batch" in name else None
         self.rates: list[float] = []
         self.validation: list[tuple[int, float]] = []
@@ -104,7 +106,7 @@ class Run:
         return random_batch(self.text.train, BATCH, self.model.context, self.batches)
 
     def rate(self) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         if isinstance(self.optimizer, MechanicAdamW):
             return self.optimizer.learned_lr()[0]
         return float(self.optimizer.param_groups[0]["lr"])
@@ -115,29 +117,29 @@ class Run:
         def closure() -> torch.Tensor:
             self.optimizer.zero_grad()
             loss = self.model.loss(batch)
-            # Line searches ask for the loss alone.
+            # Line searches also call it without gradients.
             if loss.requires_grad:
                 loss.backward()
                 if self.method.clips:
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             return loss
 
-        if self.method.way == "closure":
+        if self.method.call == "closure":
             self.optimizer.step(closure)
         else:
             closure()
-            if self.method.way == "before":
-                # Another batch than the gradient's, drawn only where the tuner looks.
-                other = self.batch() if self.beside[0].due else batch
-                self.beside[0].step(lambda: self.model.loss(other))
+            if self.method.call == "before":
+                # A different batch from the gradient's, drawn only if the tuner needs one.
+                other = self.batch() if self.schedulers[0].due else batch
+                self.schedulers[0].step(lambda: self.model.loss(other))
             self.optimizer.step()
-        if self.method.way != "before":
-            for scheduler in self.beside:
+        if self.method.call != "before":
+            for scheduler in self.schedulers:
                 scheduler.step()
 
     def train(self) -> None:
-        pause = 0.2 if sys.stderr.isatty() else 10
-        for t in tqdm(range(1, self.steps + 1), desc=self.name, mininterval=pause):
+        interval = 0.2 if sys.stderr.isatty() else 10
+        for t in tqdm(range(1, self.steps + 1), desc=self.name, mininterval=interval):
             self.rates.append(self.rate())
             self.step()
             if t % max(1, self.steps // 10) == 0:
@@ -146,10 +148,10 @@ class Run:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """The validation losses and the learning rates over the steps."""
+    """Plot the validation losses and the learning rates over the steps."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws into files and needs no display
+    matplotlib.use("Agg")  # draws to files, without a display
     import matplotlib.pyplot as plt
 
     figure, (losses, rates) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
@@ -180,8 +182,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    # A model this small gains little from a second thread, and loses much on a busy machine.
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    # A model this small does not gain from more than two threads.
+    threads = min(2, os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=threads, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out/compare_tuners.png"))
     arguments = parser.parse_args()
     for name in ("steps", "threads"):

@@ -1,11 +1,10 @@
 """A whole training step in one CUDA graph: forward, backward and the optimizer's step.
 
     python examples/cuda_graph.py               # a few seconds on a GPU
-    python examples/cuda_graph.py --float-lr    # with a float lr, sent before each replay
+    python examples/cuda_graph.py --float-lr    # with a float lr, copied before each replay
 
-A small network learns a fixed function of random points. A replay runs no Python, so the loop only
-fills the graph's inputs, replays, and lets the scheduler move the learning rate. The rules are in
-docs/cuda-graphs.md.
+A small network learns a fixed function of random points. A replay runs no Python: the loop only
+fills the graph's inputs, replays it, and steps the scheduler. docs/cuda-graphs.md has the rules.
 """
 
 import argparse
@@ -19,12 +18,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from mechanic_fused import MechanicAdamW
 
-WARM_UP = 3  # steps outside the graph; they train like any other
+WARM_UP = 3  # steps outside the graph, which train like any other
 BATCH, FEATURES = 256, 8
 
 
-class Seen(NamedTuple):
-    """What stands on the device after a step, until the next one overwrites it."""
+class StepOutputs(NamedTuple):
+    """Tensors on the device after a step; the next step overwrites them."""
 
     x: Tensor
     y: Tensor
@@ -40,7 +39,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def fill(x: Tensor, y: Tensor) -> None:
-    """Put a new batch where the graph reads it."""
+    """Write a new batch to the graph's inputs."""
     x.normal_()
     y.copy_(x.sin().sum(1, keepdim=True))
 
@@ -49,9 +48,9 @@ def train(
     model: nn.Module,
     opt: torch.optim.Optimizer,
     steps: int,
-    show: Callable[[int, Seen], None] = lambda t, seen: None,
+    show: Callable[[int, StepOutputs], None] = lambda t, seen: None,
 ) -> None:
-    """Train a network, but for the first steps in a graph; ``show`` is called after each step."""
+    """Train a network in a graph after a few warm-up steps; call ``show`` after each step."""
     device = next(model.parameters()).device
     scheduler = CosineAnnealingLR(opt, T_max=steps)
     x, y = torch.empty(BATCH, FEATURES, device=device), torch.empty(BATCH, 1, device=device)
@@ -68,12 +67,12 @@ def train(
         for t in range(WARM_UP):
             opt.zero_grad(set_to_none=True)
             fill(x, y)
-            show(t, Seen(x, y, training_step()))
+            show(t, StepOutputs(x, y, training_step()))
             scheduler.step()
     torch.cuda.current_stream().wait_stream(side)
 
-    opt.refresh_hyperparameters()  # the scheduler has moved lr since the last step
-    opt.zero_grad(set_to_none=True)  # backward then makes gradients in the graph's own memory
+    opt.refresh_hyperparameters()  # the scheduler has changed lr since the last step
+    opt.zero_grad(set_to_none=True)  # backward then allocates gradients in the graph's memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = training_step()  # recorded, not run
@@ -81,7 +80,7 @@ def train(
     for t in range(WARM_UP, steps):
         fill(x, y)
         graph.replay()
-        show(t, Seen(x, y, loss))
+        show(t, StepOutputs(x, y, loss))
         scheduler.step()
         if not torch.is_tensor(opt.param_groups[0]["lr"]):
             opt.refresh_hyperparameters()
@@ -98,13 +97,13 @@ def main() -> None:
         sys.exit("cuda_graph.py needs a GPU: torch.cuda.is_available() is False")
     torch.manual_seed(0)
     model = network()
-    # A tensor on the device is read anew at each replay; a float was copied there before it.
+    # A tensor on the device is read by each replay; a float must be copied there before.
     lr = 1.0 if args.float_lr else torch.tensor(1.0, device="cuda")
     opt = MechanicAdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    if opt.road not in ("fused: cuda", "fused: triton"):
-        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.road}")
+    if opt.implementation not in ("fused (cuda)", "fused (triton)"):
+        sys.exit(f"a capture needs the CUDA or the Triton backend, got {opt.implementation}")
 
-    def show(t: int, seen: Seen) -> None:
+    def show(t: int, seen: StepOutputs) -> None:
         if t == WARM_UP or (t + 1) % 100 == 0:  # reading the loss waits for the device
             rate = opt.learned_lr()[0]
             print(f"step {t:5}  loss {seen.loss.item():.4f}  learned lr {rate:.3g}")

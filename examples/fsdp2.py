@@ -1,11 +1,11 @@
 """Train the character model with its weights sharded over ranks by FSDP2, and save with DCP.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py                        # about a minute
-    torchrun --nproc-per-node 2 examples/fsdp2.py --checkpoint out/a     # run again, it goes on
-    torchrun --nproc-per-node 4 examples/fsdp2.py --checkpoint out/a     # and on more ranks, too
+    torchrun --nproc-per-node 2 examples/fsdp2.py --checkpoint out/a     # run again to resume
+    torchrun --nproc-per-node 4 examples/fsdp2.py --checkpoint out/a     # also on more ranks
 
-Without torchrun it is one rank. On GPUs each rank takes one; on the CPU the ranks share the cores.
-The optimizer needs no option for sharding.
+Without torchrun there is one rank. Each rank uses one GPU, or the ranks share the CPU's cores. The
+optimizer needs no option for sharding.
 """
 
 import argparse
@@ -27,10 +27,10 @@ BATCH = 16  # of all ranks together
 
 
 class Training:
-    """A run, in the form that torch.distributed.checkpoint saves and loads."""
+    """A run that torch.distributed.checkpoint can save and load."""
 
     def __init__(self, vocabulary: int, steps: int, device: torch.device):
-        torch.manual_seed(0)  # every rank starts from the same weights and keeps its part
+        torch.manual_seed(0)  # all ranks start from the same weights and keep their shards
         self.model = CharModel(vocabulary).to(device)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for block in self.model.blocks:
@@ -58,9 +58,9 @@ class Training:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its .metadata is written last."""
-    whole = [path.parent for path in folder.glob("step-*/.metadata")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    """Return the newest complete checkpoint: its .metadata is written last."""
+    complete = [path.parent for path in folder.glob("step-*/.metadata")]
+    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -72,9 +72,11 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if found:
         dcp.load({"training": run}, checkpoint_id=str(found))
     if rank == 0:
-        print(f"{ranks} ranks on {device.type}, {run.optimizer.road}; from step {run.step}")
+        print(
+            f"{ranks} ranks on {device.type}, {run.optimizer.implementation}; from step {run.step}"
+        )
     while run.step < arguments.steps:
-        # Which batch a rank gets depends on the step alone, so a resumed run sees the same ones.
+        # The batch of a rank depends only on the step, so a resumed run sees the same batches.
         seed = torch.Generator().manual_seed(run.step * ranks + rank)
         batch = random_batch(characters, BATCH // ranks, run.model.context, seed)
         loss = run.model.loss(batch)
@@ -90,11 +92,11 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
                 print(f"step {run.step:5}  validation loss {held_out:.3f}  learned lr {rate:.2e}")
             if arguments.checkpoint:
                 run.save(arguments.checkpoint)
-    # Equal sums on all ranks have made equal scales.
+    # All ranks have computed the scale from the same sums.
     scales = [None] * ranks
     dist.all_gather_object(scales, run.optimizer.scale.item())
     if rank == 0:
-        same = "the same bits on" if len(set(scales)) == 1 else "different on"
+        same = "identical on" if len(set(scales)) == 1 else "different on"
         print(f"scale {scales[0]:.17g}, {same} {ranks} ranks")
 
 
@@ -103,8 +105,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=600, help="default: %(default)s")
-    parser.add_argument("--every", type=int, default=100, help="validate and save each so many")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here, or go on")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here, or resume")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.every < 1:
         parser.error("--steps and --every must be 1 or more")

@@ -1,12 +1,18 @@
 """Mechanic: PyTorch optimizers that find their own learning rate, fused."""
 
-from .distributed import step_together
-from .factory import is_mechanized, mechanize
 from .lion import Lion
-from .mechanized import Mechanized
-from .optimizers import MechanicAdam, MechanicAdamW, MechanicLion, MechanicSGD
+from .optimizer import Mechanized
+from .optimizers import (
+    MechanicAdam,
+    MechanicAdamW,
+    MechanicLion,
+    MechanicSGD,
+    is_mechanized,
+    mechanize,
+)
+from .step import step_together
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Lion",

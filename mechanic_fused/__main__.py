@@ -1,4 +1,4 @@
-"""python -m mechanic_fused: what a bug report needs to say about this installation."""
+"""python -m mechanic_fused: print the facts about this installation that a bug report needs."""
 
 import platform
 from importlib import import_module, metadata
@@ -18,13 +18,13 @@ def triton_version() -> str:
 
 
 def native_lines() -> list[str]:
-    """What setup.py wrote about the build, whether the module loads, and the vectors it uses."""
+    """Return how the module was built, whether it loads, and its instruction set."""
     build = Path(__file__).with_name("_build.txt")
-    note = build.read_text().strip() if build.exists() else "no word of how it was built"
+    note = build.read_text().strip() if build.exists() else "no record of the build"
     try:
         native = import_module("mechanic_fused._native")
     except ImportError as error:
-        return [note if note.startswith("not built") else f"not there: {error} ({note})"]
+        return [note if note.startswith("not built") else f"not loadable: {error} ({note})"]
     return [note, f"runs {native.cpu.instruction_set()} code on this processor"]
 
 

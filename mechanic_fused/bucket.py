@@ -1,47 +1,25 @@
-"""Bucket: the tensors that one call of a verb works on, and the tables that kernels read.
+"""Bucket: the tensors that one call of an op works on, and the tables that kernels read.
 
-No arithmetic on weights happens here, only bookkeeping: addresses, row numbers, and whether a
-gradient can be worked on at all.
+Nothing here computes with weights: it keeps addresses and row numbers, and decides whether a
+gradient can be used at all.
 """
 
 from __future__ import annotations
 
-from operator import is_
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends.layout import (
-    CPU_CHUNK,
-    HYPER,
-    STEPPED,
-    TENSOR,
-    compute_dtype,
-)
-from .distributed import Groups, local, local_gradients
-
-
-def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
-    """Return the dtype of Δ beside weights of ``dtype``; narrow: bfloat16, but for float64."""
-    return torch.bfloat16 if narrow and dtype is not torch.float64 else compute_dtype(dtype)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Return whether x fills its range of memory once, in any order of its axes."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return x.numel() == 0
-        expected *= size
-    return True
+from .backends import Backend
+from .backends.layout import CPU_CHUNK, HYPER, STEPPED, SUMS, TENSOR, compute_dtype
+from .distributed import Groups, local_gradients
+from .param_checks import is_dense
+from .torch_internals import local, local_tensors, read_version
 
 
 def chunk_table(sizes: list[int], chunk: int) -> Tensor:
-    """Return (chunks, 3) int64: tensor, offset and length of each piece of such tensors."""
+    """Return (chunks, 3) int64, a row of ``layout.CHUNK`` for each piece of such tensors."""
     elements = torch.tensor(sizes, dtype=torch.int64)
     counts = (elements + chunk - 1) // chunk
     tensor = torch.arange(len(sizes)).repeat_interleave(counts)
@@ -51,9 +29,16 @@ def chunk_table(sizes: list[int], chunk: int) -> Tensor:
 
 
 class ParamSlot(NamedTuple):
-    """A weight and where it belongs: its parameter, row of the hyperparameters, row of the sums,
-    number in the optimizer, state entries, and the names of its base's state. Parameter and state
-    may be DTensors."""
+    """A parameter and its place in the tables.
+
+    Args:
+        parameter: may be a DTensor.
+        group: its row of the hyperparameters.
+        row: its row of the sums, the number of its scale.
+        number: its number in the optimizer.
+        state: its entries of the optimizer's state, perhaps DTensors.
+        names: the names of the base's own state tensors.
+    """
 
     parameter: Tensor
     group: int
@@ -64,70 +49,82 @@ class ParamSlot(NamedTuple):
 
 
 class Bucket:
-    """Weights of one device, dtype, update and sharding, which one call of a verb works on.
+    """Weights of one device, dtype, update and sharding, which one call of an op works on.
 
-    ``parameters`` and ``ours`` (x_ref and Δ) are as users see them; all else is of plain tensors,
-    the rank's own parts of DTensors.
-    ``shards`` are the process groups over which these weights are spread.
+    ``parameters`` and ``own_state`` (x_ref and Δ) are as users see them; all other tensors are
+    plain: of a DTensor, this rank's shard.
 
-    Attributes that backends read: ``kind`` (the update), ``compute_dtype`` (dtype of the arithmetic),
-    ``delta_is_bfloat16`` (whether Δ is in bfloat16), ``weights``, ``grads``, ``x_ref``, ``delta``,
-    ``states``, ``steps`` (lists, one entry a weight), ``rows``, ``groups`` and ``numbers`` (of each
-    weight: row of the sums and of the hyperparameters, and its number in the optimizer),
-    ``hyper`` (groups, 8) float64, ``sums`` (scales, 4) float64 and ``partials`` (chunks, 4),
-    ``tensors`` (weights, 10) and ``chunks`` (chunks, 3) int64. ``handle`` is the backend's own.
+    Attributes that backends read, each list with one entry per weight:
+        kind: the update, one of ``layout.KINDS``, or "fallback".
+        compute_dtype: the dtype of the arithmetic.
+        delta_is_bfloat16: whether Δ is kept in bfloat16.
+        weights, grads, x_ref, delta, states, steps: tensors (``states``: a tuple of them).
+        rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
+        sizes: numbers of elements.
+        hyper: (groups, 8) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
+        sums: (scales, 4) float64, ``layout.SUMS``; ``partials``: (chunks, 4).
+        tensors: (weights, 10) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
+        live_lr: group → an lr on the device that kernels read there.
+        grad_scale, found_inf: GradScaler's, or None.
+        clip: (2,) float64: N² and max_norm, or None.
+        step_count: 0-dim float64, the tuner's, or None where Δ is not rounded stochastically.
+        handle: the backend's own.
+
+    Args:
+        backend: whose ops work on it.
+        kind: see above.
+        slots: the parameters.
+        groups: the number of param groups.
+        scales: the number of scales.
+        shards: the process groups over which the weights are sharded.
     """
 
     def __init__(
         self,
-        backend: ModuleType,
+        backend: Backend,
         kind: str,
-        members: list[ParamSlot],
+        slots: list[ParamSlot],
         groups: int,
         scales: int,
         shards: Groups,
     ) -> None:
-        first = members[0].parameter
-        self.members = members
+        first = slots[0].parameter
+        self.slots = slots
         self.shards = shards
-        self.wrapped = local(first) is not first
+        self.is_sharded = local(first) is not first
         self.backend = backend
         self.kind = kind
         self.dtype = first.dtype
         self.device = first.device
         self.compute_dtype = compute_dtype(first.dtype)
-        self.parameters = [member.parameter for member in members]
+        self.parameters = [slot.parameter for slot in slots]
         self.weights = [local(x).detach() for x in self.parameters]
-        self.rows = [member.row for member in members]
-        self.groups = [member.group for member in members]
-        self.numbers = [member.number for member in members]
-        self.strides = [x.stride() for x in self.weights]
-        self.shapes = [x.shape for x in self.weights]
-        self.contiguous = [x.is_contiguous() for x in self.weights]
-        self.permuted = [i for i, plain in enumerate(self.contiguous) if not plain]
+        self.rows = [slot.row for slot in slots]
+        self.groups = [slot.group for slot in slots]
+        self.numbers = [slot.number for slot in slots]
+        self._strides = [x.stride() for x in self.weights]
+        self._shapes = [x.shape for x in self.weights]
+        self._contiguous = [x.is_contiguous() for x in self.weights]
+        self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
-        self.dense = all(is_dense(x) for x in self.weights)
-        self.ours = [
-            {name: member.state[name] for name in ("x_ref", "delta")} for member in members
-        ]
-        self.x_ref = [local(ours["x_ref"]) for ours in self.ours]
-        self.delta = [local(ours["delta"]) for ours in self.ours]
+        self._dense = all(is_dense(x) for x in self.weights)
+        self.own_state = [{name: slot.state[name] for name in ("x_ref", "delta")} for slot in slots]
+        self.x_ref = [local(own["x_ref"]) for own in self.own_state]
+        self.delta = [local(own["delta"]) for own in self.own_state]
         self.delta_is_bfloat16 = self.delta[0].dtype is not self.compute_dtype
-        self.states = [
-            tuple(local(member.state[name]) for name in member.names) for member in members
-        ]
-        self.steps = [member.state["step"] for member in members] if kind in STEPPED else []
-        self.grads: list[Tensor | None] = [None] * len(members)
+        self.states = [tuple(local(slot.state[name]) for name in slot.names) for slot in slots]
+        self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
+        self.grads: list[Tensor | None] = [None] * len(slots)
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
         self.hyper_rows: list[list[float]] = []
-        self.sums = torch.zeros(scales, 4, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(scales, len(SUMS), dtype=torch.float64, device=self.device)
         self.tensors = self._tensor_table()
-        self.chunk = backend.CHUNK.get(self.device.type, CPU_CHUNK)
-        self.chunks = chunk_table(self.sizes, self.chunk)
-        self.partials = torch.zeros(len(self.chunks), 4, dtype=torch.float64, device=self.device)
+        self.chunks = chunk_table(self.sizes, backend.CHUNK.get(self.device.type, CPU_CHUNK))
+        self.partials = self.sums.new_zeros(len(self.chunks), len(SUMS))
         self.note_versions()
-        self.addresses = self.tensors[:, 1].tolist()
-        self.gradient_addresses: list[int] = []
+        self.modified: list[int] = []
+        self._addresses = self.tensors[:, TENSOR.index("weight")].tolist()
+        self._gradient_addresses: list[int] = []
         self.live_lr: dict[int, Tensor] = {}
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
@@ -135,101 +132,107 @@ class Bucket:
         self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
-        self.places = [(m.state, name) for m in members for name in ("delta", *m.names[:1])]
-        self.held = [state[name] for state, name in self.places]
+        entries = [(slot.state, name) for slot in slots for name in ("delta", *slot.names[:1])]
+        self._state_entries = [(state, name, state[name]) for state, name in entries]
 
     def single(self, i: int) -> Bucket:
         """Return a bucket of weight i alone, with the same state."""
         return Bucket(
-            self.backend, self.kind, [self.members[i]], len(self.hyper), len(self.sums), self.shards
+            self.backend, self.kind, [self.slots[i]], len(self.hyper), len(self.sums), self.shards
         )
 
     def collect_gradients(self, fresh: bool = True) -> bool:
-        """Look at every gradient; raise for one that cannot be used; True if there is any.
+        """Take the gradients in the weights' dtype and layout; return whether there is any.
 
         Args:
             fresh: whether the plan is new. Torch compares shapes and devices when a gradient is
                 assigned, so they can differ only where the weight has changed since.
+
+        Raises:
+            ValueError: for a gradient that cannot be used.
         """
-        grads = (
-            local_gradients(self.parameters) if self.wrapped else [x.grad for x in self.parameters]
-        )
-        if not fresh and self._are_plain(grads):
+        params = self.parameters
+        grads = local_gradients(params) if self.is_sharded else [x.grad for x in params]
+        if not fresh and self._are_usable(grads):
             self.grads = grads
             return True
-        for i, (g, stride) in enumerate(zip(grads, self.strides, strict=True)):
+        for i, (g, stride) in enumerate(zip(grads, self._strides, strict=True)):
             if g is None:
                 continue
             if g.layout is not torch.strided:
                 raise ValueError(
                     f"gradients must be dense, got a gradient of layout {g.layout} "
-                    f"for a weight of shape {tuple(self.shapes[i])}"
+                    f"for a weight of shape {tuple(self._shapes[i])}"
                 )
-            if fresh and (g.shape != self.shapes[i] or g.device != self.device):
+            if fresh and (g.shape != self._shapes[i] or g.device != self.device):
                 raise ValueError(
                     "a gradient must have its weight's shape and device, expected "
-                    f"{tuple(self.shapes[i])} on {self.device}, got {tuple(g.shape)} on {g.device}"
+                    f"{tuple(self._shapes[i])} on {self.device}, got {tuple(g.shape)} on {g.device}"
                 )
-            if g.dtype is not self.dtype or g.is_neg() or (self.dense and g.stride() != stride):
-                grads[i] = self._conform(g, self.weights[i])
+            if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
+                grads[i] = self._in_weight_layout(g, self.weights[i])
         self.grads = grads
         return any(g is not None for g in grads)
 
-    def _are_plain(self, grads: list[Tensor | None]) -> bool:
-        """Return whether all gradients are there, of the weights' dtype and layout: the usual case,
-        which costs a step of 1,000 small weights half of what the loop over them does."""
+    def _are_usable(self, grads: list[Tensor | None]) -> bool:
+        """Return whether all gradients exist in the weights' dtype and layout.
+
+        This is the usual case, and costs half of the loop over a thousand small weights.
+        """
         try:
             return (
-                self._have_our_layout(grads)  # type: ignore[arg-type]
+                self._have_weight_layout(grads)  # type: ignore[arg-type]
                 and all([g.dtype is self.dtype for g in grads])  # type: ignore[union-attr]
                 and not any([g.is_neg() for g in grads])  # type: ignore[union-attr]
             )
         except (AttributeError, RuntimeError):  # None has no stride, a sparse gradient refuses it
             return False
 
-    def _conform(self, g: Tensor, x: Tensor) -> Tensor:
-        """Return g in x's dtype and layout, since both are walked as flat storage."""
+    def _in_weight_layout(self, g: Tensor, x: Tensor) -> Tensor:
+        """Return g in x's dtype and layout: both are read as flat storage."""
         if g.is_complex():
             raise ValueError(f"gradients must be real, got dtype {g.dtype}")
-        same_storage = g.is_contiguous() and x.is_contiguous() and not g.is_neg()
-        if g.dtype is self.dtype and same_storage:
+        same_storage_order = g.is_contiguous() and x.is_contiguous() and not g.is_neg()
+        if g.dtype is self.dtype and same_storage_order:
             return g
         return torch.empty_like(x, memory_format=torch.preserve_format).copy_(g)
 
-    def load(
+    def write_tables(
         self,
         hyper_rows: list[list[float]],
         live_lr: dict[int, Tensor],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        clip: Tensor | None = None,
         step_count: Tensor | None = None,
     ) -> None:
-        """Write this step's addresses and hyperparameters into the tables.
+        """Write this step's addresses and hyperparameters, and note which weights were modified.
 
-        What a backend on a GPU must upload again shows in ``tensors_stale`` and ``hyper_stale``.
-        ``live_lr`` (group → tensor), ``grad_scale`` and ``found_inf`` are for kernels that read
-        them on the device; empty and None where the host has read them already. ``clip``, (2,)
-        float64 on the bucket's device, is (N², max_norm), which ``accumulate`` clips gradients by;
-        its numbers may come later, from the sums of ``norm``. ``step_count``, 0-dim float64 there, is
-        the count of the tuner's steps, which the rounding of a narrow Δ goes by.
+        ``tensors_stale`` and ``hyper_stale`` tell a GPU backend what to upload.
+
+        Args:
+            hyper_rows: rows of ``layout.HYPER``, one per param group.
+            live_lr, grad_scale, found_inf: for kernels that read them on the device; empty and None
+                where the host has read them.
+            step_count: see the class.
         """
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
-        self.clip, self.step_count = clip, step_count
+        self.clip, self.step_count = None, step_count
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
         if 0 in addresses:
-            addresses = [self._address(g) for g in self.grads]
-        if addresses != self.gradient_addresses:
-            self.gradient_addresses = addresses
-            self.tensors[:, 0] = torch.tensor(addresses, dtype=torch.int64)
+            addresses = [self._gradient_address(g) for g in self.grads]
+        if addresses != self._gradient_addresses:
+            self._gradient_addresses = addresses
+            column = TENSOR.index("gradient")
+            self.tensors[:, column] = torch.tensor(addresses, dtype=torch.int64)
             self.tensors_stale = True
         if hyper_rows != self.hyper_rows:
             self.hyper_rows = hyper_rows
             self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
             self.hyper_stale = True
+        self.modified = self.externally_modified()
 
-    def _address(self, g: Tensor | None) -> int:
-        """Return where g lies: 0 means absent, so an empty gradient, which nobody reads, gets 1."""
+    def _gradient_address(self, g: Tensor | None) -> int:
+        """Return a gradient's address: 0 means absent, so an empty gradient, never read, gets 1."""
         if g is not None and g.numel() and not g.data_ptr():
             raise ValueError(
                 "gradients must be plain tensors with storage of their own for plain weights, "
@@ -237,60 +240,60 @@ class Bucket:
             )
         return 0 if g is None else g.data_ptr() or 1
 
-    def _parts(self) -> list[Tensor]:
-        """Return the weights as they are now, of DTensors what this rank holds."""
-        if not self.wrapped:
-            return self.parameters
-        return [x._local_tensor for x in self.parameters]  # type: ignore[attr-defined]
-
     def is_stale(self) -> bool:
-        """Return whether a weight has another storage, shape or layout, or another state, than
-        the tables say."""
-        weights = self._parts()
+        """Return whether a weight's storage, shape or layout, or its state, has been replaced."""
+        weights = local_tensors(self.parameters) if self.is_sharded else self.parameters
         return (
-            [x.data_ptr() for x in weights] != self.addresses
+            [x.data_ptr() for x in weights] != self._addresses
             or [x.numel() for x in weights] != self.sizes
-            or not self._have_our_layout(weights)
-            or not all(map(is_, [held.get(name) for held, name in self.places], self.held))
+            or not self._have_weight_layout(weights)
+            or not all([state.get(name) is held for state, name, held in self._state_entries])
         )
 
-    def _have_our_layout(self, tensors: list[Tensor]) -> bool:
-        """Return whether tensors lie as the weights did when the plan was made.
+    def _have_weight_layout(self, tensors: list[Tensor]) -> bool:
+        """Return whether tensors are laid out as the weights were when the plan was made.
 
-        A contiguous tensor is known by that, which takes half the time of comparing strides.
+        ``is_contiguous`` takes half the time of comparing strides.
         """
-        return [t.is_contiguous() for t in tensors] == self.contiguous and all(
-            [tensors[i].stride() == self.strides[i] for i in self.permuted]
+        return [t.is_contiguous() for t in tensors] == self._contiguous and all(
+            [tensors[i].stride() == self._strides[i] for i in self._permuted]
         )
 
     def externally_modified(self) -> list[int]:
-        """Return the weights that somebody else has written since ``remember``."""
-        versions = self._versions()
-        if versions == self.versions:
+        """Return the indices of weights that others have written since ``note_versions``."""
+        now = self._read_versions()
+        if now == self._versions:
             return []
-        pairs = zip(versions, self.versions, strict=True)
-        return [i for i, (now, then) in enumerate(pairs) if now != then]
+        pairs = zip(now, self._versions, strict=True)
+        return [i for i, (version, noted) in enumerate(pairs) if version != noted]
 
     def note_versions(self) -> None:
-        """Note the weights' versions after our own writes."""
-        self.versions = self._versions()
+        """Note the weights' version counters after our own writes."""
+        self._versions = self._read_versions()
 
-    def _versions(self) -> list[int]:
-        versions = [x._version for x in self.parameters]
-        if self.wrapped:
-            # Writes to a DTensor count there, writes to its part count in the part.
-            parts = self._parts()
-            versions = [v + part._version for v, part in zip(versions, parts, strict=True)]
-        return versions
+    def _read_versions(self) -> list[int]:
+        found = list(map(read_version, self.parameters))
+        if self.is_sharded:
+            # Writes to a DTensor advance its own counter, writes to its shard the shard's.
+            shards = map(read_version, local_tensors(self.parameters))
+            found = [a + b for a, b in zip(found, shards, strict=True)]
+        return found
 
     def _tensor_table(self) -> Tensor:
         table = torch.zeros(len(self.weights), len(TENSOR), dtype=torch.int64)
         for i, x in enumerate(self.weights):
-            states = [state.data_ptr() for state in self.states[i]]
-            step = self.steps[i].data_ptr() if self.steps else 0
-            table[i] = torch.tensor(
-                [0, x.data_ptr(), self.x_ref[i].data_ptr(), self.delta[i].data_ptr()]
-                + (states + [0, 0])[:2]
-                + [step, self.rows[i], self.groups[i], self.numbers[i]]
-            )
+            state0, state1 = ([state.data_ptr() for state in self.states[i]] + [0, 0])[:2]
+            row = {
+                "gradient": 0,
+                "weight": x.data_ptr(),
+                "x_ref": self.x_ref[i].data_ptr(),
+                "delta": self.delta[i].data_ptr(),
+                "state0": state0,
+                "state1": state1,
+                "step": self.steps[i].data_ptr() if self.steps else 0,
+                "scale": self.rows[i],
+                "group": self.groups[i],
+                "number": self.numbers[i],
+            }
+            table[i] = torch.tensor([row[name] for name in TENSOR])
         return table

@@ -1,11 +1,12 @@
-"""The general road: Mechanic around any optimizer, by watching what its own step does.
+"""The fallback: Mechanic around any optimizer, from what the base's own step does to the weights.
 
-Slower than the fused road, with temporaries of the weights' size, but it asks nothing of the base
-except that its step reads ``p.grad`` and moves ``p``.
+It is slower than the fused path and needs temporaries of the weights' size. Of the base it requires
+only that step() reads ``p.grad`` and changes ``p``.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,114 +15,137 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import reference
+from .backends import formulas, reference
 from .bucket import Bucket
-from .distributed import local, wrap
-from .state import OURS
+from .distributed import wrap
+from .state import OWN_STATE
+from .torch_internals import local, unhooked_step
 
-SCALER = ("grad_scale", "found_inf")
-"""What GradScaler sets on an optimizer for the time of a step."""
+FALLBACK = "fallback"
+"""The kind of a bucket whose update the base optimizer computes itself."""
+
+GRAD_SCALER_ATTRIBUTES = ("grad_scale", "found_inf")
+"""The attributes that GradScaler sets on an optimizer for the duration of a step."""
 
 
-def accumulate(
-    optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
-) -> None:
-    """Take the sums with the old Δ, let the base step on lent weights, and add its moves to Δ.
+class Fallback:
+    """The base's own step, run on copies.
 
-    u = x' − x, where x' is a copy of x in float32 (float64 for float64) that the base has moved.
-    Its gradients are lent too: unscaled, and 0 where they are not finite.
+    Args:
+        optimizer: a mechanized optimizer; referenced weakly.
+        base: its base class.
+        reason: why it has no fused update.
     """
-    for bucket in buckets:
-        reference.inner_products(bucket)
-    with float32_copies(optimizer, buckets) as lent:
-        base_step(optimizer)
-        moved = [[local(p.detach()) for p in lent_weights] for lent_weights in lent]
-    for bucket, parts in zip(buckets, moved, strict=True):
-        for i, x in enumerate(bucket.weights):
-            if bucket.grads[i] is not None:
-                reference.add_to_delta(bucket, i, parts[i] - x.to(bucket.compute_dtype))
 
+    def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str) -> None:
+        self.reason = reason
+        self._optimizer = weakref.ref(optimizer)
+        self._step: Callable[[Optimizer], Any] = unhooked_step(base)
 
-def dry_run(
-    optimizer: Optimizer, buckets: list[Bucket], base_step: Callable[[Optimizer], Any]
-) -> None:
-    """Let the base step on copies that are thrown away, so that its state has all its entries.
+    def accumulate(self, buckets: list[Bucket]) -> None:
+        """Take the sums with the old Δ, let the base step on copies, and add its updates to Δ.
 
-    What it counts in its param groups is put back.
-    """
-    groups = [dict(group) for group in optimizer.param_groups]
-    with float32_copies(optimizer, buckets):
-        base_step(optimizer)
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        group.clear()
-        group.update(before)
-
-
-@contextmanager
-def float32_copies(optimizer: Optimizer, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
-    """Give the base copies of weights and gradients, and a state of only its own entries.
-
-    A plain weight is lent by its ``data``. A DTensor keeps its part whatever its ``data`` is set
-    to, so another parameter stands in for it.
-    """
-    # The base would apply GradScaler's scale a second time, to gradients that are unscaled here.
-    entries = vars(optimizer)
-    scaler = {name: entries.pop(name) for name in SCALER if name in entries}
-    grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
-    members = [group["params"] for group in optimizer.param_groups]
-    stand_ins: dict[Tensor, Tensor] = {}
-    lent: list[list[Tensor]] = [[] for _ in buckets]
-    stored = {p for p in grads if OURS[0] in optimizer.state.get(p, ())}
-    try:
-        for p in grads:
-            # A frozen weight may still carry a gradient; torch's optimizers would move it.
-            p.grad = None
-        for k, bucket in enumerate(buckets):
-            by = reference.gradient_multipliers(bucket)
-            for i, p in enumerate(bucket.parameters):
-                for name in OURS:
-                    optimizer.state.get(p, {}).pop(name, None)
-                x, g = bucket.weights[i].to(bucket.compute_dtype, copy=True), _finite(bucket, i, by[i])
-                if bucket.wrapped:
-                    stand_ins[p] = torch.nn.Parameter(wrap(x, p))
-                    _move(optimizer, p, stand_ins[p])
-                else:
-                    p.data = x
-                q = stand_ins.get(p, p)
-                q.grad = g if g is None else wrap(g, p)
-                lent[k].append(q)
-        for group, params in zip(optimizer.param_groups, members, strict=True):
-            group["params"] = [stand_ins.get(p, p) for p in params]
-        yield lent
-    finally:
-        for group, params in zip(optimizer.param_groups, members, strict=True):
-            group["params"] = params
+        u = x' − x, where x' is a copy of x in float32 (float64 for float64) that the base has
+        updated. Its gradients are copies too: unscaled, and 0 where they are not finite.
+        """
         for bucket in buckets:
-            for i, p in enumerate(bucket.parameters):
+            reference.inner_products(bucket)
+        with self._float32_copies(buckets) as copies:
+            self._step(self.optimizer)
+            updated = [[local(p.detach()) for p in of_bucket] for of_bucket in copies]
+        for bucket, of_bucket in zip(buckets, updated, strict=True):
+            for i, x in enumerate(bucket.weights):
+                if bucket.grads[i] is not None:
+                    u = of_bucket[i] - x.to(bucket.compute_dtype)
+                    reference.add_to_delta(bucket, i, u)
+
+    def dry_run(self, buckets: list[Bucket]) -> None:
+        """Let the base step on copies that are discarded, so that it creates its state.
+
+        What the base changes in its param groups is restored.
+        """
+        optimizer = self.optimizer
+        groups = [dict(group) for group in optimizer.param_groups]
+        with self._float32_copies(buckets):
+            self._step(optimizer)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The mechanized optimizer."""
+        optimizer = self._optimizer()
+        assert optimizer is not None, "a plan outlived its optimizer"
+        return optimizer
+
+    @contextmanager
+    def _float32_copies(self, buckets: list[Bucket]) -> Iterator[list[list[Tensor]]]:
+        """Give the base copies of weights and gradients, and only its own entries of the state.
+
+        A plain float32 or float64 weight gets the copy as its ``data``. Another parameter takes the
+        place of a DTensor, which ignores writes to ``data``, and of a weight of lower precision,
+        which would lose the hooks on its gradient: torch drops a weight's gradient accumulator when
+        the dtype of ``data`` changes, and DistributedDataParallel's reduction with it.
+        """
+        optimizer = self.optimizer
+        # The base would unscale a second time: these gradients are unscaled already.
+        attributes = vars(optimizer)
+        scaler = {n: attributes.pop(n) for n in GRAD_SCALER_ATTRIBUTES if n in attributes}
+        grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+        members = [group["params"] for group in optimizer.param_groups]
+        substitutes: dict[Tensor, Tensor] = {}
+        copies: list[list[Tensor]] = [[] for _ in buckets]
+        had_state = {p for p in grads if OWN_STATE[0] in optimizer.state.get(p, ())}
+        try:
+            for p in grads:
+                # A frozen weight may still have a gradient, and torch's optimizers would move it.
                 p.grad = None
-                if p in stand_ins:
-                    _move(optimizer, stand_ins[p], p)
-                elif not bucket.wrapped:
-                    p.data = bucket.weights[i]
-                # Not for a weight that has never had a gradient: an entry without the base's own
-                # beside it would look to the base like a state that it has made already.
-                if p in stored or bucket.grads[i] is not None:
-                    optimizer.state[p].update(bucket.ours[i])
-        for p, g in grads.items():
-            p.grad = g
-        entries.update(scaler)
+            for bucket, of_bucket in zip(buckets, copies, strict=True):
+                factors = reference.gradient_multipliers(bucket)
+                for i, p in enumerate(bucket.parameters):
+                    for name in OWN_STATE:
+                        optimizer.state.get(p, {}).pop(name, None)
+                    x = bucket.weights[i].to(bucket.compute_dtype, copy=True)
+                    g = _finite_gradient(bucket, i, factors[i])
+                    if bucket.is_sharded or x.dtype is not p.dtype:
+                        substitutes[p] = torch.nn.Parameter(wrap(x, p))
+                        _move_state(optimizer, p, substitutes[p])
+                    else:
+                        p.data = x
+                    q = substitutes.get(p, p)
+                    q.grad = g if g is None else wrap(g, p)
+                    of_bucket.append(q)
+            for group, params in zip(optimizer.param_groups, members, strict=True):
+                group["params"] = [substitutes.get(p, p) for p in params]
+            yield copies
+        finally:
+            for group, params in zip(optimizer.param_groups, members, strict=True):
+                group["params"] = params
+            for bucket in buckets:
+                for i, p in enumerate(bucket.parameters):
+                    p.grad = None
+                    if p in substitutes:
+                        _move_state(optimizer, substitutes[p], p)
+                    elif not bucket.is_sharded:
+                        p.data = bucket.weights[i]
+                    # Not for a weight that has never had a gradient: the base would take an entry
+                    # without its own beside it for a state that it has already created.
+                    if p in had_state or bucket.grads[i] is not None:
+                        optimizer.state[p].update(bucket.own_state[i])
+            for p, g in grads.items():
+                p.grad = g
+            attributes.update(scaler)
 
 
-def _move(optimizer: Optimizer, source: Tensor, target: Tensor) -> None:
-    """Hand the state of one parameter on to another."""
+def _move_state(optimizer: Optimizer, source: Tensor, target: Tensor) -> None:
     if source in optimizer.state:
         optimizer.state[target] = optimizer.state.pop(source)
 
 
-def _finite(bucket: Bucket, i: int, by: float) -> Tensor | None:
+def _finite_gradient(bucket: Bucket, i: int, factor: float) -> Tensor | None:
     g = bucket.grads[i]
     if g is None:
         return None
-    # The base maximizes by itself.
-    g = g.to(bucket.compute_dtype) * abs(by)
-    return torch.where(g.isfinite(), g, 0.0)
+    # abs(): the base applies the sign of maximize itself.
+    return formulas.finite_or_zero(g.to(bucket.compute_dtype) * abs(factor))

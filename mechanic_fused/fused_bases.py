@@ -1,4 +1,4 @@
-"""Which optimizers have a fused update: base class → its formula, its state, its options."""
+"""Which base optimizers have a fused update: class → its formula, its state, its options."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .lion import Lion
 
 Group = dict[str, Any]
 
+
 @dataclass(frozen=True)
-class Base:
-    """A base optimizer that the fused road knows.
+class FusedBase:
+    """A base optimizer with a fused update.
 
     Args:
-        kind: group → the name of its fused update, one of KINDS.
-        hyper: group → the first seven numbers of HYPER; lr may be a tensor.
-        allowed: option → the values with which the fused update is right.
-        keeps: the names of the state that the base itself has.
+        kind: group → the name of its fused update, one of ``layout.KINDS``.
+        hyper: group → the first seven numbers of ``layout.HYPER``; lr may be a tensor.
+        allowed: option → the values for which the fused update is right.
+        state_names: the names of the base's own state.
     """
 
     kind: Callable[[Group], str]
     hyper: Callable[[Group], tuple[Any, ...]]
     allowed: dict[str, tuple[Any, ...]]
-    keeps: tuple[str, ...]
+    state_names: tuple[str, ...]
 
-    def refusal(self, group: Group) -> str | None:
-        """Return why the fused update does not fit this group, or None."""
+    def unsupported_option(self, group: Group) -> str | None:
+        """Return which option of a group has no fused update, or None."""
         for option, values in self.allowed.items():
             value = group.get(option)
             if value not in values:
@@ -55,14 +56,22 @@ def _lion(group: Group) -> tuple[Any, ...]:
     return group["lr"], beta1, beta2, 0.0, 0.0, group["weight_decay"], False
 
 
-_ADAM = ("step", *STATES["adam"])
+_ADAM_STATE = ("step", *STATES["adam"])
 
-TABLE: dict[type, Base] = {
-    torch.optim.AdamW: Base(lambda group: "adam", _adam, {"amsgrad": (False,)}, _ADAM),
-    torch.optim.Adam: Base(lambda group: "adam", _adam, {"amsgrad": (False,)}, _ADAM),
-    torch.optim.SGD: Base(
+TABLE: dict[type, FusedBase] = {
+    torch.optim.AdamW: FusedBase(lambda group: "adam", _adam, {"amsgrad": (False,)}, _ADAM_STATE),
+    torch.optim.Adam: FusedBase(lambda group: "adam", _adam, {"amsgrad": (False,)}, _ADAM_STATE),
+    torch.optim.SGD: FusedBase(
         lambda group: "momentum" if group["momentum"] else "sgd", _sgd, {}, STATES["momentum"]
     ),
-    Lion: Base(lambda group: "lion", _lion, {}, STATES["lion"]),
+    Lion: FusedBase(lambda group: "lion", _lion, {}, STATES["lion"]),
 }
-"""Base class → Base. Only the exact class is fused: a subclass may step otherwise."""
+"""Exact classes only: a subclass may step otherwise."""
+
+
+def fallback_reason(base: type, param_groups: list[Group]) -> str | None:
+    """Return why a base has no fused update for these groups, or None if it has."""
+    fused = TABLE.get(base)
+    if fused is None:
+        return f"{base.__name__} has no fused update"
+    return next(filter(None, map(fused.unsupported_option, param_groups)), None)

@@ -1,4 +1,4 @@
-"""Lion, which torch lacks: the sign of an interpolated momentum."""
+"""Lion, which torch does not have: the sign of an interpolated momentum."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .backends.formulas import coefficients, lion
+
 
 class Lion(Optimizer):
     """Step by the sign of an interpolation between momentum and gradient.
@@ -16,10 +18,10 @@ class Lion(Optimizer):
 
     Args:
         params: weights or param groups.
-        lr: step size, 0 or more.
+        lr: learning rate, 0 or more.
         betas: (β₁, β₂), each in [0, 1).
-        weight_decay: decoupled, 0 or more.
-        maximize: step up instead of down.
+        weight_decay: decoupled weight decay, 0 or more.
+        maximize: maximize the objective instead of minimizing it.
 
     Raises:
         ValueError: for options out of range.
@@ -61,11 +63,8 @@ class Lion(Optimizer):
         """Take one step.
 
         Args:
-            closure: evaluates the model again and returns the loss, which ``step`` returns.
+            closure: reevaluates the model and returns the loss, which ``step`` returns.
         """
-        # The formula stands in reference.py alone, which imports the table that names this class.
-        from .backends.formulas import coefficients, lion
-
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What the tuner takes from the learning rates: their peak, and the pace of a schedule."""
+"""What the tuner takes from the learning rates: their peaks and the annealing factor."""
 
 from __future__ import annotations
 
@@ -11,53 +11,59 @@ from torch import Tensor
 from .options import VARIANTS
 
 PEAK = "peak_lr"
-"""The entry of every param group with the largest lr that it has been seen to have."""
+"""The entry of a param group that holds the largest lr it has had or a scheduler announces."""
+
+MAX_PEAK = "max_peak_lr"
+"""The entry of every param group that holds the largest PEAK of all groups."""
 
 
 def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
-    """Note the largest lr of each group, and in every group's ``rate`` that of them all.
+    """Update each group's peak lr, and store the maximum over all groups in ``max_peak_lr``.
 
-    It is what a scheduler names, or else what the group was made with; from then on it only grows.
-    An lr that is a tensor is read before the start only.
+    The peak is the lr that a scheduler announces (``max_lr``, ``initial_lr``), or else the lr that
+    the group was made with; during a run it only grows. An lr that is a tensor is read before the
+    start only.
     """
     for group in param_groups:
-        named = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
-        rates = [*named, group.get("lr", 1.0)]
+        announced = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
+        lrs = [*announced, group.get("lr", 1.0)]
         if started and PEAK in group:
-            rates = [rate for rate in rates if not torch.is_tensor(rate)]
-        if PEAK in group and (started or not named):
-            rates.append(group[PEAK])
-        group[PEAK] = max(map(float, rates))
-    rate = max((group[PEAK] for group in param_groups), default=0.0)
+            lrs = [lr for lr in lrs if not torch.is_tensor(lr)]
+        if PEAK in group and (started or not announced):
+            lrs.append(group[PEAK])
+        group[PEAK] = max(map(float, lrs))
+    largest = max((group[PEAK] for group in param_groups), default=0.0)
     for group in param_groups:
-        group["rate"] = rate
+        group[MAX_PEAK] = largest
 
 
-def pace(param_groups: list[dict[str, Any]]) -> float | Tensor:
-    """Return the part of its move that s takes at this step: 1, or lr/(peak lr) where S anneals, of
-    the group that is nearest to its peak."""
+def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:
+    """Return lr/(peak lr) in [0, 1], of the group that is nearest to its peak.
+
+    1 for the variants that do not anneal S.
+    """
     if not VARIANTS[param_groups[0]["variant"]].anneals:
         return 1.0
-    parts = [
-        _host_or_device(group.get("lr", 1.0)) / group[PEAK]
+    factors = [
+        _without_device_read(group.get("lr", 1.0)) / group[PEAK]
         for group in param_groups
         if group.get(PEAK) and any(p.requires_grad for p in group["params"])
     ]
-    if not parts:
+    if not factors:
         return 1.0
-    part = reduce(_larger, parts)
-    return part.clamp(max=1.0) if torch.is_tensor(part) else min(1.0, part)
+    factor = reduce(_maximum, factors)
+    return factor.clamp(max=1.0) if torch.is_tensor(factor) else min(1.0, factor)
 
 
-def _host_or_device(lr: float | Tensor) -> float | Tensor:
-    """Return a number, or a 0-dim tensor of a device that the host is not to read."""
+def _without_device_read(lr: float | Tensor) -> float | Tensor:
+    """Return a float, or a 0-dim tensor on a device that the host must not read."""
     if not torch.is_tensor(lr):
         return lr
     return float(lr) if lr.device.type == "cpu" else lr.reshape(())
 
 
-def _larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    """Return the larger one without reading a device."""
+def _maximum(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    """Return the larger of two without a device read."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         return torch.maximum(a, b)
     if torch.is_tensor(b):

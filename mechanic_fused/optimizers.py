@@ -1,45 +1,544 @@
-"""The mechanized optimizers that people ask for by name."""
+"""The optimizers that users construct: MechanicAdamW and its siblings, and mechanize(Base)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
-from .factory import mechanize
+from . import backends
 from .lion import Lion
+from .optimizer import DEFAULTS, Mechanized
+from .options import (
+    BETAS,
+    RENAMED_VARIANTS,
+    SCALE_PER,
+    USER_OPTIONS,
+    accepts_old_names,
+    integer,
+    one_of,
+    tuner_options,
+)
 
-_TUNED = """{formula}, with a learned scale: x = x_ref + S·Δ, and Δ sums what {base} would add.
+T = TypeVar("T", bound=type[Any])
+Log = Callable[[dict[str, Any]], None]
 
-    Args:
-        params: weights or param groups, of float32, bfloat16, float16 or float64, any shape.
-        lr, …: every argument of {base}; ``lr`` is the peak of a schedule; its size does not matter.
-        s_decay, tuner_betas, s_init, tuner_eps, variant, scale, backend: the tuner's own, by
-            keyword: see :func:`mechanic_fused.mechanize`.
-        narrow_state: keep {base}'s state in the weights' dtype instead of float32.
-        narrow_delta: keep Δ in bfloat16 instead of float32, with stochastic rounding.
+_logger = logging.getLogger(__name__)
+
+_OWN_ARGS = """s_decay: λ, the tuner's decay (not the weights'), 0 or more.
+        tuner_betas: the tuner's betas (not the base's), each in (0, 1).
+        s_init: the initial scale, above 0; "auto": c·‖x‖/‖lr₀·d₁‖ with c = 1e-4, the base's first
+            direction d₁ and the peak lr lr₀; None: the variant's own.
+        tuner_eps: the tuner's ε, above 0.
+        variant: "annealed", or one of the published forms "optax", "paper" and "pytorch", which
+            expect lr = 1: see :func:`mechanic_fused.mechanize`.
+        scale_per: which weights share a scale: "model", "group" or "parameter".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
+        state_dtype: None keeps the base's state in float32 (float64 beside float64 weights),
+            "param" in the weights' dtype.
+        delta_dtype: None keeps Δ in float32 (float64 beside float64 weights), torch.bfloat16 in
+            bfloat16 with stochastic rounding (not beside float64 weights).
+        max_grad_norm: clip the gradients of all weights and ranks to this norm, above 0, within the
+            step; None: no clipping.
+        reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
+            DTensors and for weights that every rank has whole.
+        extra_groups: process groups whose ranks hold other weights of the model (pipeline stages).
 
     Raises:
-        ValueError: for options out of range.
+        ValueError: for an option out of range, a weight that is complex, sparse or shares memory
+            with another, or a backend that is not available."""
 
-    Source: arXiv 2306.00144.
+
+def _documented(cls: T) -> T:
+    """Insert the arguments that all classes share into a class's docstring."""
+    cls.__doc__ = (cls.__doc__ or "").replace("%(own)s", _OWN_ARGS)
+    return cls
+
+
+@_documented
+class MechanicAdamW(Mechanized, torch.optim.AdamW):
+    """AdamW with a learned scale: x = x_ref + S·Δ, Δ += u.
+
+    u = −lr·(m̂/(√v̂ + ε) + weight_decay·x)
+
+    Args:
+        params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
+        lr: the peak of your schedule; with "annealed" its size does not matter.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: the base's ε, 0 or more.
+        weight_decay: decoupled, 0 or more; the effective decay is S·lr·weight_decay.
+        amsgrad: True uses the fallback.
+        maximize: maximize the objective instead of minimizing it.
+        foreach, capturable, differentiable, fused: as torch's; ``fused=True`` also lets the kernels
+            read GradScaler's numbers on the device, differentiable must be False.
+        %(own)s
+
+    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+
+    Source: arXiv 2306.00144, Algorithm 1; arXiv 1711.05101.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> opt = Mechanic{base}([weight], lr=1.0)
-        >>> (weight ** 2).sum().backward()
+        >>> opt = MechanicAdamW([weight], lr=1.0)
+        >>> (weight**2).sum().backward()
         >>> opt.step()
-        >>> rates = opt.learned_lr()
+        >>> lrs = opt.learned_lr()
     """
 
+    _base = torch.optim.AdamW
 
-class MechanicAdamW(mechanize(torch.optim.AdamW)):  # type: ignore[misc]
-    __doc__ = _TUNED.format(base="AdamW", formula="Adam with decoupled weight decay")
+    @accepts_old_names
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        s_decay: float = 0.01,
+        tuner_betas: Sequence[float] = BETAS,
+        s_init: float | str | None = None,
+        tuner_eps: float = 1e-8,
+        variant: str = "annealed",
+        scale_per: str = "model",
+        backend: str = "auto",
+        state_dtype: str | None = None,
+        delta_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            s_decay=s_decay,
+            tuner_betas=tuner_betas,
+            s_init=s_init,
+            tuner_eps=tuner_eps,
+            variant=variant,
+            scale_per=scale_per,
+            backend=backend,
+            state_dtype=state_dtype,
+            delta_dtype=delta_dtype,
+            max_grad_norm=max_grad_norm,
+            reduce_group=reduce_group,
+            extra_groups=extra_groups,
+        )
 
 
-class MechanicAdam(mechanize(torch.optim.Adam)):  # type: ignore[misc]
-    __doc__ = _TUNED.format(base="Adam", formula="Adam")
+@_documented
+class MechanicAdam(Mechanized, torch.optim.Adam):
+    """Adam with a learned scale: x = x_ref + S·Δ, Δ += u.
+
+    u = −lr·m̂/(√v̂ + ε)
+
+    Args:
+        params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
+        lr: the peak of your schedule; with "annealed" its size does not matter.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: the base's ε, 0 or more.
+        weight_decay: added to the gradient (L2), 0 or more.
+        amsgrad: True uses the fallback.
+        decoupled_weight_decay: decouple it as AdamW does.
+        maximize: maximize the objective instead of minimizing it.
+        foreach, capturable, differentiable, fused: as torch's; ``fused=True`` also lets the kernels
+            read GradScaler's numbers on the device, differentiable must be False.
+        %(own)s
+
+    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+
+    Source: arXiv 2306.00144, Algorithm 1; arXiv 1412.6980.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> opt = MechanicAdam([weight], lr=1.0)
+        >>> (weight**2).sum().backward()
+        >>> opt.step()
+        >>> lrs = opt.learned_lr()
+    """
+
+    _base = torch.optim.Adam
+
+    @accepts_old_names
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        s_decay: float = 0.01,
+        tuner_betas: Sequence[float] = BETAS,
+        s_init: float | str | None = None,
+        tuner_eps: float = 1e-8,
+        variant: str = "annealed",
+        scale_per: str = "model",
+        backend: str = "auto",
+        state_dtype: str | None = None,
+        delta_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+            s_decay=s_decay,
+            tuner_betas=tuner_betas,
+            s_init=s_init,
+            tuner_eps=tuner_eps,
+            variant=variant,
+            scale_per=scale_per,
+            backend=backend,
+            state_dtype=state_dtype,
+            delta_dtype=delta_dtype,
+            max_grad_norm=max_grad_norm,
+            reduce_group=reduce_group,
+            extra_groups=extra_groups,
+        )
 
 
-class MechanicSGD(mechanize(torch.optim.SGD)):  # type: ignore[misc]
-    __doc__ = _TUNED.format(base="SGD", formula="SGD with or without momentum")
+@_documented
+class MechanicSGD(Mechanized, torch.optim.SGD):
+    """SGD with a learned scale: x = x_ref + S·Δ, Δ += u.
+
+    d = g + weight_decay·x;  buffer = momentum·buffer + (1 − dampening)·d;  u = −lr·buffer, without
+    momentum −lr·d, with Nesterov −lr·(d + momentum·buffer).
+
+    Args:
+        params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
+        lr: the peak of your schedule; with "annealed" its size does not matter.
+        momentum: μ, 0 or more.
+        dampening: dampening of the momentum.
+        weight_decay: added to the gradient (L2), 0 or more.
+        nesterov: Nesterov momentum; needs momentum and no dampening.
+        maximize: maximize the objective instead of minimizing it.
+        foreach, differentiable, fused: accepted as torch's; ``fused=True`` also lets the kernels
+            read GradScaler's numbers on the device, differentiable must be False.
+        %(own)s
+
+    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and the momentum buffer.
+
+    Source: arXiv 2306.00144, Algorithm 1.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> opt = MechanicSGD([weight], lr=1.0, momentum=0.9)
+        >>> (weight**2).sum().backward()
+        >>> opt.step()
+        >>> lrs = opt.learned_lr()
+    """
+
+    _base = torch.optim.SGD
+
+    @accepts_old_names
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        s_decay: float = 0.01,
+        tuner_betas: Sequence[float] = BETAS,
+        s_init: float | str | None = None,
+        tuner_eps: float = 1e-8,
+        variant: str = "annealed",
+        scale_per: str = "model",
+        backend: str = "auto",
+        state_dtype: str | None = None,
+        delta_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            s_decay=s_decay,
+            tuner_betas=tuner_betas,
+            s_init=s_init,
+            tuner_eps=tuner_eps,
+            variant=variant,
+            scale_per=scale_per,
+            backend=backend,
+            state_dtype=state_dtype,
+            delta_dtype=delta_dtype,
+            max_grad_norm=max_grad_norm,
+            reduce_group=reduce_group,
+            extra_groups=extra_groups,
+        )
 
 
-class MechanicLion(mechanize(Lion)):  # type: ignore[misc]
-    __doc__ = _TUNED.format(base="Lion", formula="Lion")
+@_documented
+class MechanicLion(Mechanized, Lion):
+    """Lion with a learned scale: x = x_ref + S·Δ, Δ += u.
+
+    u = −lr·(sign(β₁·m + (1−β₁)·g) + weight_decay·x);  m = β₂·m + (1−β₂)·g.
+
+    Args:
+        params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
+        lr: the peak of your schedule; with "annealed" its size does not matter.
+        betas: (β₁, β₂), each in [0, 1).
+        weight_decay: decoupled, 0 or more; the effective decay is S·lr·weight_decay.
+        maximize: maximize the objective instead of minimizing it.
+        %(own)s
+
+    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and m.
+
+    Source: arXiv 2306.00144, Algorithm 1; arXiv 2302.06675, Algorithm 2.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> opt = MechanicLion([weight], lr=1.0)
+        >>> (weight**2).sum().backward()
+        >>> opt.step()
+        >>> lrs = opt.learned_lr()
+    """
+
+    _base = Lion
+
+    @accepts_old_names
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        s_decay: float = 0.01,
+        tuner_betas: Sequence[float] = BETAS,
+        s_init: float | str | None = None,
+        tuner_eps: float = 1e-8,
+        variant: str = "annealed",
+        scale_per: str = "model",
+        backend: str = "auto",
+        state_dtype: str | None = None,
+        delta_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            s_decay=s_decay,
+            tuner_betas=tuner_betas,
+            s_init=s_init,
+            tuner_eps=tuner_eps,
+            variant=variant,
+            scale_per=scale_per,
+            backend=backend,
+            state_dtype=state_dtype,
+            delta_dtype=delta_dtype,
+            max_grad_norm=max_grad_norm,
+            reduce_group=reduce_group,
+            extra_groups=extra_groups,
+        )
+
+
+_made: dict[Any, type[Any]] = {}
+"""Options → the class made for them, so that an unpickled optimizer has the class it had."""
+
+
+@accepts_old_names
+def mechanize(
+    Base: type[Optimizer],
+    s_decay: float = 0.01,
+    betas: Sequence[float] = BETAS,
+    s_init: float | str | None = None,
+    eps: float = 1e-8,
+    store_delta: bool = True,
+    log_func: Log | None = None,
+    log_every: int = 0,
+    *,
+    variant: str = "annealed",
+    scale_per: str = "model",
+    backend: str = "auto",
+    tuner_betas: Sequence[float] | None = None,
+    tuner_eps: float | None = None,
+) -> type[Any]:
+    """Return a class of optimizers that learn the scale of Base's updates.
+
+    x = x_ref + S·Δ, where Δ is the sum of Base's updates and S = Σ s is learned from
+    h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
+
+    Args:
+        Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
+        s_decay: λ, 0 or more.
+        betas: the tuner's betas (not Base's), each in (0, 1); mechanic_pytorch's name for
+            ``tuner_betas``.
+        s_init: the initial scale, above 0; None: the variant's own. "auto": c·‖x‖/‖lr₀·d₁‖ with
+            c = 1e-4, the base's first direction d₁ and the schedule's peak lr₀.
+        eps: the tuner's ε, above 0; mechanic_pytorch's name for ``tuner_eps``.
+        store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
+        log_func: called with {"iter_count": int, "s": float}; None: the module's logger.
+        log_every: call ``log_func`` every so many steps, which reads the device; 0: never.
+        variant: "optax", "paper" or "pytorch", the published forms of the tuner, or "annealed":
+            optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr does not
+            matter, and with s moving by lr/lr₀ of its update, so that the weights come to rest with
+            the schedule.
+        scale_per: which weights share a scale: "model", "group" or "parameter".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
+        tuner_betas, tuner_eps: as ``betas`` and ``eps``, under the constructor's names.
+
+    Returns:
+        A class whose constructor takes Base's own arguments and, by keyword, the options of
+        :class:`MechanicAdamW` from ``s_decay`` on.
+
+    Raises:
+        TypeError: if Base is not an optimizer class, or needs a closure at every step.
+        ValueError: for options out of range.
+
+    Source: arXiv 2306.00144, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> opt = mechanize(torch.optim.RAdam, s_decay=0.0)([weight], lr=1.0)
+        >>> (weight ** 2).sum().backward()
+        >>> opt.step()
+    """
+    if not (isinstance(Base, type) and issubclass(Base, Optimizer)):
+        raise TypeError(f"Base must be a subclass of torch.optim.Optimizer, got {Base!r}")
+    if issubclass(Base, Mechanized):
+        raise TypeError(
+            f"Base must be a plain optimizer, got {Base.__name__}, which is already mechanized"
+        )
+    if issubclass(Base, torch.optim.LBFGS):
+        raise TypeError("Base must step without a closure, got LBFGS, which needs one")
+    if log_func is not None and not callable(log_func):
+        raise ValueError(f"log_func must be callable, got {log_func!r}")
+    options: dict[str, Any] = {
+        "s_decay": s_decay,
+        "tuner_betas": betas if tuner_betas is None else tuner_betas,
+        "s_init": s_init,
+        "tuner_eps": eps if tuner_eps is None else tuner_eps,
+        "variant": variant,
+        "scale_per": one_of("scale_per", scale_per, SCALE_PER),
+        "backend": backend,
+        "log_func": log_func or _log_scale,
+        "log_every": integer("log_every", log_every, 0),
+    }
+    checked = tuner_options(**{k: options[k] for k in USER_OPTIONS})
+    options["tuner_betas"] = checked["tuner_betas"]
+    backends.check(backend)
+    return _class_of(Base, options)
+
+
+def is_mechanized(optimizer: object) -> bool:
+    """Return whether an optimizer learns its scale: one of this module's, or of mechanize()."""
+    return isinstance(optimizer, Mechanized)
+
+
+def _log_scale(data: dict[str, Any]) -> None:
+    _logger.info("step %d: s = %g", data["iter_count"], data["s"])
+
+
+def _class_of(base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
+    key = (base, *options.values())
+    if key not in _made:
+        members = {
+            "_base": base,
+            "_class_options": options,
+            "__signature__": _signature(base),
+            "__reduce_ex__": _reduce,
+            "__doc__": f"{base.__name__} with a learned scale: see mechanic_fused.mechanize.",
+        }
+        _made[key] = type(f"Mechanic{base.__name__}", (Mechanized, base), members)
+    return _made[key]
+
+
+def _signature(base: type[Optimizer]) -> inspect.Signature:
+    """Return the base's own arguments followed by ours."""
+    ours = [
+        p
+        for p in inspect.signature(Mechanized.__init__).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    theirs = list(inspect.signature(base).parameters.values())
+    names = {p.name for p in ours}
+    before = [
+        p for p in theirs if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name not in names
+    ]
+    after = [p for p in theirs if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return inspect.Signature([*before, *ours, *after])
+
+
+def _reduce(optimizer: Any, protocol: Any) -> Any:
+    """Pickle by base and options, unless a module names the class."""
+    base, options = optimizer._base, optimizer._class_options
+    if type(optimizer) is not _made.get((base, *options.values())):
+        return Optimizer.__reduce_ex__(optimizer, protocol)
+    return restore, (base, options), optimizer.__getstate__()
+
+
+def restore(base: type[Optimizer], options: dict[str, Any]) -> Any:
+    """Return an optimizer without state, of the class that mechanize() made for these options."""
+    if "scale" in options:  # pickled by 0.1
+        options = dict(options)
+        kind = options.pop("scale")
+        options["scale_per"] = "model" if kind == "global" else kind
+        options["variant"] = RENAMED_VARIANTS.get(options["variant"], options["variant"])
+        options["log_func"] = options["log_func"] or _log_scale
+    ordered = {name: options[name] for name in DEFAULTS}
+    cls: Any = _class_of(base, ordered)
+    return cls.__new__(cls)

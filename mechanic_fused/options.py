@@ -1,28 +1,38 @@
-"""The tuner's options: the variants as rows of constants, and s_init as a run finds it."""
+"""The tuner's options: the variants, their defaults, range checks, and names that were renamed."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+
+SCALE_PER = ("model", "group", "parameter")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One published form of Mechanic, as a row of constants.
+    """One form of Mechanic's tuner, as constants.
 
     Args:
-        s_init: the variant's own initial scale, used when the user gives none.
-        s_starts_at_init: s is s_init for each beta at the start, otherwise 0.
-        m_start: the running maximum of |h| at the start.
+        s_init: the initial scale where the user gives none.
+        s_starts_at_init: s starts at s_init for each tuner beta instead of 0.
+        m_start: the initial running maximum of |h|.
         eps_in_m: m = max(β·m, |h| + ε) instead of max(β·m, |h|).
-        clamps_h: the reward sees clamp(h, −m_prev, +m_prev) instead of h.
+        clamps_h: the reward uses clamp(h, −m_prev, +m_prev) instead of h.
         floors_r: r is stored as max(0, r).
-        per_rate: λ and ε are per unit of the peak lr, so that the lr does not matter at all.
-        anneals: s takes lr/(peak lr) of each move, so that weights come to rest with the schedule.
+        per_peak_lr: λ and ε are per unit of the peak lr, so that the base's lr does not matter.
+        anneals: s moves by lr/(peak lr) of its update, so that weights come to rest with the
+            schedule.
     """
 
     s_init: float | str
@@ -31,52 +41,113 @@ class Variant:
     eps_in_m: bool
     clamps_h: bool
     floors_r: bool
-    per_rate: bool = False
+    per_peak_lr: bool = False
     anneals: bool = False
 
 
 AUTO = "auto"
-"""The s_init that is taken from norms at the first step that moves Δ."""
+"""The s_init that is calibrated from norms at the first step that changes Δ."""
 
 VARIANTS = {
     "optax": Variant(1e-6, True, 0.0, True, True, False),
     "paper": Variant(1e-8, False, 0.0, False, False, True),
     "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
-    # Ours: optax's constants, but the lr's units do not matter, and its schedule tames S too.
-    "scaled": Variant(AUTO, True, 0.0, True, True, False, per_rate=True, anneals=True),
+    # optax's constants, independent of the unit of lr, with S annealed by the schedule.
+    "annealed": Variant(AUTO, True, 0.0, True, True, False, per_peak_lr=True, anneals=True),
 }
 
-START = 1e-4
-"""What s_init="auto" lets the first update at the peak lr be, in norms of the weights."""
+FIRST_UPDATE_NORM = 1e-4
+"""With s_init="auto": ‖S·u‖ of the first update at the peak lr, as a fraction of ‖x‖."""
 
-ZERO_WEIGHT = 1e-2
-"""The root mean square that stands for the weights' where they are all 0."""
+ZERO_WEIGHT_RMS = 1e-2
+"""The root mean square assumed for weights that are all 0, whose norm says nothing."""
 
 UNCALIBRATED = 1e-6
-"""The s_init until there is a Δ to take it from; nothing has been learned by then."""
+"""The s_init used until "auto" has been calibrated; no scale is learned before."""
 
-CHECKED = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
-"""The options that users give."""
+USER_OPTIONS = ("variant", "s_init", "s_decay", "tuner_betas", "tuner_eps")
+"""The tuner's options that users give."""
 
-OPTIONS = (*CHECKED, "learning", "rate")
-"""The tuner's options as they stand in every param group, so that a checkpoint carries them.
-``rate`` is the largest lr of the run, as far as it is known; only a variant that is per_rate reads
-it."""
+GROUP_OPTIONS = (*USER_OPTIONS, "tune_scale", "max_peak_lr")
+"""The tuner's options in every param group, where checkpoints find them. ``tune_scale`` is False
+while the scale is frozen; ``max_peak_lr`` is the largest peak lr of all groups."""
 
-STARTED = ("s_init", "rate")
-"""The options that a run's start replaces."""
+CALIBRATED = ("s_init", "max_peak_lr")
+"""The options that the start of a run replaces."""
+
+STATE_DTYPES = (None, "param")
+DELTA_DTYPES = (None, torch.bfloat16)
 
 
-def checked_options(
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> float:
+    """Return an option as a float.
+
+    Args:
+        name: the option's name.
+        value: what was given.
+        low, high: the range; infinite bounds are no bounds.
+        above, below: exclude ``low``, ``high``.
+
+    Raises:
+        ValueError: unless the value is a finite number in the range.
+    """
+    if isinstance(value, int | float) and math.isfinite(value):
+        fits_low = value > low if above else value >= low
+        fits_high = value < high if below else value <= high
+        if fits_low and fits_high:
+            return float(value)
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"above {low:g}" if above else f"of {low:g} or more")
+    if high < math.inf:
+        bounds.append(f"below {high:g}" if below else f"of {high:g} or less")
+    range_text = "".join(f" {text}" for text in (" and ".join(bounds),) if text)
+    raise ValueError(f"{name} must be a finite number{range_text}, got {value!r}")
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """Return an option as an int.
+
+    Raises:
+        ValueError: unless the value is an int, not a bool, of ``low`` or more.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer of {low} or more, got {value!r}")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return an option that must be one of a few values.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
+
+
+def tuner_options(
     variant: str,
     s_init: float | str | None,
     s_decay: float,
     tuner_betas: Sequence[float],
     tuner_eps: float,
 ) -> dict[str, Any]:
-    """Return the tuner's options as plain numbers, or raise ValueError for the first bad one."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    """Return the entries that the tuner adds to a param group.
+
+    Raises:
+        ValueError: for the first option that is out of range.
+    """
+    one_of("variant", variant, tuple(VARIANTS))
     s_init = VARIANTS[variant].s_init if s_init is None else s_init
     try:
         betas = tuple(float(beta) for beta in tuner_betas)
@@ -84,39 +155,122 @@ def checked_options(
         betas = ()
     if not betas or not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {tuner_betas!r}")
-    if s_init != AUTO and not (_is_number(s_init) and float(s_init) > 0):
-        raise ValueError(f's_init must be "auto" or a finite number above 0, got {s_init!r}')
-    if not (_is_number(tuner_eps) and tuner_eps > 0):
-        raise ValueError(f"tuner_eps must be a finite number above 0, got {tuner_eps!r}")
-    if not (_is_number(s_decay) and s_decay >= 0):
-        raise ValueError(f"s_decay must be a finite number, 0 or more, got {s_decay!r}")
+    if s_init != AUTO:
+        try:
+            s_init = number("s_init", s_init, 0, above=True)
+        except ValueError:
+            raise ValueError(
+                f's_init must be "auto" or a finite number above 0, got {s_init!r}'
+            ) from None
     return {
         "variant": variant,
-        "s_init": s_init if s_init == AUTO else float(s_init),
-        "s_decay": float(s_decay),
+        "s_init": s_init,
+        "s_decay": number("s_decay", s_decay, 0),
         "tuner_betas": betas,
-        "tuner_eps": float(tuner_eps),
-        "learning": True,
-        "rate": 0.0,
+        "tuner_eps": number("tuner_eps", tuner_eps, 0, above=True),
+        "tune_scale": True,
+        "max_peak_lr": 0.0,
     }
 
 
-def needs_start(param_groups: list[dict[str, Any]]) -> bool:
-    """Return whether ``start`` has still to be called: no step has moved Δ so far."""
+def max_norm(value: float | None) -> float | None:
+    """Return ``max_grad_norm``, or raise ValueError."""
+    if value is None:
+        return None
+    try:
+        number("max_grad_norm", value, 0, above=True)
+    except ValueError:
+        raise ValueError(
+            f"max_grad_norm must be None or a finite number above 0, got {value!r}"
+        ) from None
+    return value
+
+
+def awaits_calibration(param_groups: list[dict[str, Any]]) -> bool:
+    """Return whether s_init is "auto" and no step has changed Δ so far."""
     return any(group["s_init"] == AUTO for group in param_groups)
 
 
-def start(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> None:
-    """Set s_init = c·‖x‖/‖lr₀·d₁‖ in every group.
+def calibrate(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> None:
+    """Set s_init = c·‖x‖/‖lr₀·d₁‖ in every group, c = FIRST_UPDATE_NORM.
 
     Args:
         param_groups: the optimizer's own.
-        x_norm: of all weights.
-        d_norm: of what the base adds to Δ in a step at the peak lr, at S = 1.
+        x_norm: ‖x‖ over all weights.
+        d_norm: ‖lr₀·d₁‖, the norm of the base's first update at the peak lr, for S = 1.
     """
     for group in param_groups:
-        group["s_init"] = START * x_norm / d_norm
+        group["s_init"] = FIRST_UPDATE_NORM * x_norm / d_norm
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+RENAMED_KEYWORDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "scale": ("scale_per", lambda value: "model" if value == "global" else value),
+    "narrow_state": ("state_dtype", lambda value: "param" if value else None),
+    "narrow_delta": ("delta_dtype", lambda value: torch.bfloat16 if value else None),
+}
+"""Keyword of 0.1 → the keyword of today, and how its value translates."""
+
+RENAMED_VARIANTS = {"scaled": "annealed"}
+
+RENAMED_GROUP_KEYS = {
+    "mechanic": "mechanic_state",
+    "rate": "max_peak_lr",
+    "learning": "tune_scale",
+}
+"""Entry of a param group of 0.1 → its name today."""
+
+
+def accepts_old_names(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function take the keywords of 0.1, with a warning that names the new ones."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **_with_new_names(kwargs))
+
+    return wrapper
+
+
+def _with_new_names(given: dict[str, Any]) -> dict[str, Any]:
+    if given.keys().isdisjoint(RENAMED_KEYWORDS) and given.get("variant") not in RENAMED_VARIANTS:
+        return given
+    named = dict(given)
+    for old, (new, translate) in RENAMED_KEYWORDS.items():
+        if old not in named:
+            continue
+        value = named.pop(old)
+        if new in named:
+            raise TypeError(f"{old} is the former name of {new}: expected one of them, got both")
+        if old.startswith("narrow") and not isinstance(value, bool):
+            raise ValueError(f"{old} must be True or False, got {value!r}")
+        named[new] = translate(value)
+        warn_renamed(f"{old}={value!r}", f"{new}={named[new]!r}")
+    if named.get("variant") in RENAMED_VARIANTS:
+        new = RENAMED_VARIANTS[named["variant"]]
+        warn_renamed(f"variant={named['variant']!r}", f"variant={new!r}")
+        named["variant"] = new
+    return named
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 4) -> None:
+    """Warn that an old spelling will be removed in the next release.
+
+    Args:
+        old, new: the spellings.
+        stacklevel: as of ``warnings.warn``; the warning is shown for the line of the caller.
+    """
+    warnings.warn(
+        f"{old} is deprecated and will be removed in the next release: use {new}",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def with_new_group_keys(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a param group, of a checkpoint perhaps, under today's names; a new dict if renamed."""
+    variant = group.get("variant")
+    if group.keys().isdisjoint(RENAMED_GROUP_KEYS) and variant not in RENAMED_VARIANTS:
+        return group
+    named = {RENAMED_GROUP_KEYS.get(key, key): value for key, value in group.items()}
+    if variant in RENAMED_VARIANTS:
+        named["variant"] = RENAMED_VARIANTS[variant]
+    return named

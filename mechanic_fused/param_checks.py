@@ -5,11 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bucket import is_dense
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether x fills its range of memory exactly once, in any order of its axes."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
 
 
 def check_weights(weights: list[Tensor]) -> None:
-    """Raise ValueError for weights that are complex, not dense in layout, or overlap."""
+    """Raise ValueError for weights that are complex, sparse, without storage, or overlapping."""
     spans = []
     for p in weights:
         if p.is_complex():
@@ -24,29 +34,32 @@ def check_weights(weights: list[Tensor]) -> None:
                 f"{type(p.data).__name__} of shape {tuple(p.shape)}"
             )
         if p.is_neg():
-            raise ValueError("weights must not be lazily negated views: call resolve_neg()")
+            raise ValueError(
+                "weights must be materialized, got a lazily negated view: call resolve_neg()"
+            )
         if p.numel():
             last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
             start = p.data_ptr()
             spans.append((str(p.device), start, start + (last + 1) * p.element_size(), p))
     spans.sort(key=lambda span: span[:2])
+    # Only weights whose spans of addresses intersect can share an element.
     neighbours: list[Tensor] = []
     end = 0
     for i, (device, start, stop, p) in enumerate(spans):
         if i == 0 or device != spans[i - 1][0] or start >= end:
-            check_apart(neighbours)
+            check_disjoint(neighbours)
             neighbours, end = [], 0
         neighbours.append(p)
         end = max(end, stop)
-    check_apart(neighbours)
+    check_disjoint(neighbours)
 
 
-def check_apart(weights: list[Tensor]) -> None:
-    """Raise ValueError if any byte belongs to two elements of weights whose spans overlap."""
+def check_disjoint(weights: list[Tensor]) -> None:
+    """Raise ValueError if two elements of weights with intersecting spans share an address."""
     if not weights or (len(weights) == 1 and is_dense(weights[0])):
         return
     if not all(is_dense(p) for p in weights):
-        # Interleaved views may be apart all the same; only their elements' addresses tell.
+        # Interleaved views may be disjoint all the same; only their elements' addresses can tell.
         addresses = []
         for p in weights:
             offsets = torch.zeros((), dtype=torch.int64)
@@ -57,6 +70,6 @@ def check_apart(weights: list[Tensor]) -> None:
             return
     shapes = " and ".join(str(tuple(p.shape)) for p in weights[:2])
     raise ValueError(
-        f"parameters must not share memory with each other or with themselves, got {shapes}, "
-        f"strides {' and '.join(str(p.stride()) for p in weights[:2])}, that do"
+        f"parameters must not share memory with each other or with themselves, got shapes {shapes} "
+        f"with strides {' and '.join(str(p.stride()) for p in weights[:2])}"
     )

@@ -1,31 +1,97 @@
-"""StepPlan: the whole of what one step works on, sorted into buckets; kept between steps."""
+"""StepPlan: the weights of an optimizer in buckets, and the ops of one step over all buckets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from enum import Enum
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, distributed, state
+from . import backends, distributed
 from .backends import reference
-from .backends.layout import GG, KERNEL_DTYPES, STATES, compute_dtype
-from .bucket import Bucket, ParamSlot, delta_dtype, is_dense
-from .distributed import Groups, Rows, local, place, shards
-from .fused_bases import Base, Group
+from .backends.layout import GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .bucket import Bucket, ParamSlot
+from .distributed import Groups, Rows, shard_index, shards
+from .fallback import FALLBACK, Fallback
+from .fused_bases import FusedBase, Group
 from .lr_schedule import PEAK
-from .param_checks import check_weights
-from .tuner import Tuner
+from .param_checks import check_weights, is_dense
+from .state import ensure_state
+from .torch_internals import local
+from .tuner import KEY, Tuner
 
-PLACE = 16
-"""Where a weight's number holds the rank's place among its shards, so that they round apart."""
+if TYPE_CHECKING:
+    from .gradient_release import GradientRelease
 
-GENERAL = "general"
-"""The kind of a bucket whose update the base optimizer makes itself."""
+SHARD_BITS = 16
+"""Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
+
+IMMUTABLE_TYPES = (float, int, bool, str, type(None))
+"""Option types whose objects cannot change in place, so that identity implies equal values."""
 
 
-class Sort(NamedTuple):
+class Phase(Enum):
+    """How far a run has come."""
+
+    FRESH = "no informative step so far"
+    PREPARED = "the fallback's base has created its state in a dry run"
+    RUNNING = "an informative step has been taken"
+
+
+@dataclass
+class Run:
+    """The state of a run that is in neither param groups nor state; the optimizer's plans share it.
+
+    Attributes:
+        phase: None until it has been read from the tuner's counters.
+        squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
+    """
+
+    phase: Phase | None = None
+    squared_norm: Tensor | None = None
+
+    def has_started(self, tuner: Tuner) -> bool:
+        """Return whether an informative step has been taken; reads the device once in a run."""
+        if self.phase is None:
+            any_steps = bool(tuner.counters[:, 0].any())
+            self.phase = Phase.RUNNING if any_steps else Phase.FRESH
+        return self.phase is Phase.RUNNING
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of an optimizer that decide how its weights are sorted and stored.
+
+    Args:
+        backend: the name of a backend, or "auto".
+        scale_per: which weights share a scale: "model", "group" or "parameter".
+        state_dtype: "param" to keep the base's state in the weights' dtype; None: float32.
+        delta_dtype: torch.bfloat16 to keep Δ in bfloat16; None: float32. float64 weights keep
+            float64.
+        reduce_group: the process group over which plain weights are sharded, or None.
+    """
+
+    backend: str
+    scale_per: str
+    state_dtype: str | None = None
+    delta_dtype: torch.dtype | None = None
+    reduce_group: Any = None
+
+    def dtype_of_state(self, weight: torch.dtype) -> torch.dtype:
+        """Return the dtype of the base's state beside weights of a dtype."""
+        return weight if self.state_dtype == "param" else compute_dtype(weight)
+
+    def dtype_of_delta(self, weight: torch.dtype) -> torch.dtype:
+        """Return the dtype of Δ beside weights of a dtype."""
+        wide = compute_dtype(weight)
+        return self.delta_dtype if self.delta_dtype and wide is torch.float32 else wide
+
+
+class BucketKey(NamedTuple):
     """What the weights of a bucket have in common."""
 
     kind: str
@@ -33,317 +99,440 @@ class Sort(NamedTuple):
     dtype: torch.dtype
     backend: str
     shards: Groups
-    wrapped: bool
+    is_sharded: bool
 
 
 class StepPlan:
-    """Buckets of the weights that require gradients, by device, dtype, update and sharding.
+    """The weights that require gradients, in buckets by device, dtype, update and sharding.
+
+    A plan is kept between steps and rebuilt when weights or groups change. Its methods are the ops
+    of a step, in the order in which ``step.py`` calls them.
+
+    Attributes:
+        param_groups, max_grad_norm, extra_groups, grad_scale, found_inf: inputs of the next step,
+            set by the optimizer.
+        release: the hooks that take gradients during the backward pass, or None.
+        settings_changed: whether an option of a param group may have changed since the last step.
+        awaits_calibration: whether s_init is still to be calibrated.
+        on_step: called after each step that was taken, or None.
 
     Args:
         param_groups: the optimizer's own.
-        states: the optimizer's own ``state``; entries that are missing are made.
-        base: the base's row of the table of fused updates, or None for the general road.
-        backend: the name of a backend, or "auto".
-        scale: which weights share a scale: "global", "group" or "parameter".
-        narrow_state: keep the base's state in the weight's dtype instead of float32.
-        narrow_delta: keep Δ in bfloat16 instead of float32.
-        tuner: gets a row for each scale.
-        reduce_group: the process group over which plain weights are sharded, or None.
+        states: the optimizer's own ``state``; missing entries are created.
+        options: how the weights are sorted and stored.
+        tuner: has a row for each scale.
+        run: the optimizer's own.
+        fused: the base's row of the table of fused updates, or None.
+        fallback: the base's own step where ``fused`` is None.
 
     Raises:
-        ValueError: for weights that no road can train: complex, overlapping or sharing memory, or
-            on a device that the backend cannot serve.
+        ValueError: for weights that cannot be trained: complex, overlapping or sharing memory, or
+            on a device that the backend does not serve.
     """
 
     def __init__(
         self,
         param_groups: list[Group],
         states: Mapping[Tensor, dict[str, Any]],
-        base: Base | None,
-        backend: str,
-        scale: str,
-        narrow_state: bool,
-        narrow_delta: bool,
+        options: PlanOptions,
         tuner: Tuner,
-        reduce_group: Any = None,
+        run: Run,
+        fused: FusedBase | None,
+        fallback: Fallback | None,
     ) -> None:
-        weights = [p for group in param_groups for p in group["params"] if p.requires_grad]
-        check_weights([local(p) for p in weights])
-        self.signature = signature(param_groups, base)
-        self.base = base
-        self.tuner = tuner
-        members = self._sort(param_groups, scale, backend, reduce_group)
-        for sort, sorted_members in members.items():
-            kind = sort.kind
-            kept = sort.dtype if narrow_state else compute_dtype(sort.dtype)
-            for i, member in enumerate(sorted_members):
-                p = member.parameter
-                member.state.update(states.get(p, {}))
-                state.ensure(member.state, p, kind, kept, delta_dtype(sort.dtype, narrow_delta))
-                # On the general road a weight without a gradient so far keeps its entries here.
-                if kind != GENERAL or p in states:
-                    states[p].update(member.state)
-                    sorted_members[i] = member._replace(state=states[p])
-        self.states, self.state_count = states, len(states)
-        scales = len(tuner.keys)
+        self.param_groups, self.states, self.options = param_groups, states, options
+        self.tuner, self.run, self.fused, self.fallback = tuner, run, fused, fallback
+        self._members = [p for group in param_groups for p in group["params"]]
+        self._trained = [p.requires_grad for p in self._members]
+        check_weights([local(p) for p in self._members if p.requires_grad])
+        self._structure = _structure(param_groups, fused)
+        slots = self._slots()
+        self._state_count = len(states)
         self.buckets = [
             Bucket(
-                backends.load(sort.backend),
-                sort.kind,
-                sorted_members,
+                backends.load(key.backend),
+                key.kind,
+                of_bucket,
                 len(param_groups),
-                scales,
-                sort.shards,
+                len(tuner.keys),
+                key.shards,
             )
-            for sort, sorted_members in members.items()
+            for key, of_bucket in slots.items()
         ]
-        self.groups = {sort.shards: None for sort in members} | (
-            {} if reduce_group is None else {(reduce_group,): None}
-        )
-        # A stage that trains nothing adds zeros, or the others would wait for it.
-        self.groups = self.groups or {(): None}
-        self.reduce_group = reduce_group
-        self.alone = not any(self.groups)
-        near = (bucket.backend for bucket in self.buckets if bucket.device == tuner.device)
-        name = backends.resolve(backend, tuner.device.type)
-        self.tuning = next(near, backends.load(name))
-        self.fresh = True
-        self.present = False
-        self.release: Any = None
-        """The hooks that take gradients in the backward pass, if there are any."""
+        group_sets = {key.shards: None for key in slots}
+        if options.reduce_group is not None:
+            group_sets[(options.reduce_group,)] = None
+        # A stage that trains nothing contributes zeros, or the other ranks would wait for it.
+        self._group_sets = group_sets or {(): None}
+        self.is_sharded = any(self._group_sets)
+        same_device = (b.backend for b in self.buckets if b.device == tuner.device)
+        name = backends.resolve(options.backend, tuner.device.type)
+        self._tuner_backend = next(same_device, backends.load(name))
+        self.reads_on_device = self._reads_on_device()
+        self.max_grad_norm: float | None = None
+        self.extra_groups: tuple[Any, ...] = ()
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.release: GradientRelease | None = None
+        self.on_step: Callable[[], None] | None = None
+        self.settings_changed = True
+        self.awaits_calibration = False
+        self._settings: list[tuple[list[str], list[Any]]] | None = None
+        self._hyper_rows: list[list[float]] = []
+        self._live_lr: dict[int, Tensor] = {}
+        self._fresh = True
+        self.has_gradients = False
 
-    def _sort(
-        self, param_groups: list[Group], scale: str, backend: str, reduce_group: Any
-    ) -> dict[Sort, list[ParamSlot]]:
-        members: dict[Sort, list[ParamSlot]] = {}
-        row = count = 0
-        for number, group in enumerate(param_groups):
-            kind = GENERAL if self.base is None else self.base.kind(group)
+    def _slots(self) -> dict[BucketKey, list[ParamSlot]]:
+        """Return the parameters sorted into buckets, with their state created."""
+        kinds = [FALLBACK if not self.fused else self.fused.kind(g) for g in self.param_groups]
+        # All keys before any state: an unusable weight must leave the state as it is.
+        keys = [
+            self._bucket_key(p, kind) if p.requires_grad else None
+            for group, kind in zip(self.param_groups, kinds, strict=True)
+            for p in group["params"]
+        ]
+        slots: dict[BucketKey, list[ParamSlot]] = {}
+        count = 0
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if scale != "global":
-                    row = row if scale == "parameter" else number
-                if p.requires_grad:
-                    name = backends.resolve(backend, p.device.type)
-                    # Kernels walk flat storage, which a weight with gaps has not, and know the
-                    # four usual dtypes.
-                    if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
-                        name = "reference"
-                    groups = shards(p, reduce_group)
-                    sort = Sort(kind, p.device, p.dtype, name, groups, local(p) is not p)
-                    own = place(groups) << PLACE | count
-                    member = ParamSlot(p, number, row, own, {}, STATES.get(kind, ()))
-                    members.setdefault(sort, []).append(member)
-                row += scale == "parameter"
+                key = keys[count]
+                if key is not None:
+                    row = {"model": 0, "group": number, "parameter": count}[self.options.scale_per]
+                    own_number = shard_index(key.shards) << SHARD_BITS | count
+                    names = STATES.get(key.kind, ())
+                    state = self._state_of(p, key.kind)
+                    slot = ParamSlot(p, number, row, own_number, state, names)
+                    slots.setdefault(key, []).append(slot)
                 count += 1
-        return members
+        return slots
 
-    def fits(self, param_groups: list[Group], base: Base | None, reduce_group: Any) -> bool:
-        """Return whether nothing has changed but values, gradients and hyperparameters."""
-        return (
-            self.signature == signature(param_groups, base)
-            and self.reduce_group is reduce_group
-            and len(self.states) >= self.state_count
-            and not any(bucket.is_stale() for bucket in self.buckets)
-        )
+    def _bucket_key(self, p: Tensor, kind: str) -> BucketKey:
+        name = backends.resolve(self.options.backend, p.device.type)
+        # Kernels read flat storage, which a weight with gaps has not, and know four dtypes.
+        if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
+            name = "reference"
+        groups = shards(p, self.options.reduce_group)
+        return BucketKey(kind, p.device, p.dtype, name, groups, local(p) is not p)
 
-    def collect_gradients(self) -> bool:
-        """Look at every gradient before anything changes; True if there is any at all."""
-        found = any([bucket.collect_gradients(self.fresh) for bucket in self.buckets])
-        self.present = found or bool(self.release and self.release.taken)
-        return self.present
+    def _state_of(self, p: Tensor, kind: str) -> dict[str, Any]:
+        """Return a weight's entries of the state, the missing ones created."""
+        options, dtype = self.options, p.dtype
+        state = dict(self.states.get(p, {}))
+        ensure_state(state, p, kind, options.dtype_of_state(dtype), options.dtype_of_delta(dtype))
+        # The fallback's base takes any entry for a state that it has created itself, so a weight
+        # that has had no gradient so far keeps x_ref and Δ here.
+        if kind == FALLBACK and p not in self.states:
+            return state
+        self.states[p].update(state)
+        return self.states[p]
 
-    def agree(self, found_inf: Tensor | float, extra_groups: Sequence[Any]) -> Tensor:
-        """Return found_inf as all ranks see it: torch reduces it over one mesh only."""
-        flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
-        if len(self.groups) == 1 and not extra_groups:
-            return flag.to(torch.float32)
-        rows = {groups: flag.reshape(1) for groups in self.groups}
-        return distributed.reduce(rows, extra_groups).to(torch.float32)
-
-    def rows(self, of: Callable[[Bucket], Tensor], shape: tuple[int, ...]) -> Rows:
-        """Return sums of the buckets, added up by what these are sharded over.
-
-        Args:
-            of: takes a bucket's sums, of ``shape``.
-            shape: also of the zeros that a rank without weights has to give.
-        """
-        device = self.tuner.device
-        found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
-        for groups in self.groups.keys() - found.keys():
-            found[groups] = torch.zeros(shape, dtype=torch.float64, device=device)
-        # In one order on all ranks.
-        return {groups: found[groups] for groups in self.groups}
-
-    def inspect(self, started: bool, norms: bool) -> Rows:
-        """Return (2,): whether any gradient has an element that is not 0, and N² = Σ g·g.
-
-        Args:
-            started: the first answer is known to be yes; otherwise the host reads the device.
-            norms: whether N² is wanted, the squared norm of the finite elements.
-        """
-
-        def look(bucket: Bucket) -> Tensor:
-            informative = started or any(g is not None and bool(g.any()) for g in bucket.grads)
-            row = bucket.sums.new_full((2,), float(informative))
-            row[1] = 0.0
-            if norms:
-                bucket.backend.norm(bucket)
-                row[1] = bucket.sums[:, GG].sum()
-            return row
-
-        return self.rows(look, (2,))
-
-    def capture(self) -> None:
-        """Let the run start here: x_ref takes x."""
-        for bucket in self.buckets:
-            for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
-                x_ref.copy_(x)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether kernels read GradScaler's numbers and a tensor lr themselves, on the device."""
-        if self.base is None or self.tuner.device.type == "cpu":
+    def _reads_on_device(self) -> bool:
+        """Return whether kernels read GradScaler's numbers and a tensor lr on the device."""
+        if self.fused is None or self.tuner.device.type == "cpu":
             return False
         return all(
             bucket.backend is not reference and bucket.device.type != "cpu"
             for bucket in self.buckets
         )
 
-    def load(
-        self, param_groups: list[Group], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Write this step's addresses and hyperparameters where the kernels read them.
+    def is_current(self, param_groups: list[Group], reduce_group: Any) -> bool:
+        """Return whether nothing but gradients and values has changed since the last step.
+
+        The options of the groups count as unchanged if they are the same immutable objects.
+        """
+        settings = self._settings
+        self.settings_changed = settings is None or not (
+            len(param_groups) == len(settings)
+            and all(
+                list(group) == names and all(map(is_, group.values(), values))
+                for group, (names, values) in zip(param_groups, settings, strict=True)
+            )
+        )
+        if self.settings_changed:
+            # Dropped here and not where they are read: this step may not be taken.
+            self._hyper_rows = []
+            return False
+        return self._has_same_weights(param_groups, reduce_group)
+
+    def fits(self, param_groups: list[Group], fused: FusedBase | None, reduce_group: Any) -> bool:
+        """Return whether nothing but gradients, values and options of groups has changed."""
+        return self._structure == _structure(param_groups, fused) and self._has_same_weights(
+            param_groups, reduce_group
+        )
+
+    def _has_same_weights(self, param_groups: list[Group], reduce_group: Any) -> bool:
+        members = [p for group in param_groups for p in group["params"]]
+        return (
+            len(members) == len(self._members)
+            and all(map(is_, members, self._members))
+            and [p.requires_grad for p in members] == self._trained
+            and self.options.reduce_group is reduce_group
+            and len(self.states) >= self._state_count
+            and not any([bucket.is_stale() for bucket in self.buckets])
+        )
+
+    def note_settings(self) -> None:
+        """Note the options of the param groups, by which :meth:`is_current` compares."""
+        self._settings = None
+        noted = []
+        for group in self.param_groups:
+            for name, value in group.items():
+                if name not in ("params", "param_names", KEY) and not _is_constant(value):
+                    return
+            noted.append((list(group), list(group.values())))
+        self._settings = noted
+
+    def has_started(self) -> bool:
+        """Return whether an informative step has been taken."""
+        return self.run.has_started(self.tuner)
+
+    def collect_gradients(self) -> None:
+        """Take every gradient in its weight's layout; all errors are raised here.
+
+        Raises:
+            ValueError: for a gradient that cannot be used.
+            RuntimeError: where gradients are released and something has changed since.
+        """
+        if self.release is not None:
+            self.release.check(self, has_grad_scaler=self.found_inf is not None)
+        found = any([bucket.collect_gradients(self._fresh) for bucket in self.buckets])
+        self.has_gradients = found or bool(self.release and self.release.taken)
+
+    def load(self, shared: bool) -> bool:
+        """Write the tables of this step; return whether the step is to be taken.
+
+        The step is skipped if there is no gradient, or if the host sees that GradScaler found an
+        overflow.
 
         Args:
-            param_groups: the optimizer's own.
-            grad_scale: what GradScaler has multiplied the gradients by, or None.
+            shared: whether other ranks or optimizers contribute to the sums, so that this plan
+                takes part without a gradient too.
+        """
+        if not (self.has_gradients or shared):
+            return False
+        found_inf = self.found_inf
+        if shared and found_inf is not None:
+            found_inf = self._reduce_found_inf(found_inf)
+        if not self.reads_on_device and bool(found_inf):
+            return False
+        self.write_tables(self.grad_scale, found_inf)
+        return True
+
+    def _reduce_found_inf(self, found_inf: Tensor | float) -> Tensor:
+        """Return found_inf summed over all ranks: torch reduces it over one mesh only."""
+        flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
+        if len(self._group_sets) == 1 and not self.extra_groups:
+            return flag.to(torch.float32)
+        rows = {groups: flag.reshape(1) for groups in self._group_sets}
+        return distributed.all_reduce([rows], self.extra_groups).to(torch.float32)
+
+    def write_tables(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Write addresses and hyperparameters to where the kernels read them.
+
+        Args:
+            grad_scale: the factor by which GradScaler has multiplied the gradients, or None.
             found_inf: not 0 if this step is to be skipped, or None.
         """
-        unscale = 1.0 if grad_scale is None or self.on_device else 1.0 / float(grad_scale)
-        live_lr = {}
-        hyper = []
-        for number, group in enumerate(param_groups):
-            lr, *rest = (0.0,) * 7 if self.base is None else self.base.hyper(group)
-            if self.on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
-                live_lr[number], lr = lr, 0.0
-            sign = -unscale if group.get("maximize") else unscale
-            hyper.append([float(lr), *map(float, rest), sign])
-        there = (grad_scale, found_inf) if self.on_device else (None, None)
-        self.tuner.found_inf = there[1]
+        on_device = self.reads_on_device
+        if grad_scale is not None or not self._hyper_rows:
+            self._read_hyper(grad_scale)
+        scalars = (grad_scale, found_inf) if on_device else (None, None)
+        self.tuner.found_inf = scalars[1]
         for bucket in self.buckets:
-            near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in there]
-            clock = self.tuner.to(bucket.device).counters[0, 0] if bucket.delta_is_bfloat16 else None
-            bucket.load(hyper, live_lr, near[0], near[1], step_count=clock)
-            bucket.backend.prepare(bucket)
+            near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in scalars]
+            step_count = None
+            if bucket.delta_is_bfloat16:
+                step_count = self.tuner.to(bucket.device).counters[0, 0]
+            bucket.write_tables(self._hyper_rows, self._live_lr, near[0], near[1], step_count)
+            if bucket.handle is None or bucket.backend.COPIES_TABLES:
+                bucket.backend.prepare(bucket)
+        if grad_scale is not None:
+            # The rows hold this step's loss scale.
+            self._hyper_rows = []
 
-    def reconcile(self, everything: bool = False) -> None:
-        """Shift x_ref where weights were written by hand; take x·Δ and x·x anew where needed.
+    def _read_hyper(self, grad_scale: Tensor | None) -> None:
+        """Read the groups' hyperparameters into rows of ``layout.HYPER``."""
+        unscale = 1.0 if grad_scale is None or self.reads_on_device else 1.0 / float(grad_scale)
+        self._hyper_rows, self._live_lr = [], {}
+        for number, group in enumerate(self.param_groups):
+            lr, *rest = (0.0,) * 7 if self.fused is None else self.fused.hyper(group)
+            if self.reads_on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
+                self._live_lr[number], lr = lr, 0.0
+            sign = -unscale if group.get("maximize") else unscale
+            self._hyper_rows.append([float(lr), *map(float, rest), sign])
+
+    def gradient_norms(self, started: bool) -> Rows:
+        """Return (2,): whether any gradient element is not 0, and N² = Σ g·g of finite elements.
 
         Args:
-            everything: also look where no version counter has moved.
+            started: the first answer is known to be yes; otherwise the host reads the device.
         """
-        everything = everything or self.fresh
+
+        def norms(bucket: Bucket) -> Tensor:
+            informative = started or any(g is not None and bool(g.any()) for g in bucket.grads)
+            row = bucket.sums.new_full((2,), float(informative))
+            row[1] = 0.0
+            if self.max_grad_norm is not None:
+                bucket.backend.norm(bucket)
+                row[1] = bucket.sums[:, GG].sum()
+            return row
+
+        return self._rows(norms, (2,))
+
+    def _rows(self, of: Callable[[Bucket], Tensor], shape: tuple[int, ...]) -> Rows:
+        """Return sums of the buckets, added up by what shards them.
+
+        Args:
+            of: bucket → its sums, of ``shape``.
+            shape: also the shape of the zeros contributed by a rank that owns no weights.
+        """
+        device = self.tuner.device
+        if len(self.buckets) == 1 == len(self._group_sets):
+            return {self.buckets[0].shards: of(self.buckets[0]).to(device)}
+        found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
+        for groups in self._group_sets.keys() - found.keys():
+            found[groups] = torch.zeros(shape, dtype=torch.float64, device=device)
+        # The same order on all ranks.
+        return {groups: found[groups] for groups in self._group_sets}
+
+    def start(self) -> None:
+        """Begin the run at this step: x_ref takes the weights."""
+        if self.run.phase is Phase.PREPARED:
+            self.states.clear()  # type: ignore[attr-defined]
         for bucket in self.buckets:
-            written = bucket.externally_modified()
-            if not (written or everything):
-                continue
-            scale = self.tuner.scale().to(bucket.device)
-            for i in range(len(bucket.weights)) if everything else written:
-                reference.shift_reference(bucket, i, scale)
-            bucket.backend.measure(bucket)
-            # Gradient release comes by here again before the weights are written.
-            bucket.note_versions()
-        self.fresh = False
+            for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
+                x_ref.copy_(x)
+        self.run.phase = Phase.RUNNING
+
+    def dry_run(self) -> None:
+        """Let the fallback's base create its state, as the fused path has done already.
+
+        Checkpoint loaders look for the entries that they are to fill. What the base has created is
+        dropped at the first informative step, unless a checkpoint has replaced it.
+        """
+        if self.fallback is not None and not self.states:
+            self.write_tables(None, None)
+            self.fallback.dry_run(self.buckets)
+            self.run.phase = Phase.PREPARED
 
     def clip(self, squared_norm: Tensor, max_norm: float) -> None:
-        """Let ``accumulate`` scale gradients down to ``max_norm`` where their norm is above it."""
+        """Let ``accumulate`` scale the gradients down where their norm exceeds ``max_norm``."""
         clip = torch.stack([squared_norm, squared_norm.new_full((), max_norm)])
         for bucket in self.buckets:
             bucket.clip = clip.to(bucket.device)
+        self.run.squared_norm = squared_norm
 
-    def accumulate(self) -> None:
-        """Take the sums with the old Δ and move Δ on, in every bucket."""
-        for bucket in self.buckets:
-            bucket.backend.accumulate(bucket)
-            if self.release:
-                self.release.add(bucket)
+    def reconcile(self, everything: bool = False) -> None:
+        """Shift x_ref where others have written to weights, and measure x·Δ and x·x there.
 
-    def start_norms(self, param_groups: list[Group]) -> Rows:
-        """Return (3,): x·x, d·d and the number of weights, where d = Δ·lr₀/lr after the first step.
-
-        Groups whose lr is 0 do not count.
+        Args:
+            everything: also check weights whose version counter has not moved.
         """
-        ratios = [
+        everything = everything or self._fresh
+        for bucket in self.buckets:
+            if not (bucket.modified or everything):
+                continue
+            scale = self.tuner.scale().to(bucket.device)
+            for i in range(len(bucket.weights)) if everything else bucket.modified:
+                reference.shift_reference(bucket, i, scale)
+            bucket.backend.measure(bucket)
+            bucket.modified = []
+            # Gradient release reconciles once more before the weights are written.
+            bucket.note_versions()
+        self._fresh = False
+
+    def accumulate(self, shared: bool) -> Rows:
+        """Take the sums with the old Δ, and move the base's state and Δ by one update u.
+
+        Args:
+            shared: add a row that tells whether this plan has any gradient.
+
+        Returns:
+            {process groups: (scales, 4) float64}, of this rank.
+        """
+        if self.fallback is not None:
+            self.fallback.accumulate(self.buckets)
+        else:
+            for bucket in self.buckets:
+                bucket.backend.accumulate(bucket)
+                if self.release:
+                    self.release.add_sums(bucket)
+        scales = len(self.tuner.keys)
+        if not shared:
+            return self._rows(lambda bucket: bucket.sums, (scales, len(SUMS)))
+
+        def with_presence(bucket: Bucket) -> Tensor:
+            present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
+            return torch.cat([bucket.sums, present])
+
+        return self._rows(with_presence, (scales + 1, len(SUMS)))
+
+    def calibration_norms(self) -> Rows:
+        """Return (3,): x·x, d·d and the number of weights after the first update.
+
+        d = Δ·lr₀/lr is the base's first update at the peak lr. Groups whose lr is 0 do not count.
+        """
+        to_peak = [
             group[PEAK] / lr if (lr := float(group.get("lr", 1.0))) else 0.0
-            for group in param_groups
+            for group in self.param_groups
         ]
 
         def norms(bucket: Bucket) -> Tensor:
             row = bucket.sums.new_zeros(3)
             for i, group in enumerate(bucket.groups):
-                if ratios[group]:
+                if to_peak[group]:
                     row[0] += reference.squared_norm(bucket.weights[i])
-                    row[1] += reference.squared_norm(bucket.delta[i]) * ratios[group] ** 2
+                    row[1] += reference.squared_norm(bucket.delta[i]) * to_peak[group] ** 2
                     row[2] += bucket.sizes[i]
-            # A step that took some gradients for 0 is none to go by.
+            # NaN, which skips the calibration, if any gradient was not finite.
             row[1] += 0.0 * bucket.sums[:, GG].sum()
             return row
 
-        return self.rows(norms, (3,))
-
-    def sums(self, shared: bool) -> Rows:
-        """Return (scales, 4), the sums over all buckets.
-
-        Args:
-            shared: adds a row that tells whether this rank has any gradient.
-        """
-        scales = len(self.tuner.keys)
-        if not shared:
-            return self.rows(lambda bucket: bucket.sums, (scales, 4))
-
-        def with_presence(bucket: Bucket) -> Tensor:
-            return torch.cat([bucket.sums, bucket.sums.new_full((1, 4), float(self.present))])
-
-        return self.rows(with_presence, (scales + 1, 4))
+        return self._rows(norms, (3,))
 
     def tune(self, total: Tensor) -> None:
-        """Let the tuner learn from the sums over all weights, on its own device.
+        """Update s, r, v, m from the sums over all weights of all ranks.
 
-        Without a gradient on any rank it learns nothing, as a single process that returns early.
+        If no rank has a gradient, nothing is tuned, as in a single process.
         """
         scales = len(self.tuner.keys)
+        if self.max_grad_norm is None:
+            self.run.squared_norm = total[:scales, GG]
         if len(total) > scales:
             absent = total[scales, 0] == 0
-            if not self.on_device:
+            if not self.reads_on_device:
                 if absent:
                     return
             else:
                 found = self.tuner.found_inf
                 skip = absent.to(torch.float32)
                 self.tuner.found_inf = skip if found is None else torch.maximum(skip, found)
-        self.tuning.tune(total[:scales], self.tuner)
+        self._tuner_backend.tune(total[:scales], self.tuner)
 
     def apply(self) -> None:
-        """Write the weights; the last bucket first, since its Δ is the likeliest to be in cache."""
+        """Write the weights, the last bucket first: its Δ is the likeliest to be in the cache."""
         for bucket in reversed(self.buckets):
-            bucket.backend.apply(bucket, self.tuner.to(bucket.device))
+            same_device = bucket.device == self.tuner.device
+            tuner = self.tuner if same_device else self.tuner.to(bucket.device)
+            bucket.backend.apply(bucket, tuner)
             bucket.note_versions()
 
     def finish(self) -> None:
-        """Let go of the gradients, or they would outlive the next zero_grad."""
+        """Drop the gradients, which would otherwise outlive the next zero_grad."""
         if self.release:
-            self.release.done()
+            self.release.end_step()
         for bucket in self.buckets:
             bucket.grads = [None] * len(bucket.weights)
 
 
-def signature(param_groups: list[Group], base: Base | None) -> list[Any]:
-    """Return what a plan depends on; a plan is made anew when it changes."""
-    weights = [p for group in param_groups for p in group["params"]]
-    return [
-        id(base),
-        [len(group["params"]) for group in param_groups],
-        [] if base is None else [base.kind(group) for group in param_groups],
-        [id(p) for p in weights],
-        [p.requires_grad for p in weights],
-    ]
+def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
+    """Return what a plan depends on beside its members: the base and each group's update."""
+    kinds = [] if fused is None else [fused.kind(group) for group in param_groups]
+    return [id(fused), [len(group["params"]) for group in param_groups], kinds]
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(each, IMMUTABLE_TYPES) for each in value)
+    return isinstance(value, IMMUTABLE_TYPES)

@@ -1,15 +1,15 @@
 """Fixtures for all tests. Every test runs with uninitialised memory filled with NaN."""
 
+import functools
 import os
 
 # torch asks for it where deterministic algorithms meet a GPU; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from pool import Pool  # noqa: E402
-
-from mechanic_fused import backends  # noqa: E402
+import pytest
+import torch
+from support.cases import IMPLEMENTATIONS, Training, skip_unless_available
+from support.ranks import ranks  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,6 @@ def process_state():
     torch.set_num_threads(threads)
 
 
-def skip_unless_available(name):
-    row = next(row for row in backends.table() if row.name == name)
-    if not row.available:
-        pytest.skip(row.why)
-
-
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request):
     """The name of a backend for the CPU."""
@@ -53,40 +47,15 @@ def cpp():
     return "cpp"
 
 
-@pytest.fixture(params=["reference", "cpp", "general"])
-def road(request):
-    """A way through the package: a backend, or the general road."""
-    if request.param != "general":
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    """What takes a step: the name of a backend, or "fallback"."""
+    if request.param != "fallback":
         skip_unless_available(request.param)
     return request.param
 
 
-@pytest.fixture(scope="session")
-def pools():
-    made = {}
-    yield made
-    for pool in made.values():
-        pool.close()
-
-
 @pytest.fixture
-def ranks(pools):
-    """ranks(n): n processes in one gloo group, made at their first use and kept for all tests."""
-    return lambda size: Kept(pools, size)
-
-
-class Kept:
-    """A pool that stays until a test has failed in it."""
-
-    def __init__(self, pools, size):
-        self.pools, self.size = pools, size
-        if size not in pools:
-            pools[size] = Pool(size)
-
-    def run(self, function, *args, **options):
-        try:
-            return self.pools[self.size].run(function, *args, **options)
-        except BaseException:
-            # Its ranks may be at different collectives now.
-            self.pools.pop(self.size).close()
-            raise
+def train(implementation):
+    """train(base="adamw", params=None, **options) → a Training on the implementation."""
+    return functools.partial(Training, implementation)

@@ -15,6 +15,8 @@ from .tune import tune
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
 """The CPU's size on a GPU too: 2^13, which the CUDA backend takes, has not been measured."""
 
+COPIES_TABLES = True
+
 __all__ = ["accumulate", "apply", "measure", "norm", "prepare", "tune"]
 
 

@@ -103,8 +103,7 @@ def clip_coefficient(clip):
 
 @triton.jit
 def gradient_multiplier(hyper, grad_scale, clip):
-    """The factor of a gradient, float64: −1 to maximize, over GradScaler's scale, times the clip
-    coefficient."""
+    """The factor of a gradient, float64: ±1 / GradScaler's scale, times the clip coefficient."""
     gradient = tl.load(hyper + HYPER_GRADIENT)
     if grad_scale is not None:
         gradient = gradient * (1.0 / tl.load(grad_scale).to(tl.float64))
@@ -287,8 +286,7 @@ def step_along(w, c, d):
 
 
 class AdaRem(NamedTuple):
-    """AdaRem's coefficients: computed in float64 once a chunk, then rounded to the dtype of
-    arithmetic."""
+    """AdaRem's coefficients: computed in float64 once a chunk, rounded to the compute dtype."""
 
     lr: tl.tensor
     beta: tl.tensor

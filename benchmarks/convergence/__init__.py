@@ -1,12 +1,9 @@
 """Does a learned learning rate do as well as a tuned one?
 
-    python -m benchmarks.convergence          # the whole protocol; killed and started again, it
-                                              # goes on
-    python -m benchmarks.convergence --quick  # the same path in five minutes; its figures mean
-                                              # little
+    python -m benchmarks.convergence          # the whole protocol, hours; run again, it resumes
+    python -m benchmarks.convergence --quick  # the same code in five minutes; means little
 
-A grid of learning rates in factors of 2 for each task, horizon and base optimizer, on two seeds;
-its best, chosen on the validation split, again on five fresh seeds; Mechanic as it comes, once on
-each of these seeds; and the other optimizers that need no learning rate, as their authors say to
-use them.
+For each task, horizon and base optimizer: a grid of learning rates in factors of 2 on two seeds;
+its best, chosen on the validation split, on five fresh seeds; Mechanic with its defaults, once on
+each fresh seed; and other optimizers that need no learning rate, used as their authors recommend.
 """

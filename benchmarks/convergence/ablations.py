@@ -1,4 +1,4 @@
-"""What each part of Mechanic is worth: the default, with one thing changed."""
+"""Ablations: Mechanic's defaults with one thing changed."""
 
 from __future__ import annotations
 
@@ -7,45 +7,49 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from mechanic_fused import options
+
 from .methods import BASES
 
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
-"""(options of the optimizer, what else is changed while it trains)."""
+"""(options of the optimizer, what else to change while it trains)."""
 
-DEFAULT = "scaled"
+DEFAULT = "annealed"
 
 
-def _options(**options: Any) -> Arm:
-    return options, nullcontext()
+def _given(**chosen: Any) -> Arm:
+    """The default with other options."""
+    return chosen, nullcontext()
 
 
 def _constants(**constants: Any) -> Arm:
-    """The default with other constants, for as long as a run lasts."""
+    """The default with other constants during a run."""
     row = replace(options.VARIANTS[DEFAULT], **constants)
     return {}, patch.dict(options.VARIANTS, {DEFAULT: row})
 
 
 def _start(c: float) -> Arm:
-    return {}, patch.object(options, "START", c)
+    """The default with another factor in s_init."""
+    return {}, patch.object(options, "FIRST_UPDATE_NORM", c)
 
 
 ALL, ONE = tuple(BASES), ("AdamW",)
 
 ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
-    "default": (ALL, _options()),
-    "variant optax": (ALL, _options(variant="optax")),
+    "default": (ALL, _given()),
+    "variant optax": (ALL, _given(variant="optax")),
     "not annealed": (ALL, _constants(anneals=False)),
     "c=1e-5": (ALL, _start(1e-5)),
     "c=1e-3": (ALL, _start(1e-3)),
-    "variant paper": (ONE, _options(variant="paper")),
-    "variant pytorch": (ONE, _options(variant="pytorch")),
-    "λ=0": (ONE, _options(s_decay=0.0)),
-    "λ=0.1": (ONE, _options(s_decay=0.1)),
+    "variant paper": (ONE, _given(variant="paper")),
+    "variant pytorch": (ONE, _given(variant="pytorch")),
+    "λ=0": (ONE, _given(s_decay=0.0)),
+    "λ=0.1": (ONE, _given(s_decay=0.1)),
     "h not clamped": (ONE, _constants(clamps_h=False)),
     "r floored": (ONE, _constants(floors_r=True)),
-    "3 betas": (ONE, _options(tuner_betas=(0.9, 0.999, 0.99999))),
-    "1 beta": (ONE, _options(tuner_betas=(0.999999,))),
-    "scale a group": (ONE, _options(scale="group")),
-    "scale a parameter": (ONE, _options(scale="parameter")),
+    "3 betas": (ONE, _given(tuner_betas=(0.9, 0.999, 0.99999))),
+    "1 beta": (ONE, _given(tuner_betas=(0.999999,))),
+    "scale a group": (ONE, _given(scale_per="group")),
+    "scale a parameter": (ONE, _given(scale_per="parameter")),
 }
-"""Each arm with the bases that it is tried on."""
+"""Each arm with the bases that it is run with."""

@@ -1,4 +1,4 @@
-"""A model of GPT-2's size on all the source that Python's installation carries; wants a GPU."""
+"""A model of GPT-2's size on the source of Python's standard library; it needs a GPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .text import example
 
 SIZES = {"width": 768, "layers": 12, "heads": 12, "context": 256}
 BATCH = 32
-KEPT = 2048
-"""Windows of validation text that the score is taken over."""
+SCORED = 2048
+"""Windows of text that each loss is computed over."""
 
 
 @cache
 def _bytes() -> tuple[Tensor, Tensor]:
-    """Return the standard library's source as bytes, (train, validation): every tenth file."""
+    """Return the library's source as bytes, (train, validation); every tenth file validates."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts]
     parts: tuple[list[bytes], list[bytes]] = ([], [])
@@ -33,7 +33,7 @@ def _bytes() -> tuple[Tensor, Tensor]:
 
 
 class Source(Problem):
-    """The next byte of Python source, with products in bfloat16."""
+    """Predict the next byte of Python source, with matrix products in bfloat16."""
 
     def __init__(self, model: nn.Module, seed: int, device: str) -> None:
         super().__init__(model.to(device), seed)
@@ -51,20 +51,14 @@ class Source(Problem):
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
         context = SIZES["context"]
-        windows = [part[: KEPT * context + 1] for part in (self.train, self.validation)]
+        windows = [part[: SCORED * context + 1] for part in (self.train, self.validation)]
         with torch.autocast(self.device, torch.bfloat16):
-            seen, kept = (example().validation_loss(model, part, BATCH) for part in windows)
-            batch = self.validation[: BATCH * context].view(BATCH, context)
-            right = model(batch[:, :-1]).argmax(-1) == batch[:, 1:]
-        return {
-            "train_loss": seen,
-            "validation_loss": kept,
-            "accuracy": right.float().mean().item(),
-        }
+            train, validation = (example().validation_loss(model, w, BATCH) for w in windows)
+        return {"train_loss": train, "validation_loss": validation}
 
 
 def gpt2(seed: int) -> Source:
-    """Twelve layers of width 768, 85 M weights; on the CPU where there is no GPU, for days."""
+    """Twelve layers of width 768, 85 M weights. Without a GPU it takes days on the CPU."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Source(example().CharModel(256, **SIZES), seed, device)

@@ -1,8 +1,8 @@
-"""Who trains: a base at a given learning rate, Mechanic around it, and the others that need none.
+"""Training methods: a base at a given learning rate, Mechanic around it, and other packages.
 
-Each is used as its authors say: Prodigy and D-Adaptation with lr=1 and the recipe's own schedule
-(Prodigy with safeguard_warmup where there is a warm-up), schedule-free without a schedule, with its
-own warm-up and its evaluation mode, DoG without a schedule and with its averager.
+Each package is used as its authors recommend: Prodigy and D-Adaptation with lr=1 and the recipe's
+schedule (Prodigy with safeguard_warmup if there is a warm-up), schedule-free without a schedule but
+with its own warm-up and evaluation mode, DoG without a schedule but with its averager.
 """
 
 from __future__ import annotations
@@ -26,27 +26,35 @@ BASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
     "AdamW": (torch.optim.AdamW, mechanic_fused.MechanicAdamW, 2**-7),
     "Lion": (mechanic_fused.Lion, mechanic_fused.MechanicLion, 2**-10),
 }
-"""Each base, Mechanic around it, and the middle of the first grid of learning rates."""
+"""Each base optimizer, Mechanic around it, and the middle of the first grid of learning rates."""
 
 DECAY = {"SGD": 0.0, "AdamW": 1.0, "Lion": 10.0}
-"""Times the recipe's weight decay: none for SGD, ten times for Lion's smaller rates, as its paper
-does."""
+"""Multiples of the recipe's weight decay; Lion's paper uses ten times as much as AdamW."""
 
 
 class Trainer:
-    """An optimizer with its schedule, and the weights that it wants to be judged by.
+    """An optimizer with its schedule, and the weights that it is evaluated with.
 
     Args:
-        rate: reads the learning rate that it takes now.
+        learned: optimizer → the current learning rate; by default its first group's lr.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: Any, rate: Callable[[], float]
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any = None,
+        learned: Callable[[Any], float] = lambda opt: opt.param_groups[0]["lr"],
     ) -> None:
-        self.model, self.optimizer, self.scheduler, self.rate = model, optimizer, scheduler, rate
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.learned = learned
+
+    def rate(self) -> float:
+        """Return the current learning rate."""
+        return float(self.learned(self.optimizer))
 
     def backward(self, loss: Tensor, clip: float | None) -> None:
-        """Compute gradients, clipped to this norm where the recipe has one."""
+        """Compute gradients, and clip them to this norm unless it is None."""
         self.optimizer.zero_grad()
         loss.backward()
         if clip is not None:
@@ -58,29 +66,30 @@ class Trainer:
             self.scheduler.step()
 
     def train_step(self, problem: Problem, batch: Any, clip: float | None) -> Tensor:
-        """Take one step on a batch, and return its loss before it."""
+        """Take one step on a batch; return the loss before it."""
         loss = problem.loss(batch)
         self.backward(loss, clip)
         self.step()
         return loss
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The model to evaluate."""
         yield self.model
 
 
 class ScheduleFree(Trainer):
-    """Gradients are taken at one point, and the model is judged at another."""
+    """Gradients are computed at one point, and the model is evaluated at another."""
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
         self.optimizer.eval()
         yield self.model
         self.optimizer.train()
 
 
 class Averaged(Trainer):
-    """The model is judged by DoG's own average of its weights."""
+    """The model is evaluated with DoG's average of its weights."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -91,7 +100,7 @@ class Averaged(Trainer):
         self.averager.step()
 
     @contextmanager
-    def judged(self) -> Iterator[nn.Module]:
+    def evaluated(self) -> Iterator[nn.Module]:
         yield self.averager.averaged_model
 
 
@@ -107,40 +116,35 @@ def _options(base: str, task: Task) -> dict[str, Any]:
 
 
 def optimizer(base: str, lr: float, problem: Problem, task: Task) -> Any:
-    """Return torch's own, with the options of the recipe."""
+    """Return the base optimizer with the options of the recipe."""
     fused = {} if base == "Lion" else {"fused": True}
     return BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
 
 
-def plain(base: str, lr: float) -> Make:
-    def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        opt = optimizer(base, lr, problem, task)
-        return Trainer(
-            problem.model, opt, schedule(opt, task, steps), lambda: opt.param_groups[0]["lr"]
-        )
-
-    return make
+def plain(base: str, lr: float, problem: Problem, task: Task, steps: int) -> Trainer:
+    """Train with a base optimizer at this learning rate."""
+    opt = optimizer(base, lr, problem, task)
+    return Trainer(problem.model, opt, schedule(opt, task, steps))
 
 
-def mechanic(base: str, lr: float = 1.0, **options: Any) -> Make:
-    def make(problem: Problem, task: Task, steps: int) -> Trainer:
-        weights = problem.weights()
-        if options.get("scale") == "group":
-            # As people split them for weight decay: matrices, and vectors.
-            weights = [
-                {"params": [w for w in weights if (w.dim() > 1) == matrix]}
-                for matrix in (True, False)
-            ]
-        opt = BASES[base][1](weights, lr=lr, **_options(base, task), **options)
-        return Trainer(
-            problem.model, opt, schedule(opt, task, steps), lambda: max(opt.learned_lr())
-        )
-
-    return make
+def mechanic(
+    base: str, options: dict[str, Any], problem: Problem, task: Task, steps: int
+) -> Trainer:
+    """Train with Mechanic around a base, with these options of its own."""
+    weights = problem.weights()
+    if options.get("scale_per") == "group":
+        # Matrices and vectors, as is usual for weight decay.
+        weights = [
+            {"params": [w for w in weights if (w.dim() > 1) == matrix]} for matrix in (True, False)
+        ]
+    opt = BASES[base][1](weights, lr=1.0, **_options(base, task), **options)
+    return Trainer(
+        problem.model, opt, schedule(opt, task, steps), lambda opt: max(opt.learned_lr())
+    )
 
 
 def _estimated(opt: Any) -> float:
-    """The learning rate of Prodigy and D-Adaptation: their estimate d times lr."""
+    """Return the learning rate of Prodigy and D-Adaptation: their estimate d times lr."""
     return opt.param_groups[0]["d"] * opt.param_groups[0]["lr"]
 
 
@@ -151,14 +155,14 @@ def _prodigy(problem: Problem, task: Task, steps: int) -> Trainer:
         weight_decay=task.decay,
         safeguard_warmup=task.schedule == "cosine",
     )
-    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+    return Trainer(problem.model, opt, schedule(opt, task, steps), _estimated)
 
 
 def _d_adaptation(problem: Problem, task: Task, steps: int) -> Trainer:
     opt = importlib.import_module("dadaptation").DAdaptAdam(
         problem.weights(), lr=1.0, weight_decay=task.decay, decouple=True
     )
-    return Trainer(problem.model, opt, schedule(opt, task, steps), lambda: _estimated(opt))
+    return Trainer(problem.model, opt, schedule(opt, task, steps), _estimated)
 
 
 def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
@@ -166,12 +170,12 @@ def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
         problem.weights(), weight_decay=task.decay, warmup_steps=max(1, steps // 20)
     )
     opt.train()
-    return ScheduleFree(problem.model, opt, None, lambda: opt.param_groups[0]["lr"])
+    return ScheduleFree(problem.model, opt)
 
 
 def _dog(problem: Problem, task: Task, steps: int) -> Trainer:
     opt = importlib.import_module("dog").DoG(problem.weights())
-    return Averaged(problem.model, opt, None, lambda: float(opt.param_groups[0]["eta"][0]))
+    return Averaged(problem.model, opt, None, lambda opt: opt.param_groups[0]["eta"][0])
 
 
 OTHERS: dict[str, Make] = {
@@ -180,4 +184,4 @@ OTHERS: dict[str, Make] = {
     "schedule-free AdamW": _schedule_free,
     "DoG": _dog,
 }
-"""schedule-free has a learning rate; it is left at the package's own 0.0025."""
+"""schedule-free has a learning rate, left at the package's default of 0.0025."""

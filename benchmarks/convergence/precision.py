@@ -1,6 +1,6 @@
-"""Low precision without master weights: Mechanic beside AdamW, the character model, T steps.
+"""Low precision without master weights: Mechanic beside AdamW on the character model, T steps.
 
-Mechanic's learning rate is learned; AdamW's is the best of its float32 grid, in every precision.
+AdamW runs at the best rate of its float32 grid in every precision.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights, products and Δ are kept.
+    """The dtypes of weights, matrix products, optimizer state and Δ.
 
     Args:
         weights: the dtype of the model's weights and gradients.
-        autocast: products in bfloat16 from wider weights.
-        scaled: a GradScaler, whose factor the optimizer's kernels take away.
-        state: Mechanic's base keeps its state in the weights' dtype, as torch's AdamW does.
-        delta: None, or how Δ is rounded to bfloat16 at each step: "stochastic", by the option
-            ``narrow_delta``, or "nearest", a trial of what the kernels do not do, in float32.
+        autocast: compute matrix products in bfloat16 from wider weights.
+        scaled: use a GradScaler; the optimizer's kernels unscale the gradients.
+        state: Mechanic's base keeps its state in the weights' dtype, like torch's AdamW.
+        delta: None, or how each step rounds Δ to bfloat16: "stochastic", which is an option of the
+            optimizer, or "nearest", an experiment of this benchmark that the kernels do not offer.
     """
 
     weights: torch.dtype = torch.float32
@@ -36,14 +36,13 @@ class Precision:
     delta: str | None = None
 
     @property
-    def options(self) -> dict[str, bool]:
-        """What a mechanized optimizer is made with; fused lets kernels take away the factor."""
-        wanted = {
-            "fused": self.scaled,
-            "narrow_state": self.state,
-            "narrow_delta": self.delta == "stochastic",
+    def options(self) -> dict[str, Any]:
+        """The options of a mechanized optimizer; with fused=True its kernels unscale."""
+        return {
+            **({"fused": True} if self.scaled else {}),
+            **({"state_dtype": "param"} if self.state else {}),
+            **({"delta_dtype": torch.bfloat16} if self.delta == "stochastic" else {}),
         }
-        return {name: True for name, is_wanted in wanted.items() if is_wanted}
 
 
 PRECISIONS = {
@@ -62,13 +61,13 @@ COMPARED = {
     "Mechanic AdamW": tuple(PRECISIONS),
     "AdamW": tuple(name for name, p in PRECISIONS.items() if not p.scaled and p.delta is None),
 }
-"""The precisions of each method. torch's own AdamW refuses GradScaler over float16 weights."""
+"""The precisions of each method. GradScaler refuses torch's AdamW with float16 weights."""
 
 TASK = "char"
 
 
-class Rounded(Trainer):
-    """Rounds Δ to the nearest bfloat16 after each step."""
+class NearestDelta(Trainer):
+    """Round Δ to the nearest bfloat16 after each step."""
 
     def step(self) -> None:
         super().step()
@@ -76,8 +75,8 @@ class Rounded(Trainer):
             state["delta"].copy_(state["delta"].bfloat16())
 
 
-class Scaled(Trainer):
-    """Scales the loss; the optimizer unscales, skips and clips in its own kernels."""
+class WithGradScaler(Trainer):
+    """Scale the loss; the optimizer's kernels unscale, skip and clip."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -94,29 +93,28 @@ class Scaled(Trainer):
         self.scheduler.step()
 
 
-def narrowed(make: Make, precision: Precision) -> Make:
-    """Return the same method over a problem in another precision."""
+def in_precision(make: Make, precision: Precision) -> Make:
+    """Return the same method in another precision."""
 
     def made(problem: Problem, task: Task, steps: int) -> Trainer:
         model, forward = problem.model.to(precision.weights), problem.model.forward
         if precision.autocast:
             forward = torch.autocast("cpu", torch.bfloat16)(forward)
-        # The cross-entropy is taken in float32, as is usual.
+        # The cross-entropy is computed in float32, as is usual.
         model.forward = lambda x: forward(x).float()
         trainer = make(problem, task, steps)
-        parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.rate)
+        parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.learned)
         if precision.scaled:
-            return Scaled(*parts)
-        return Rounded(*parts) if precision.delta == "nearest" else trainer
+            return WithGradScaler(*parts)
+        return NearestDelta(*parts) if precision.delta == "nearest" else trainer
 
     return made
 
 
 def bytes_of(method: str, name: str) -> float:
-    """Return the bytes a parameter of the weights and of all that the optimizer keeps.
+    """Return the bytes per parameter of the weights and the optimizer state, without gradients.
 
-    A Δ that is rounded by way of trial counts as the bfloat16 that it stands for. Gradients, in the
-    weights' dtype, come on top.
+    A Δ that is rounded to nearest counts as bfloat16, although the experiment stores float32.
     """
     precision = PRECISIONS[name]
     base, ours, _ = BASES["AdamW"]

@@ -1,4 +1,4 @@
-"""What a task hands to the training loop."""
+"""The interface between a task and the training loop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Scores = dict[str, float]
 
 
 class Problem(ABC):
-    """A model with freshly drawn weights, batches of training data, and how it is judged.
+    """A newly initialized model, batches of training data, and the scores of a trained model.
 
     Args:
-        model: what is trained; its weights with requires_grad are the optimizer's.
-        seed: of the batches, too.
+        model: the optimizer gets its weights with requires_grad.
+        seed: determines the batches.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -36,15 +36,15 @@ class Problem(ABC):
 
     @abstractmethod
     def scores(self, model: nn.Module) -> Scores:
-        """Return train_loss, validation_loss and accuracy (on the validation split)."""
+        """Return train_loss, validation_loss and, where that is the metric, validation accuracy."""
 
 
 class Classification(Problem):
-    """Rows with a class each; an epoch is a permutation of the training rows.
+    """Classify rows; an epoch is a permutation of the training rows.
 
     Args:
-        train, validation: (x, y), y int64 classes.
-        size: of a batch.
+        train, validation: (x, y), y being int64 classes.
+        size: rows in a batch.
         l2: adds (l2/2)·‖w‖² to the training objective.
     """
 

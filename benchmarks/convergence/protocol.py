@@ -1,6 +1,6 @@
-"""Which runs the comparison consists of, as a function of the rows that are there.
+"""The runs that are still missing, as a function of the rows so far.
 
-So a protocol that was killed goes on, and one that has all its rows asks for nothing.
+A protocol that was killed therefore resumes, and a complete one asks for nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ KEY = ["task", "horizon", "method", "lr", "arm", "seed"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is run.
+    """The size of the comparison.
 
     Args:
-        choosing: the seeds of the grid; the best learning rate is chosen on them.
-        fresh: the seeds of what is compared.
-        points: of the first grid, in factors of 2; it grows until its best is strictly inside.
-        points_later: of the grid of a longer horizon, around the best of the shorter one.
-        widest: the number of points at which it stops growing.
-        horizons: the longest, in multiples of T.
-        shorter: divides every run's steps.
+        choosing: the seeds of the grid, on which the best learning rate is chosen.
+        fresh: the seeds of the comparison.
+        points: points of the first grid, in factors of 2; it grows until its best is not at an end.
+        points_later: points of the grid of a longer horizon, around the best of the shorter one.
+        widest: the number of points at which a grid stops growing.
+        horizons: the longest horizon, in multiples of T.
+        shorter: divides the steps of every run.
     """
 
     choosing: tuple[int, ...] = (0, 1)
@@ -49,7 +49,7 @@ QUICK = Protocol(choosing=(0,), fresh=(100, 101), points=5, widest=9, horizons=1
 
 
 def cells(tasks: list[str], protocol: Protocol) -> Iterator[tuple[str, int]]:
-    """Yield (task, horizon): each is a comparison of its own."""
+    """Yield (task, horizon) of each comparison."""
     for task in tasks:
         for horizon in TASKS[task].horizons:
             if horizon <= protocol.horizons:
@@ -57,13 +57,13 @@ def cells(tasks: list[str], protocol: Protocol) -> Iterator[tuple[str, int]]:
 
 
 def missing(rows: Rows, specs: list[Spec]) -> list[Spec]:
-    """Return those that have no row yet."""
+    """Return the specs that have no row yet."""
     there = set(rows[KEY].itertuples(index=False, name=None))
     return [s for s in specs if (s.task, s.horizon, s.method, s.lr, s.arm, s.seed) not in there]
 
 
-def searched(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the runs of the grids that are asked for next; none when each has its best inside."""
+def grid_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the next runs of the grids; none once every best is inside its grid."""
     specs = [
         Spec(task, horizon, base, lr, "", seed)
         for task, horizon in cells(tasks, protocol)
@@ -74,8 +74,8 @@ def searched(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     return missing(rows, specs)
 
 
-def compared(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the runs on fresh seeds that are asked for next; a grid's best once it is known."""
+def comparison_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the next runs on fresh seeds; a grid's best is among them once it is known."""
     specs = []
     for task, horizon in cells(tasks, protocol):
         bases = TASKS[task].bases
@@ -94,8 +94,8 @@ def compared(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     return missing(rows, specs)
 
 
-def ablated(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the runs of the ablations, at T and on the seeds of the grid, that are not there."""
+def ablation_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the missing runs of the ablations, at T and on the seeds of the grid."""
     specs = [
         Spec(task, 1, f"Mechanic {base}", 0.0, arm, seed)
         for task in tasks
@@ -106,8 +106,8 @@ def ablated(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     return missing(rows, specs)
 
 
-def narrowed(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the runs in low precision that are not there; none before AdamW's grid is complete."""
+def precision_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the missing runs in low precision; none before AdamW's grid is complete."""
     if precision.TASK not in tasks:
         return []
     rates = grid(rows, precision.TASK, 1, "AdamW", protocol)
@@ -124,11 +124,11 @@ def narrowed(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
 
 
 def grid(rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> list[float]:
-    """Return the learning rates of a grid: one more each time its best is found at an end.
+    """Return the learning rates of a grid, which gets one more whenever its best is at an end.
 
-    None for a longer horizon while the best of the shorter one is not known.
+    For a longer horizon it is empty until the best of the shorter one is known.
     """
-    middle, half = BASES[base][2] / TASKS[task].narrower, protocol.points // 2
+    middle, half = BASES[base][2] / TASKS[task].smaller_lr, protocol.points // 2
     shorter = [h for h in TASKS[task].horizons if h < horizon]
     if shorter:
         rates = grid(rows, task, shorter[-1], base, protocol)
@@ -161,10 +161,9 @@ def best(
 def grid_means(
     rows: Rows, task: str, horizon: int, base: str, rates: list[float], protocol: Protocol
 ) -> Any:
-    """Return the grid's mean scores by learning rate, the best first; None if any run is missing.
+    """Return the grid's mean scores by learning rate, the best first; None if a run is missing.
 
-    The best has the best mean of the task's metric; between equals the smaller validation loss
-    decides.
+    The best has the best mean metric; ties are broken by the validation loss.
     """
     these = rows[
         (rows.task == task)
@@ -178,7 +177,7 @@ def grid_means(
         return None
     means = these.groupby("lr")[["train_loss", "validation_loss", "accuracy"]].mean()
     if TASKS[task].metric == "accuracy":
-        # An accuracy is a count over rows: the rounding of its mean must not decide.
+        # Accuracies are counts divided by rows: rounding errors must not break ties.
         means["accuracy"] = means["accuracy"].round(6)
         return means.sort_values(["accuracy", "validation_loss"], ascending=[False, True])
     return means.sort_values("validation_loss")

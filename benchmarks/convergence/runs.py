@@ -1,24 +1,23 @@
-"""One run: a task, a horizon, a method and a seed, from the first step to its row of figures."""
+"""One run: a task, a horizon, a method and a seed, from the first step to its row."""
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
-from .precision import PRECISIONS, narrowed
+from .precision import PRECISIONS, in_precision
 from .problem import Problem
 from .tasks import TASKS, Task
 from .tuned import TUNED
 
-DIVERGED = {"train_loss": math.inf, "validation_loss": math.inf, "accuracy": 0.0}
-LOOKS = 50
-"""How often a run's learning rate is looked at."""
+READS = 50
+"""How often the loss and the learning rate are read during a run."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Spec:
         horizon: in multiples of the task's T.
         method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
             in TUNED.
-        lr: of a plain base, and where a tuner starts; 0 for the rest.
+        lr: of a plain base, or where a tuner starts; 0 for the rest.
         arm: a name in ablations.ARMS or in precision.PRECISIONS, or "" for the defaults.
     """
 
@@ -40,59 +39,56 @@ class Spec:
     arm: str
     seed: int
 
-    @property
-    def steps(self) -> int:
-        return self.horizon * TASKS[self.task].steps
+
+def steps_of(task: str, horizon: int, shorter: int = 1) -> int:
+    """Return the steps of a run; ``shorter`` divides their number."""
+    return max(20, horizon * TASKS[task].steps // shorter)
 
 
 def run(spec: Spec, shorter: int = 1) -> dict[str, Any]:
-    """Train, and return the row: the spec, scores, the largest learning rate, seconds.
-
-    Args:
-        shorter: divides the number of steps.
-    """
+    """Train, and return the row: the spec, the scores and the largest learning rate."""
     task = TASKS[spec.task]
-    with ExitStack() as arm:
-        make = _make(spec, arm)
+    with ExitStack() as stack:
+        make = _make(spec, stack)
         problem = task.build(spec.seed)
-        steps = max(20, spec.steps // shorter)
-        began = time.perf_counter()
-        figures = _train(problem, task, make, steps)
-    return {**asdict(spec), "steps": steps, **figures, "seconds": time.perf_counter() - began}
+        scores = _train(problem, task, make, steps_of(spec.task, spec.horizon, shorter))
+    return {**asdict(spec), **scores}
 
 
-def _make(spec: Spec, arm: ExitStack) -> Make:
+def _make(spec: Spec, stack: ExitStack) -> Make:
     if spec.method in OTHERS:
         return OTHERS[spec.method]
     if spec.method in TUNED:
-        return TUNED[spec.method].make(spec.lr)
+        return partial(TUNED[spec.method].make, spec.lr)
     name, _, base = spec.method.rpartition(" ")
-    options: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if spec.arm in ARMS:
-        options, change = ARMS[spec.arm][1]
-        arm.enter_context(change)
+        chosen, change = ARMS[spec.arm][1]
+        stack.enter_context(change)
     precision = PRECISIONS.get(spec.arm)
     if precision:
-        options = precision.options
-    make = mechanic(base, **options) if name else plain(base, spec.lr)
-    return narrowed(make, precision) if precision else make
+        chosen = precision.options
+    make = partial(mechanic, base, chosen) if name else partial(plain, base, spec.lr)
+    return in_precision(make, precision) if precision else make
 
 
 def _train(problem: Problem, task: Task, make: Make, steps: int) -> dict[str, float]:
     rate = 0.0
+    diverged = {"train_loss": math.inf, "validation_loss": math.inf}
+    diverged |= {"accuracy": 0.0} if task.metric == "accuracy" else {}
     with warnings.catch_warnings():
-        # The packages call torch in ways that it warns of; nothing here can be done about that.
+        # Other packages use torch in ways that it warns of.
         warnings.simplefilter("ignore")
         trainer = make(problem, task, steps)
         for t in range(steps):
             loss = trainer.train_step(problem, problem.batch(), task.clip)
-            if t % max(1, steps // LOOKS) == 0:
+            if t % max(1, steps // READS) == 0:
                 if not math.isfinite(loss.item()):
-                    return {**DIVERGED, "rate": rate}
+                    return {**diverged, "rate": rate}
                 rate = max(rate, trainer.rate())
-        with trainer.judged() as model:
+        with trainer.evaluated() as model:
             model.eval()
             scores = problem.scores(model)
     if not all(map(math.isfinite, scores.values())):
-        return {**DIVERGED, "rate": rate}
+        scores = diverged
     return {**scores, "rate": rate}

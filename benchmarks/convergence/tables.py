@@ -1,10 +1,9 @@
-"""What the rows say: each comparison with its interval, the ranking, the ablations."""
+"""Tables of the rows: the comparisons with their intervals, the ranking, the ablations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import pandas
 from scipy import stats
 from tabulate import tabulate
@@ -13,22 +12,23 @@ from . import precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .protocol import KEY, Protocol, Rows, best, cells, grid, grid_means
+from .runs import steps_of
 from .tasks import TASKS
 
 WITHIN = {"loss": 0.02, "accuracy": 0.005}
-"""How far behind the best of the grid Mechanic may be: 2 % of a loss, 0.5 points of an accuracy."""
+"""How far Mechanic may be behind the best of the grid: 2 % of a loss, 0.5 points of accuracy."""
 
 STRICT = {"char": 0.01}
-"""The tasks for which less is allowed."""
+"""The tasks with a smaller tolerance."""
 
 
 def score(task: str) -> str:
-    """Return the column that a task is compared by."""
+    """Return the column that is compared."""
     return "validation_loss" if TASKS[task].metric == "loss" else "accuracy"
 
 
-def of(rows: Rows, task: str, horizon: int, method: str, **more: Any) -> Rows:
-    """Return the rows of one method in one comparison, by seed."""
+def select(rows: Rows, task: str, horizon: int, method: str, **more: Any) -> Rows:
+    """Return the rows of one method in one comparison, indexed by seed."""
     chosen = (rows.task == task) & (rows.horizon == horizon) & (rows.method == method)
     more.setdefault("arm", "")
     for name, value in more.items():
@@ -37,7 +37,7 @@ def of(rows: Rows, task: str, horizon: int, method: str, **more: Any) -> Rows:
 
 
 def comparisons(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
-    """Return a line for each task, horizon and base whose runs are complete."""
+    """Return a row for each task, horizon and base whose runs are complete."""
     lines = []
     for task, horizon in cells(tasks, protocol):
         for base in BASES:
@@ -55,8 +55,8 @@ def _comparison(
     if chosen is None:
         return None
     fresh = {"seed": protocol.fresh, "arm": ""}
-    tuned = of(rows, task, horizon, base, lr=chosen, **fresh)
-    ours = of(rows, task, horizon, f"Mechanic {base}", **fresh)
+    tuned = select(rows, task, horizon, base, lr=chosen, **fresh)
+    ours = select(rows, task, horizon, f"Mechanic {base}", **fresh)
     if not len(tuned) == len(ours) == len(protocol.fresh):
         return None
     metric = TASKS[task].metric
@@ -65,7 +65,7 @@ def _comparison(
     inside = rates[0] < chosen < rates[-1]
     return {
         "task": task,
-        "steps": int(ours.steps.iloc[0]),
+        "steps": steps_of(task, horizon, protocol.shorter),
         "base": base,
         "metric": metric,
         "best lr": chosen,
@@ -83,9 +83,9 @@ def _comparison(
 
 
 def gap(tuned: pandas.Series, ours: pandas.Series, metric: str) -> tuple[float, float]:
-    """Return by how much ours is worse, and half of the 95 % interval over the seeds, paired.
+    """Return how much worse ours is, and half of the paired 95 % interval over the seeds.
 
-    Of a loss the ratio of the means less 1, of an accuracy the difference of the means.
+    For a loss it is the ratio of the means minus 1, for an accuracy the difference of the means.
     """
     differences = (ours - tuned) / tuned.mean() if metric == "loss" else tuned - ours
     n = len(differences)
@@ -94,12 +94,12 @@ def gap(tuned: pandas.Series, ours: pandas.Series, metric: str) -> tuple[float, 
 
 
 def ranking(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
-    """Return each method's score in each comparison, and its mean rank, the best first."""
+    """Return each method's score in each comparison, and its mean rank with each base."""
     methods = [*(f"Mechanic {base}" for base in BASES), *OTHERS]
     scores, ranks = {}, {}
     for task, horizon in cells(tasks, protocol):
         found = {
-            method: of(rows, task, horizon, method, arm="", seed=protocol.fresh)[score(task)]
+            method: select(rows, task, horizon, method, arm="", seed=protocol.fresh)[score(task)]
             for method in methods
         }
         if any(len(values) < len(protocol.fresh) for values in found.values()):
@@ -107,8 +107,8 @@ def ranking(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
         means = pandas.Series({method: values.mean() for method, values in found.items()})
         name = f"{task} ×{horizon}"
         scores[name] = means
-        # Mechanic's three bases stand in turn for it against the others, so that no method has
-        # more places in the ranking than another.
+        # Each base of Mechanic is ranked against the others alone, so that every method has one
+        # place in a ranking.
         for base in BASES:
             ours = f"Mechanic {base}"
             order = means[[ours, *OTHERS]].round(6)
@@ -127,9 +127,9 @@ def ranking(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
 
 
 def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
-    """Return for each arm and base how far behind the best of the grid it is, task by task.
+    """Return how far each arm and base is behind the best of the grid, for each task.
 
-    On the seeds that the grid's best was chosen on, which favours the grid.
+    Both are on the seeds on which the grid's best was chosen, which favours the grid.
     """
     lines = []
     for base in BASES:
@@ -138,7 +138,7 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
             for task in tasks:
                 rates = grid(rows, task, 1, base, protocol)
                 means = grid_means(rows, task, 1, base, rates, protocol)
-                found = of(rows, task, 1, f"Mechanic {base}", arm=arm, seed=protocol.choosing)
+                found = select(rows, task, 1, f"Mechanic {base}", arm=arm, seed=protocol.choosing)
                 if means is None or len(found) < len(protocol.choosing):
                     continue
                 tuned, ours = means.iloc[0][score(task)], found[score(task)].mean()
@@ -150,11 +150,11 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
 
 
 def precisions(rows: Rows, protocol: Protocol) -> Rows:
-    """Return the losses and the bytes a parameter of the runs in low precision."""
+    """Return the losses and the bytes per parameter of the runs in low precision."""
     lines = []
     for method, arms in precision.COMPARED.items():
         for arm in arms:
-            found = of(rows, precision.TASK, 1, method, arm=arm, seed=protocol.fresh)
+            found = select(rows, precision.TASK, 1, method, arm=arm, seed=protocol.fresh)
             if len(found):
                 lines.append(
                     {
@@ -170,22 +170,17 @@ def precisions(rows: Rows, protocol: Protocol) -> Rows:
     return pandas.DataFrame(lines)
 
 
-def check(rows: Rows) -> None:
-    """Raise ValueError if any run is there twice: two programs wrote into one file."""
+def check_unique(rows: Rows) -> None:
+    """Raise ValueError if a run has two rows, because two programs wrote to one file."""
     twice = rows[rows.duplicated(KEY)]
     if len(twice):
-        raise ValueError(f"runs must be there once, got {len(twice)} of them twice")
+        raise ValueError(f"each run must have one row, got {len(twice)} runs with two")
 
 
-def lines(table: Rows) -> list[dict[str, Any]]:
-    """Return a table's lines for JSON, without the cells that hold no number."""
-    return [{k: v for k, v in line.items() if v == v} for line in table.to_dict("records")]
-
-
-def shown(table: Rows) -> str:
+def markdown(table: Rows) -> str:
     """Return a table as Markdown."""
     return tabulate(
-        table.replace({numpy.nan: None}),
+        table.astype(object).where(table.notna(), None),
         headers="keys",
         tablefmt="github",
         floatfmt=".4g",

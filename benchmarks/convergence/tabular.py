@@ -21,7 +21,7 @@ def _rows(name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _split(name: str, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return (train, validation): a quarter kept, columns standardized by the training rows."""
+    """Return (train, validation): a quarter validates; the training rows standardize columns."""
     x, y = _rows(name)
     x_train, x_kept, y_train, y_kept = train_test_split(
         x, y, test_size=0.25, stratify=y, random_state=seed
@@ -35,7 +35,7 @@ def _split(name: str, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _pixels(seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the digits' (train, validation) as grey levels of about -1 to 1."""
+    """Return (train, validation) of the digits, as grey levels from about -1 to 1."""
     x, y = _rows("digits")
     parts = train_test_split(x / 8 - 1, y, test_size=0.25, stratify=y, random_state=seed)
     x_train, x_kept, y_train, y_kept = (torch.tensor(part) for part in parts)
@@ -43,7 +43,7 @@ def _pixels(seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def regression(name: str, seed: int) -> Classification:
-    """Softmax regression with an L2 term, from weights of 0 (the convex task of its kind)."""
+    """Softmax regression with an L2 term, a convex task; all weights start at 0."""
     train, validation = _split(name, seed)
     model = nn.Linear(train[0].shape[1], int(train[1].max()) + 1)
     for w in model.parameters():
@@ -52,7 +52,7 @@ def regression(name: str, seed: int) -> Classification:
 
 
 def digits_mlp(seed: int) -> Classification:
-    """Two hidden layers of 128."""
+    """A perceptron with two hidden layers of 128."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
@@ -61,7 +61,7 @@ def digits_mlp(seed: int) -> Classification:
 
 
 def digits_conv(seed: int) -> Classification:
-    """Two convolutions with batch norm, then a mean over places."""
+    """Two convolutions with batch norm, then average pooling."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),

@@ -1,4 +1,4 @@
-"""What is trained: each task's recipe, the same for every optimizer."""
+"""The tasks and their recipes, which are the same for every optimizer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Task:
     """A model, its data and its recipe.
 
     Args:
-        build: seed → the problem: weights, split and order of the batches depend on the seed alone.
+        build: seed → problem; the weights, the split and the order of batches depend only on it.
         steps: T, the shorter horizon.
-        seconds: about what a run of T takes, for the order of the runs.
-        metric: what is compared, "loss" or "accuracy", both on the validation split.
+        seconds: roughly, of a run of T steps; used to order the runs.
+        metric: the validation score that is compared, "loss" or "accuracy".
         schedule: "drops", × 0.1 at 60, 80 and 95 % of the steps, or "cosine", after 5 % warm-up.
-        decay: weight decay of the base; 0 where the loss has an L2 term of its own.
-        clip: the largest norm of the gradients, where the recipe clips them.
+        decay: weight decay of the base; 0 where the loss has an L2 term.
+        clip: the maximum norm of the gradients, if the recipe clips them.
         horizons: in multiples of ``steps``.
-        bases: the base optimizers that it is run with.
-        narrower: what the middle of each base's first grid is divided by: a large model wants less.
-        on_request: run only when named: it needs a GPU. The other packages are not run then.
+        bases: the base optimizers that run on it.
+        smaller_lr: divides the middle of each first grid: a large model needs a smaller lr.
+        on_request: run only when named, and without the other packages: it needs a GPU.
     """
 
     build: Callable[[int], Problem]
@@ -36,12 +36,12 @@ class Task:
     clip: float | None = None
     horizons: tuple[int, ...] = (1,)
     bases: tuple[str, ...] = ("SGD", "AdamW", "Lion")
-    narrower: int = 1
+    smaller_lr: int = 1
     on_request: bool = False
 
 
 def _regression(name: str, steps: int, seconds: float) -> Task:
-    """Logistic regression: batches of 16, 100 epochs, the learning rate × 0.1 at 60, 80 and 95."""
+    """Logistic regression: batches of 16 for 100 epochs."""
     return Task(
         lambda seed: tabular.regression(name, seed), steps, seconds, schedule="drops", decay=0.0
     )
@@ -61,9 +61,8 @@ TASKS = {
         metric="loss",
         clip=1.0,
         bases=("AdamW",),
-        narrower=8,
+        smaller_lr=8,
         on_request=True,
     ),
     "tokens": Task(tokens.token_types, 600, 5, clip=1.0),
 }
-"""The metric's tolerance is tables.WITHIN."""

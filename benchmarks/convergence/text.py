@@ -1,4 +1,4 @@
-"""Text that Python's installation carries: a character model and its low-rank fine-tune."""
+"""Text that comes with Python: a character model, and its low-rank fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..records import ROOT
+from .._harness.records import ROOT
 from .problem import Problem, Scores
 
 CONTEXT, BATCH = 64, 8
-WINDOWS, KEPT = 256, 1024
-"""How many windows of text the scores are taken over at the end, of training and of validation."""
+TRAIN_WINDOWS, VALIDATION_WINDOWS = 256, 1024
+"""Windows of text that the final losses are computed over."""
 
-MODULES = """
-argparse ast calendar configparser datetime difflib doctest inspect
-logging pathlib pickle statistics tarfile turtle typing zipfile
-""".split()
+MODULES = (
+    *("argparse", "ast", "calendar", "configparser", "datetime", "difflib", "doctest", "inspect"),
+    *("logging", "pathlib", "pickle", "statistics", "tarfile", "turtle", "typing", "zipfile"),
+)
 PRETRAINING, PRETRAINING_RATE = 2000, 1e-2
 RANK = 8
 
 
 @cache
 def example() -> Any:
-    """Return examples/char_model.py, which is a script's neighbour and in no package."""
+    """Import examples/char_model.py, which is in no package."""
     spec = importlib.util.spec_from_file_location("char_model", ROOT / "examples/char_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,14 +42,14 @@ def _documentation() -> Any:
 
 @cache
 def source() -> tuple[str, str]:
-    """Return the source of some of Python's modules, (train, validation)."""
+    """Return the source of some standard modules, (train, validation)."""
     texts = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
-    kept = max(1, len(texts) // 5)
-    return "\n".join(texts[kept:]), "\n".join(texts[:kept])
+    held_out = max(1, len(texts) // 5)
+    return "\n".join(texts[held_out:]), "\n".join(texts[:held_out])
 
 
 class Language(Problem):
-    """The next character, in windows of validation text that do not overlap."""
+    """Predict the next character; the losses are over windows that do not overlap."""
 
     def __init__(self, model: nn.Module, seed: int, train: Tensor, validation: Tensor) -> None:
         super().__init__(model, seed)
@@ -63,22 +63,16 @@ class Language(Problem):
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
-        seen = self.train[: WINDOWS * CONTEXT + 1]
-        kept = self.validation[: KEPT * CONTEXT + 1]
-        windows = kept.unfold(0, CONTEXT + 1, CONTEXT)
-        right = total = 0
-        for part in windows.split(128):
-            right += (model(part[:, :-1]).argmax(-1) == part[:, 1:]).sum().item()
-            total += part[:, 1:].numel()
+        train = self.train[: TRAIN_WINDOWS * CONTEXT + 1]
+        validation = self.validation[: VALIDATION_WINDOWS * CONTEXT + 1]
         return {
-            "train_loss": example().validation_loss(model, seen),
-            "validation_loss": example().validation_loss(model, kept),
-            "accuracy": right / total,
+            "train_loss": example().validation_loss(model, train),
+            "validation_loss": example().validation_loss(model, validation),
         }
 
 
 def characters(seed: int) -> Language:
-    """A two-layer transformer, width 64, on Python's documentation."""
+    """A transformer with two layers of width 64 on Python's documentation."""
     text = _documentation()
     torch.manual_seed(seed)
     model = example().CharModel(len(text.vocabulary), context=CONTEXT)
@@ -86,7 +80,7 @@ def characters(seed: int) -> Language:
 
 
 class LowRank(nn.Module):
-    """A linear layer that stays as it is, plus B·A, which is learned and is 0 at the start."""
+    """A frozen linear layer plus B·A, which is learned and starts at 0."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -100,7 +94,7 @@ class LowRank(nn.Module):
 
 @cache
 def _pretrained() -> dict[str, Tensor]:
-    """Return the character model after AdamW's steps on the documentation, the same for all."""
+    """Return the weights of the character model, pretrained with AdamW on the documentation."""
     problem = characters(seed=1234)
     opt = torch.optim.AdamW(problem.model.parameters(), lr=PRETRAINING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, PRETRAINING_RATE, PRETRAINING)
@@ -114,7 +108,7 @@ def _pretrained() -> dict[str, Tensor]:
 
 
 def low_rank(seed: int) -> Language:
-    """The documentation's model, fine-tuned to Python source by matrices of rank 8."""
+    """The pretrained character model, fine-tuned to Python source by matrices of rank 8."""
     vocabulary = _documentation().vocabulary
     number = {character: i for i, character in enumerate(vocabulary)}
     parts = [torch.tensor([number.get(c, 0) for c in part]) for part in source()]

@@ -1,4 +1,4 @@
-"""A sequence task: the type of the token that each character of Python source is part of."""
+"""Sequence labelling: the token type of each character of Python source."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .problem import Problem, Scores
-from .text import CONTEXT, KEPT, WINDOWS, source
+from .text import CONTEXT, TRAIN_WINDOWS, VALIDATION_WINDOWS, source
 
 BATCH = 16
 
 
 class Tagger(nn.Module):
-    """Characters to the types of the tokens that they are part of, by a recurrent net."""
+    """A recurrent network from characters to token types."""
 
     def __init__(self, characters: int, types: int, width: int = 64) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Tagger(nn.Module):
 
 
 class Tagging(Problem):
-    """Windows of characters, each with a type. A window's first characters have little to go by."""
+    """Windows of characters with their token types. A window's first characters lack context."""
 
     def __init__(self, model: nn.Module, seed: int, train: Tensor, validation: Tensor) -> None:
         super().__init__(model, seed)
@@ -51,35 +51,37 @@ class Tagging(Problem):
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> Scores:
-        seen, kept = (
-            part[:, : part.shape[1] // CONTEXT * CONTEXT].unflatten(1, (-1, CONTEXT))
-            for part in (self.train, self.validation)
+        train, validation = (
+            part[:, : part.shape[1] // CONTEXT * CONTEXT].unflatten(1, (-1, CONTEXT))[:, :windows]
+            for part, windows in (
+                (self.train, TRAIN_WINDOWS),
+                (self.validation, VALIDATION_WINDOWS),
+            )
         )
-        kept = kept[:, :KEPT]
-        logits = model(kept[0])
+        logits = model(validation[0])
         return {
-            "train_loss": self._loss(model(seen[0, :WINDOWS]), seen[1, :WINDOWS]).item(),
-            "validation_loss": self._loss(logits, kept[1]).item(),
-            "accuracy": (logits.argmax(-1) == kept[1]).float().mean().item(),
+            "train_loss": self._loss(model(train[0]), train[1]).item(),
+            "validation_loss": self._loss(logits, validation[1]).item(),
+            "accuracy": (logits.argmax(-1) == validation[1]).float().mean().item(),
         }
 
 
 def _types(text: str) -> list[int]:
-    """Return the type of the token that each character is part of, 0 between tokens."""
+    """Return the token type of each character, 0 between tokens."""
     lines = text.split("\n")
     starts = [0, *accumulate(len(line) + 1 for line in lines)]
     types = [0] * len(text)
     for found in tokenize.generate_tokens(io.StringIO(text).readline):
         first, last = (starts[row - 1] + column for row, column in (found.start, found.end))
         kind = tokenize.N_TOKENS if keyword.iskeyword(found.string) else found.type
-        # An end of file lies behind the text.
+        # The end-of-file token is behind the text.
         types[first:last] = [kind] * (min(last, len(text)) - first)
     return types
 
 
 @cache
 def _data() -> tuple[Tensor, Tensor, int, int]:
-    """Return (train, validation), each (2, characters): numbers of characters and of types."""
+    """Return (train, validation), each (2, length), and the numbers of characters and types."""
     texts = source()
     characters = sorted(set("".join(texts)))
     typed = [_types(text) for text in texts]
@@ -92,7 +94,7 @@ def _data() -> tuple[Tensor, Tensor, int, int]:
 
 
 def token_types(seed: int) -> Tagging:
-    """A recurrent net of width 64 over windows of 64 characters."""
+    """A recurrent network of width 64 over windows of 64 characters."""
     train, validation, characters, types = _data()
     torch.manual_seed(seed)
     return Tagging(Tagger(characters, types), seed, train, validation)

@@ -1,15 +1,16 @@
-"""One run of Mechanic, step by step: how the scale finds its place.
+"""One run of Mechanic, step by step: how the scale evolves.
 
 python -m benchmarks.convergence.trace char AdamW --seed 7 --steps 200
 """
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 from tabulate import tabulate
 
+from .._harness import options
 from .ablations import ARMS
 from .methods import BASES, Make, mechanic
 from .tasks import TASKS, Task
@@ -18,10 +19,10 @@ from .tasks import TASKS, Task
 def trace(
     name: str, base: str, seed: int, steps: int, every: int, arm: str = "default"
 ) -> list[dict[str, float]]:
-    """Return a row for each so many steps: the mean loss, the range of S, and where it ended."""
-    options, change = ARMS[arm][1]
+    """Return a row for every ``every`` steps: the mean loss, the range and last value of S."""
+    chosen, change = ARMS[arm][1]
     with change:
-        return _traced(mechanic(base, **options), TASKS[name], seed, steps, every)
+        return _traced(partial(mechanic, base, chosen), TASKS[name], seed, steps, every)
 
 
 def _traced(make: Make, task: Task, seed: int, steps: int, every: int) -> list[dict[str, float]]:
@@ -29,33 +30,19 @@ def _traced(make: Make, task: Task, seed: int, steps: int, every: int) -> list[d
     trainer = make(problem, task, task.steps)
     rows, losses, scales = [], [], []
     for t in range(1, min(steps, task.steps) + 1):
-        factor = trainer.optimizer.param_groups[0]["lr"]
-        loss = problem.loss(problem.batch())
-        trainer.backward(loss, task.clip)
-        trainer.step()
-        losses.append(loss.item())
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        losses.append(trainer.train_step(problem, problem.batch(), task.clip).item())
         scales.append(float(trainer.optimizer.scale))
         if t % every == 0:
-            rows.append(
-                {
-                    "step": t,
-                    "loss": sum(losses) / every,
-                    "smallest S": min(scales),
-                    "largest S": max(scales),
-                    "S": scales[-1],
-                    "lr": factor,
-                }
-            )
+            row = {"step": t, "loss": sum(losses) / every}
+            row |= {"smallest S": min(scales), "largest S": max(scales), "S": scales[-1], "lr": lr}
+            rows.append(row)
             losses, scales = [], []
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convergence.trace",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.parser("convergence.trace", __doc__)
     parser.add_argument("name", metavar="task", choices=TASKS)
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,12 +22,15 @@ class Backend(Protocol):
 
     Attributes:
         CHUNK: device type → elements of a chunk of the tables that the ops walk.
+        COPIES_TABLES: whether the kernels read copies of the tables, so that ``prepare`` is needed
+            in every step and not only in a bucket's first.
     """
 
     CHUNK: Mapping[str, int]
+    COPIES_TABLES: bool
 
     def prepare(self, bucket: Bucket) -> None:
-        """Bring the bucket's tables to where the kernels read them; called once a step."""
+        """Bring the bucket's tables to where the kernels read them."""
 
     def norm(self, bucket: Bucket) -> None:
         """sums[:, GG] = g·g over the finite elements, before any clipping."""

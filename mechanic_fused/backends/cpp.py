@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..tuner import Tuner
 
 CHUNK = {"cpu": CPU_CHUNK}
+COPIES_TABLES = False
 
 
 def prepare(bucket: Bucket) -> None:

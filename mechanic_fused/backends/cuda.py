@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..tuner import Tuner
 
 CHUNK = {"cuda": GPU_CHUNK}
+COPIES_TABLES = True
 
 
 class DeviceBucket:

@@ -1,15 +1,19 @@
-"""DeviceTables: a bucket's tables where its kernels read them, sent again only when stale.
+"""DeviceTables: copies of a bucket's tables on its device, uploaded only when stale.
 
-No arithmetic and no kernel here: the backends for GPUs (CUDA and Triton) share this file.
+The CUDA and Triton backends share them.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket
 from ..tuner import STALE_IN_CAPTURE
+
+if TYPE_CHECKING:
+    from ..bucket import Bucket
 
 SPARES = 4
 """Uploads that one graph capture may hold; pinned memory cannot be allocated during it."""
@@ -19,14 +23,14 @@ class DeviceTables:
     """The tables of a bucket on its device, at addresses that never change.
 
     Attributes:
-        tensors: (weights, 10) int64, a row of bucket.TENSOR a weight.
-        chunks: (chunks, 3) int64: tensor, offset, length.
-        hyper: (groups, 8) float64, a row of bases.HYPER a param group.
-        spans: (scales, 4) int64: first chunk, chunks, first tensor and tensors of each scale.
-            Weights come in the order of their groups, so what belongs to a scale lies together.
+        tensors: (weights, 10) int64, a row of ``layout.TENSOR`` per weight.
+        chunks: (chunks, 3) int64, rows of ``layout.CHUNK``.
+        hyper: (groups, 8) float64, a row of ``layout.HYPER`` per param group.
+        spans: (scales, 4) int64, a row of ``layout.SPAN`` per scale. Weights are in the order of
+            their groups, so the weights and chunks of a scale are contiguous.
 
     Args:
-        bucket: on a CPU (Triton's interpreter) its own tables are used in place.
+        bucket: on a CPU (in Triton's interpreter) its own tables are used in place.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -37,18 +41,18 @@ class DeviceTables:
         self.tensors = bucket.tensors.to(device)
         self.hyper = bucket.hyper.to(device)
         self._spares: list[Tensor] = []
-        # Copy nodes of graphs read these at every replay.
+        # Copy nodes of captured graphs read these at every replay.
         self._owned_by_graphs: list[Tensor] = []
 
     def upload(self, bucket: Bucket) -> None:
-        """Send what has changed, on the current stream; never waits for the device.
+        """Upload the tables that have changed, on the current stream; never waits for the device.
 
-        In a graph capture the tensor table becomes a node of the graph, so that a replay finds the
-        addresses of its own gradients whatever was stepped in between.
+        In a graph capture the upload of the tensor table becomes a node of the graph, so that a
+        replay finds the addresses of its own gradients whatever steps were taken in between.
 
         Raises:
-            RuntimeError: during a capture, for hyperparameters that the device does not have yet,
-                or where no upload has come before.
+            RuntimeError: during a capture, if the device lacks the present hyperparameters or no
+                step was taken before.
         """
         if self.pinned:
             capturing = torch.cuda.is_current_stream_capturing()
@@ -73,8 +77,8 @@ class DeviceTables:
             buffer = self._spares.pop()
             self._owned_by_graphs.append(buffer)
         else:
-            # A fresh buffer each time: the copy from the last one may not have run yet. Torch's
-            # host allocator hands a buffer out again only when its copy is done.
+            # A fresh buffer each time: the copy from the last one may still be pending. Torch's
+            # host allocator reuses a buffer only when its copy is done.
             buffer = torch.empty_like(table, pin_memory=True)
             while len(self._spares) < SPARES:
                 self._spares.append(torch.empty_like(self.tensors, device="cpu", pin_memory=True))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
 """Device → elements of a chunk. No op here reads the chunk table."""
 
+COPIES_TABLES = False
+
 PIECE = 1 << 22
 """Elements that ``squared_norm`` and ``shift_reference`` widen at a time."""
 

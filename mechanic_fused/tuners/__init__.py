@@ -1,4 +1,4 @@
-"""Other tuners of the learning rate, on the same kernels: beside any torch optimizer, or one."""
+"""Other tuners of the learning rate: optimizers, and schedulers beside any torch optimizer."""
 
 from .adarem import AdaRem
 from .autodrop import AutoDrop

@@ -1,12 +1,11 @@
-"""AutoDrop: the learning rate drops when the path of the weights has stopped turning."""
+"""AutoDrop: drop the lr when the path of the weights has stopped turning."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,63 +13,47 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from .. import backends
-from ..distributed import local
+from ..options import integer, number
 from ..param_checks import check_weights
-from .trajectory import Trajectory, smooth
-
-DEFAULTS: dict[int, dict[str, Any]] = {
-    1: {"factor": 0.2, "threshold": 0.01, "min_lr": 1e-4, "extra": 20, "threshold_max": 1.0},
-    2: {"k": 64, "factor": 0.95, "threshold": 0.1, "min_lr": 0.0, "window": 10},
-}
-"""Version → its options; one that is missing has no default there or does not belong to it."""
+from ..torch_internals import inner_schedulers, local
+from .autodrop_v1 import EpochRule
+from .trajectory import DropRule, Trajectory
 
 
 class AutoDrop:
-    """Multiply the learning rates by ``factor`` when the angle between displacements is steady.
+    """Multiply the lr by ``factor`` when the angle between displacements of the weights is steady.
 
-    Version 2 sums the weights over windows of k steps. With S the sum of a window and
-    s = S − S_prev: ω = degrees(acos(s·s_prev/(‖s‖‖s_prev‖))) joins B. Of ``window`` angles B a
-    smoothed C is made, and the oldest leaves. If C − C_prev < threshold: lr = max(min_lr,
-    factor·lr), B = [], C_prev = None; else C_prev = C.
+    Version 2: S sums the weights over windows of k steps, s = S − S_prev, and the angle ω between s
+    and s_prev, in degrees, joins a list B. When B has ``window`` angles, a smoothed angle C is
+    taken and the oldest is removed; if C − C_prev < ``threshold``, lr = max(min_lr, factor·lr).
 
-    Version 1 takes x_e, the weights after the first step of each epoch of k steps, s_e = x_e −
-    x_{e−1} and ω_e = angle(s_e, s_{e−1}). Once |ω_e − ω_{e−1}| < θ, A += n·x_e for n = 1 …
-    ``extra`` epochs; then θ = min(threshold_max, θ/factor), the lr drops as above and the weights
-    become A/(extra(extra + 1)/2).
+    Version 1: ω is the angle between displacements of epochs of k steps. Once it changes by less
+    than ``threshold`` in an epoch, the weights of ``extra`` epochs are averaged; then the lr drops
+    and the weights are replaced by the average.
 
-    Angles are over all weights that require gradients, as one vector; see ``angle`` (the latest,
-    degrees), ``smoothed`` (all C) and ``drops``. When these weights change (more groups, another
-    dtype or device, frozen ones), all that has been measured but ``smoothed`` and ``drops`` is
-    dropped, and the measuring starts anew; so does it for those of another place in memory.
-
-    Our reading where the paper does not say or has misprints: the Gaussian of C is over the index
-    of an angle, σ = min(std(B), window/2) with std of the population, its weights are normalised,
-    and C is its value at the newest angle (for σ = 0 that angle itself). C_prev does not survive a
-    drop. There is no ε: where a displacement is exactly 0 or not finite there is no angle, and the
-    test waits. A drop never raises an lr that is below ``min_lr``. Version 1: x_e is what it was
-    before the average replaces it.
+    All weights that require gradients count as one vector. If these weights change (another group,
+    dtype, device or memory), measuring restarts; ``smoothed`` and ``drops`` are kept.
 
     Args:
-        optimizer: any torch optimizer; call ``step()`` after each ``optimizer.step()``.
-        k: steps of a window, 64 by default; in version 1 the steps of an epoch, no default.
+        optimizer: any torch optimizer; call :meth:`step` after each ``optimizer.step()``.
+        k: steps of a window, 64; in version 1 steps of an epoch, without a default.
         factor: of a drop, in (0, 1); 0.95, in version 1 0.2.
-        window: angles that are smoothed together (version 2), 10.
+        window: number of angles that are smoothed (version 2), 10.
         threshold: degrees; 0.1, in version 1 0.01.
-        min_lr: floor of each group's lr; 0, in version 1 1e-4.
+        min_lr: lower bound of each group's lr, which never raises one; 0, in version 1 1e-4.
         version: 1 (arXiv) or 2 (UAI).
-        extra: epochs that are averaged before a drop (version 1), 20.
-        threshold_max: degrees, the largest θ (version 1), 1.
-        beside: other schedulers of this optimizer, whose own base rates are to drop too. Those
-            that compute the lr from them (LambdaLR, OneCycleLR, CyclicLR, warm restarts,
-            SequentialLR) would otherwise undo a drop.
+        extra: number of epochs averaged before a drop (version 1), 20.
+        threshold_max: degrees, the largest threshold (version 1), 1.
+        beside: other schedulers of the optimizer whose base lrs drop too. Those that compute the lr
+            from base lrs (LambdaLR, OneCycleLR, CyclicLR, SequentialLR) would undo a drop.
         reduce_group: the process group over which plain weights are sharded, or None.
-        backend: "auto" or a backend's name.
+        backend: "auto" or the name of a backend.
 
     Raises:
-        ValueError: for options out of range, or of the other version.
+        ValueError: for options out of range, or options of the other version.
 
-    Source: arXiv 2111.15317 (version 1, from the authors' code) and UAI 2024, PMLR 244:3603
-    (version 2, from the paper). The floor of version 2's lr is not stated there.
+    Source: UAI 2024, PMLR 244:3603 (version 2) and arXiv 2111.15317 (version 1). docs/tuners has
+    what the papers leave open.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
@@ -110,7 +93,7 @@ class AutoDrop:
             "extra": extra,
             "threshold_max": threshold_max,
         }
-        options = _checked(version, {k: v for k, v in given.items() if v is not None})
+        options = checked_options(version, {k: v for k, v in given.items() if v is not None})
         backends.check(backend)
         self.beside = list(beside)
         for scheduler in self.beside:
@@ -125,70 +108,72 @@ class AutoDrop:
         self.window, self.extra = options.get("window", 0), options.get("extra", 0)
         self.threshold_max = options.get("threshold_max", math.inf)
         self.reduce_group, self.backend = reduce_group, backend
-        self._progress = Progress(options["threshold"])
-        self._motion: Trajectory | None = None
+        self.drops: list[tuple[int, float]] = []
+        """(step, product of all factors so far) of each drop; steps count from 1."""
+        self._steps = 0
+        self._rule: DropRule = RULES[version](options)
+        self._trajectory: Trajectory | None = None
 
     @property
     def angle(self) -> float | None:
         """The latest angle in degrees, None before the first."""
-        return self._progress.angle
+        return self._rule.angle
 
     @property
     def smoothed(self) -> list[float]:
-        """Every C of version 2 so far, in degrees."""
-        return self._progress.smoothed
-
-    @property
-    def drops(self) -> list[tuple[int, float]]:
-        """(step, product of all factors so far) of each drop; steps are counted from 1."""
-        return self._progress.drops
+        """Every C of version 2 so far, in degrees; empty in version 1."""
+        return self._rule.smoothed if isinstance(self._rule, WindowRule) else []
 
     @property
     def threshold(self) -> float:
-        """The threshold in degrees as it stands: version 1 raises it at each drop."""
-        return self._progress.threshold
+        """The present threshold in degrees; version 1 raises it at each drop."""
+        return self._rule.threshold
 
     def step(self) -> None:
-        """Look at the weights after a step of the optimizer, and lower its rates if it is time.
+        """Measure the weights after a step of the optimizer, and drop its lrs if they must.
 
         The host reads from the device at most once in k steps.
 
         Raises:
-            ValueError: where no weight requires gradients, or one cannot be worked on.
+            ValueError: if no weight requires gradients, or for a weight of an unsupported kind.
         """
         weights = self._weights()
-        if self._motion is None or not self._motion.fits(weights):
-            motion = self._measure(weights)
-            if self._motion is not None:
-                self._progress.forget()
-            self._motion = motion
-        self._progress.step += 1
-        if self.version == 2:
-            self._sum_up(self._motion, self._progress)
-        elif (self._progress.step - 1) % self.k == 0:
-            self._look(self._motion, self._progress)
+        if self._trajectory is None or not self._trajectory.fits(weights):
+            trajectory = self._new_trajectory(weights)
+            if self._trajectory is not None:
+                self._rule.restart()
+            self._trajectory = trajectory
+        self._steps += 1
+        if self._rule.observe(self._trajectory, self._steps):
+            self._drop()
 
     def get_last_lr(self) -> list[Any]:
-        """Return the lr of each group as it stands, a copy where it is a tensor."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [lr.clone() if torch.is_tensor(lr) else lr for lr in rates]
+        """Return the present lr of each group, a copy if it is a tensor."""
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        return [lr.clone() if torch.is_tensor(lr) else lr for lr in lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on to the same bits.
+        """Return everything that is needed to resume to the same bits.
 
-        As with torch's optimizers its tensors, a list of one a weight in the order of the groups,
-        are the live ones: save or copy them before the next step.
+        As with torch's optimizers, its tensors (a list with one per weight, in the order of the
+        groups) are the live ones: save or copy them before the next step.
         """
-        saved: dict[str, Any] = {"version": self.version, "k": self.k, **asdict(self._progress)}
-        saved["vectors"] = None if self._motion is None else self._motion.saved()
-        return saved
+        trajectory = self._trajectory
+        return {
+            "version": self.version,
+            "k": self.k,
+            "step": self._steps,
+            "drops": list(self.drops),
+            **self._rule.state_dict(),
+            "vectors": None if trajectory is None else trajectory.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state dict; call it when the weights are where they will be trained.
+        """Load a :meth:`state_dict`; call it when the weights are where they will be trained.
 
         Raises:
-            ValueError: for one of another version, another k, or other weights; nothing has
-                changed then.
+            ValueError: for a state dict of another version, another k or other weights; nothing
+                has changed then.
         """
         for name, mine in (("version", self.version), ("k", self.k)):
             if state_dict.get(name) != mine:
@@ -196,74 +181,27 @@ class AutoDrop:
                     f"{name} must be that of the saved run, expected {mine}, "
                     f"got {state_dict.get(name)!r}"
                 )
-        names = {f.name for f in fields(Progress)}
-        if missing := [name for name in (*sorted(names), "vectors") if name not in state_dict]:
+        if missing := [name for name in self.state_dict() if name not in state_dict]:
             raise ValueError(f"a state dict of AutoDrop must have {', '.join(missing)}")
-        motion = None
+        trajectory = None
         if state_dict["vectors"] is not None:
-            motion = self._measure(self._weights())
-            motion.load(state_dict["vectors"])
-        self._progress = Progress(**copy.deepcopy({name: state_dict[name] for name in names}))
-        self._motion = motion
+            trajectory = self._new_trajectory(self._weights())
+            trajectory.load_state_dict(state_dict["vectors"])
+        self._rule.load_state_dict(state_dict)
+        self._steps, self.drops = state_dict["step"], list(state_dict["drops"])
+        self._trajectory = trajectory
 
     def _weights(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
-    def _measure(self, weights: list[Tensor]) -> Trajectory:
+    def _new_trajectory(self, weights: list[Tensor]) -> Trajectory:
         check_weights([local(p) for p in weights])
-        return Trajectory(weights, self.version == 2, self.backend, self.reduce_group)
-
-    def _sum_up(self, motion: Trajectory, now: Progress) -> None:
-        # The first of a window overwrites, so that nothing has to be zeroed.
-        motion.space.axpby(motion.sum, motion.space.weights, a=1.0 if now.count else 0.0)
-        now.count += 1
-        if now.count < self.k:
-            return
-        now.count = 0
-        angle = motion.turned(motion.sum)
-        motion.sum, motion.previous = motion.previous, motion.sum
-        if angle is None:
-            return
-        now.angle = angle
-        now.angles.append(angle)
-        if len(now.angles) < self.window:
-            return
-        level = smooth(now.angles)
-        now.smoothed.append(level)
-        del now.angles[0]
-        if now.level is not None and level - now.level < now.threshold:
-            self._drop()
-            now.angles, now.level = [], None
-        else:
-            now.level = level
-
-    def _look(self, motion: Trajectory, now: Progress) -> None:
-        weights = motion.space.weights
-        angle, before = motion.turned(weights), now.before
-        now.before = angle
-        for x_prev, x in zip(motion.previous, weights, strict=True):
-            x_prev.copy_(x)
-        if not math.isfinite(motion.squared):
-            # Their average would never be finite again.
-            now.armed, now.count = False, 0
-            return
-        if angle is not None:
-            now.angle = angle
-            now.armed |= before is not None and abs(angle - before) < now.threshold
-        if not now.armed:
-            return
-        now.count += 1
-        motion.space.axpby(motion.sum, weights, 1.0 if now.count > 1 else 0.0, float(now.count))
-        if now.count == self.extra:
-            now.threshold = min(self.threshold_max, now.threshold / self.factor)
-            now.armed, now.count = False, 0
-            self._drop()
-            motion.replace(self.extra * (self.extra + 1) // 2)
+        return Trajectory(weights, self._rule.SUMS, self.backend, self.reduce_group)
 
     @torch.no_grad()
     def _drop(self) -> None:
-        schedulers = list({id(s): s for s in _flat(self.beside)}.values())
+        schedulers = list({id(s): s for s in with_inner(self.beside)}.values())
         keys = ["lr", "initial_lr", "swa_lr"]
         if any(isinstance(s, OneCycleLR) for s in schedulers):
             keys += ["max_lr", "min_lr"]
@@ -274,72 +212,152 @@ class AutoDrop:
                     group[key] = self._lower(group[key], lowered)
         for scheduler in schedulers:
             for name in ("base_lrs", "max_lrs"):
-                rates = getattr(scheduler, name, [])
-                rates[:] = [self._lower(rate, lowered) for rate in rates]
-        now = self._progress
-        reached = now.drops[-1][1] if now.drops else 1.0
-        now.drops.append((now.step, self.factor * reached))
+                lrs = getattr(scheduler, name, [])
+                lrs[:] = [self._lower(lr, lowered) for lr in lrs]
+        product = self.drops[-1][1] if self.drops else 1.0
+        self.drops.append((self._steps, self.factor * product))
 
-    def _lower(self, rate: Any, lowered: set[int]) -> Any:
-        """Return the rate after a drop; a tensor is changed in place, once."""
-        if not torch.is_tensor(rate):
-            return min(rate, max(self.min_lr, self.factor * rate))
-        # Groups that were made without an lr of their own share the default's tensor.
-        if id(rate) not in lowered:
-            lowered.add(id(rate))
-            rate.copy_(torch.minimum(rate, (self.factor * rate).clamp(min=self.min_lr)))
-        return rate
+    def _lower(self, lr: Any, lowered: set[int]) -> Any:
+        """Return an lr after a drop; a tensor is changed in place, once.
 
-
-@dataclass
-class Progress:
-    """What a run has come to, apart from vectors: B is ``angles``, C_prev ``level``."""
-
-    threshold: float
-    step: int = 0
-    count: int = 0  # steps in the window; version 1: epochs in the average
-    armed: bool = False
-    angle: float | None = None
-    before: float | None = None  # version 1: the angle of the epoch before, if it had one
-    level: float | None = None
-    angles: list[float] = field(default_factory=list)
-    smoothed: list[float] = field(default_factory=list)
-    drops: list[tuple[int, float]] = field(default_factory=list)
-
-    def forget(self) -> None:
-        """Drop what is of weights that are no more."""
-        self.count, self.armed, self.angles = 0, False, []
-        self.angle = self.before = self.level = None
+        Args:
+            lr: the lr.
+            lowered: ids of the tensors that have been changed; groups that were created without
+                their own lr share the default's tensor.
+        """
+        if not torch.is_tensor(lr):
+            return min(lr, max(self.min_lr, self.factor * lr))
+        if id(lr) not in lowered:
+            lowered.add(id(lr))
+            lr.copy_(torch.minimum(lr, (self.factor * lr).clamp(min=self.min_lr)))
+        return lr
 
 
-def _flat(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Yield schedulers and those that they are made of: SequentialLR, ChainedScheduler."""
+class WindowRule(DropRule):
+    """Version 2: drop the lr when a smoothed angle between windows of steps no longer grows.
+
+    With S the sum of the weights over a window of k steps and s = S − S_prev,
+    ω = degrees(acos(s·s_prev/(‖s‖‖s_prev‖))) joins B. When B has ``window`` angles, C = smooth(B)
+    and the oldest angle is removed. If C − C_prev < ``threshold``, the lr drops, B = [] and
+    C_prev = None; else C_prev = C.
+
+    Ours, where the paper is silent or misprinted: :func:`smooth`; C_prev does not survive a drop;
+    there is no ε, and a displacement that is exactly 0 or not finite gives no angle.
+
+    Source: UAI 2024, PMLR 244:3603.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "k": 64,
+        "factor": 0.95,
+        "threshold": 0.1,
+        "min_lr": 0.0,
+        "window": 10,
+    }
+    SUMS = True
+    ENTRIES: ClassVar[dict[str, str]] = {
+        "threshold": "threshold",
+        "angle": "angle",
+        "angles": "angles",
+        "level": "previous_smoothed",
+        "smoothed": "smoothed",
+        "count": "summed_steps",
+    }
+    UNUSED: ClassVar[dict[str, Any]] = {"armed": False, "before": None}
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.window: int = options["window"]
+        self.smoothed: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Drop what was measured of weights that have changed since; ``smoothed`` is kept."""
+        self.angle = None
+        self.angles: list[float] = []
+        """B."""
+        self.previous_smoothed: float | None = None
+        """C_prev."""
+        self.summed_steps = 0
+
+    def observe(self, trajectory: Trajectory, step: int) -> bool:
+        """Add the weights to the window's sum; return whether the lr must drop."""
+        # The first step of a window overwrites the sum, so that it need not be zeroed.
+        a = 1.0 if self.summed_steps else 0.0
+        trajectory.space.axpby(trajectory.sum, trajectory.space.weights, a=a)
+        self.summed_steps += 1
+        if self.summed_steps < self.k:
+            return False
+        self.summed_steps = 0
+        angle = trajectory.advance(trajectory.sum)
+        trajectory.sum, trajectory.previous = trajectory.previous, trajectory.sum
+        if angle is None:
+            return False
+        self.angle = angle
+        self.angles.append(angle)
+        if len(self.angles) < self.window:
+            return False
+        smoothed, previous = smooth(self.angles), self.previous_smoothed
+        self.smoothed.append(smoothed)
+        del self.angles[0]
+        if previous is not None and smoothed - previous < self.threshold:
+            self.angles, self.previous_smoothed = [], None
+            return True
+        self.previous_smoothed = smoothed
+        return False
+
+
+RULES: dict[int, type[DropRule]] = {1: EpochRule, 2: WindowRule}
+"""Version → its rule."""
+
+
+def smooth(angles: Sequence[float]) -> float:
+    """Return a Gaussian average of the angles, centred on the newest.
+
+    C = Σwᵢωᵢ/Σwᵢ with wᵢ = exp(−(m − i)²/(2σ²)) for i = 1 … m and σ = min(std, m/2), where std is
+    that of the population; for σ = 0, C is the newest angle.
+    """
+    width = min(statistics.pstdev(angles), len(angles) / 2)
+    if width == 0:
+        return angles[-1]
+    # Products, because ** raises an error on overflow.
+    ages = [age / width for age in range(len(angles) - 1, -1, -1)]
+    weights = [math.exp(-0.5 * d * d) for d in ages]
+    return math.fsum(w * a for w, a in zip(weights, angles, strict=True)) / math.fsum(weights)
+
+
+def with_inner(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Yield schedulers and the schedulers that they are made of."""
     for scheduler in schedulers:
         yield scheduler
-        yield from _flat(getattr(scheduler, "_schedulers", ()))
+        yield from with_inner(inner_schedulers(scheduler))
 
 
-def _checked(version: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of a version, or raise ValueError."""
-    if version not in DEFAULTS:
+def checked_options(version: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a version, or raise ValueError.
+
+    Args:
+        version: 1 or 2.
+        given: the options that the user gave.
+    """
+    if version not in RULES:
         raise ValueError(f"version must be 1 or 2, got {version!r}")
-    options: dict[str, Any] = {**DEFAULTS[version], **given}
+    defaults = RULES[version].DEFAULTS
     for name in ("window", "extra", "threshold_max"):
-        if name in given and name not in DEFAULTS[version]:
+        if name in given and name not in defaults:
             raise ValueError(
-                f"{name} must be None in version {version}, which has none, got {given[name]!r}"
+                f"{name} must be None in version {version}, which has no such option, "
+                f"got {given[name]!r}"
             )
+    options: dict[str, Any] = {**defaults, **given}
     if "k" not in options:
-        raise ValueError("version 1 needs k, the steps of an epoch, got None")
+        raise ValueError("version 1 needs k, the number of steps of an epoch, got None")
     for name in ("k", "window", "extra"):
-        value = options.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
-    if not 0 < options["factor"] < 1:
-        raise ValueError(f"factor must lie in (0, 1), got {options['factor']!r}")
-    if not 0 <= options["min_lr"] < math.inf:
-        raise ValueError(f"min_lr must be a finite number of 0 or more, got {options['min_lr']!r}")
+        if name in options:
+            integer(name, options[name], 1)
+    number("factor", options["factor"], 0, 1, above=True, below=True)
+    number("min_lr", options["min_lr"], 0)
     for name in ("threshold", "threshold_max"):
-        if not math.isfinite(options.get(name, 0)):
-            raise ValueError(f"{name} must be a finite number, got {options[name]!r}")
+        if name in options:
+            number(name, options[name])
     return options

@@ -1,4 +1,4 @@
-"""AutoGD: gradient descent that tries three step sizes and keeps what works."""
+"""AutoGD: gradient descent with the best of three step sizes."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from .probe import mean_loss, put_back
+from ..options import number
 from .probe_scheduler import set_lr
-from .snapshot import Buffers, Generators, no_gradients, reshard
-from .vector_optimizer import VectorOptimizer
+from .snapshot import GeneratorStates
+from .trial import mean_loss, trial_losses
+from .vector_optimizer import VectorOptimizer, check_lr
 
 
 class AutoGD(VectorOptimizer):
-    """Descend along the gradient with the best of three step sizes, for deterministic objectives.
+    """Descend along the gradient with the best of three step sizes; for deterministic objectives.
 
-    Of c in {γ/2, γ, 2γ} those pass for which f(x − c·g) ≤ f(x) − η·c·‖g‖². x moves to the passing
-    one of lowest f, and γ becomes its c; if none passes x stays, and γ ← γ/4.
+    A step size c in {γ/2, γ, 2γ} is accepted if f(x − c·g) ≤ f(x) − η·c·‖g‖². The accepted c with
+    the lowest f is taken and becomes γ; if none is accepted, x stays and γ ← γ/4.
 
     Args:
         params: weights, or one param group.
-        lr: γ at the start; any number will do, at the cost of a step for each factor of 4.
-        eta: η, how much of the slope's promise a step must keep, in (0, 1).
-        model: its buffers are kept while candidates are tried; None where it has none.
-        backend: "auto" or a backend's name.
+        lr: the initial γ. Any size works, at the cost of one step per factor of 4.
+        eta: η, the fraction of the decrease predicted by the slope that is required, in (0, 1).
+        model: the model whose buffers are restored after each trial, if it has any.
+        backend: "auto" or the name of a backend.
         reduce_group: the process group over which plain weights are sharded, or None.
-        process_group: the ranks over whose batches f is averaged; None for all of them.
+        process_group: the ranks over which f is averaged; None for all.
 
     Raises:
         ValueError: for options out of range, or several groups.
 
-    Memory: a copy of the weights, and one of gradients that are not float32 or float64. A step
-    takes the closure once with gradients and three times without.
+    Memory during a step: a copy of the weights, and the gradient in float32 (float64 for float64
+    weights). A step calls the closure once with gradients and three times without.
 
-    Source: arXiv 2510.09923, at second hand; η = 1e-4 is probable, not certain. The objective must
-    be the same at each call: on batches drawn anew the test compares noise.
+    Source: arXiv 2510.09923 at second hand; η = 1e-4 is probable, not certain. Every call of the
+    closure must evaluate the same objective: with a new batch each time the test compares noise.
 
     Example:
         >>> import torch
@@ -70,94 +71,93 @@ class AutoGD(VectorOptimizer):
         self._model, self._process_group = model, process_group
         super().__init__(params, {"lr": lr, "eta": eta}, backend, reduce_group)
 
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for options of a group that are out of range."""
-        if not 0 < options["lr"] < math.inf:
-            raise ValueError(f"lr must be a finite number above 0, got {options['lr']}")
-        if not 0 < options["eta"] < 1:
-            raise ValueError(f"eta must lie in (0, 1), got {options['eta']}")
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for a group's options that are out of range."""
+        check_lr(options["lr"], above=True)
+        number("eta", options["eta"], 0, 1, above=True, below=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the first group of weights.
+        """Add the only group of weights.
 
         Raises:
-            ValueError: for options out of range, or a second group: the line is one.
+            ValueError: for options out of range, or a second group: all weights move along one
+                line.
         """
         if self.param_groups:
-            raise ValueError("expected one param group, got another")
+            raise ValueError("AutoGD has one param group, got another")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep."""
         held = {"_model": self._model, "_process_group": self._process_group}
         return {**super().__getstate__(), **held}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step, or stay.
+        """Take one step, or keep the weights.
 
         Args:
-            closure: clears gradients, returns the loss and, with ``if loss.requires_grad:``, does
-                the backward pass, as torch's LBFGS takes it.
+            closure: clears gradients, returns the loss and, if ``loss.requires_grad``, does the
+                backward pass, as for torch's LBFGS.
 
         Returns:
             The loss before the step.
 
         Raises:
-            ValueError: without a closure, or if it left no gradients.
+            ValueError: without a closure, or for a closure that leaves no gradients.
         """
         if closure is None:
             raise ValueError("AutoGD needs a closure that returns the loss, got None")
         group = self.param_groups[0]
         space = self._space([p for p in group["params"] if p.requires_grad])
-        generators = Generators(x.device for x in space.weights)
+        generators = GeneratorStates(x.device for x in space.weights)
         with torch.enable_grad():
             loss = closure()
-        after, buffers = Generators(x.device for x in space.weights), Buffers(self._model)
         g = space.gradients()
         if g is None:
-            raise ValueError("expected gradients: the closure must do the backward pass")
+            raise ValueError("the closure must do the backward pass, got no gradients")
         d = space.zeros()
         space.axpby(d, g, 0.0, 1.0)
-        squares = space.dots(g, g, d)[3]
+        squared_norm = space.dots(g, g, d)[3]
         gamma = float(group["lr"])
         candidates = [gamma / 2, gamma, 2 * gamma]
-        w = space.copy()
-        found = [mean_loss(loss, self._process_group)]
-        try:
-            for c in candidates:
-                space.step_along(space.weights, w, d, c)
-                generators.restore()
-                reshard(self._model)
-                with no_gradients(space.parameters):
-                    found.append(mean_loss(closure(), self._process_group))
-                buffers.restore()
-        finally:
-            put_back(space, w)
-            reshard(self._model)
-            buffers.restore()
-            after.restore()
-        best = choose(candidates, torch.stack([*found, squares.to(found[0].device)]), group["eta"])
+        w, process_group = space.copy(), self._process_group
+        numbers = [mean_loss(loss, process_group)]
+        with trial_losses(
+            closure,
+            space,
+            w,
+            d,
+            model=self._model,
+            process_group=process_group,
+            generators=generators,
+        ) as loss_at:
+            numbers += [loss_at(c) for c in candidates]
+        numbers.append(squared_norm.to(numbers[0].device))
+        best = choose(candidates, torch.stack(numbers), group["eta"])
         if best is not None:
             space.step_along(space.weights, w, d, best)
             set_lr(group, best)
-        elif float(squares):
-            # At an optimum no step tells anything, and γ would fall to 0 for ever.
+        elif float(squared_norm):
+            # At an optimum no step size is informative, and γ would decay to 0.
             set_lr(group, max(gamma / 4, sys.float_info.min))
         return loss
 
 
 def choose(candidates: list[float], numbers: torch.Tensor, eta: float) -> float | None:
-    """Return the passing candidate of lowest f, or None.
+    """Return the accepted candidate with the lowest f, or None.
 
     Args:
-        numbers: f(x), f at each candidate, ‖g‖².
+        candidates: the step sizes.
+        numbers: f(x), f at each candidate, ‖g‖²; read from the device at once.
+        eta: the fraction of the predicted decrease that is required.
     """
-    here, *there, squares = numbers.tolist()
-    if squares == 0:
+    f_here, *f_there, squared_norm = numbers.tolist()
+    if squared_norm == 0:
         return None
-    passing = [
+    accepted = [
         (f, c)
-        for f, c in zip(there, candidates, strict=True)
-        if math.isfinite(f) and f <= here - eta * c * squares
+        for f, c in zip(f_there, candidates, strict=True)
+        if math.isfinite(f) and f <= f_here - eta * c * squared_norm
     ]
-    return min(passing)[1] if passing else None
+    return min(accepted)[1] if accepted else None

@@ -1,19 +1,18 @@
-"""ExtrapolatedSGD: SGD with the gradient taken a step ahead, along the last one."""
+"""ExtrapolatedSGD: SGD with the gradient evaluated ahead, along the last gradient."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from .probe import put_back
-from .vector_optimizer import Ready, VectorOptimizer
+from ..options import number
+from .vector_optimizer import GroupGradients, VectorOptimizer, check_lr
 
 
 class ExtrapolatedSGD(VectorOptimizer):
-    """Take the gradient where the last one points to, and step from where the weights were.
+    """Evaluate the gradient ahead along the last one, and step from the present weights.
 
     x_half = x − extrapolation·lr·g_prev;   g = ∇f(x_half);
 
@@ -25,20 +24,20 @@ class ExtrapolatedSGD(VectorOptimizer):
         params: weights or param groups; all options may differ between groups.
         lr: step size, 0 or more.
         momentum: in [0, 1).
-        weight_decay: 0 or more; taken of x, not of x_half.
-        extrapolation: how far ahead, in steps of size lr; 0 or more, and 0 is plain SGD.
-        backend: "auto" or a backend's name.
+        weight_decay: 0 or more; applied to x, not to x_half.
+        extrapolation: distance ahead as a multiple of lr, 0 or more; 0 is plain SGD.
+        backend: "auto" or the name of a backend.
         reduce_group: the process group over which plain weights are sharded, or None.
 
     Raises:
         ValueError: for options out of range, or a backend that does not serve the weights' device.
 
-    Beside the weights it keeps g_prev, and with momentum d, in float32 (float64 for float64
-    weights), and during a step a copy of the weights. The closure is called once a step.
+    The state is g_prev, and with momentum d, in float32 (float64 for float64 weights); during a
+    step also a copy of the weights. A step calls the closure once.
 
-    Source: arXiv 2006.05720, whose text could not be had: this is the method as its abstract and
-    others outline it. Ours: that the distance ahead is a multiple of the lr, its default, and how
-    momentum and weight decay go along.
+    Source: arXiv 2006.05720, whose text was not available: the method follows its abstract and
+    citing papers. Ours: the distance ahead as a multiple of lr, its default, and the treatment of
+    momentum and weight decay.
 
     Example:
         >>> import torch
@@ -73,13 +72,12 @@ class ExtrapolatedSGD(VectorOptimizer):
         }
         super().__init__(params, options, backend, reduce_group)
 
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for options of a group that are out of range."""
-        for name in ("lr", "weight_decay", "extrapolation"):
-            if not 0 <= options[name] < math.inf:
-                raise ValueError(f"{name} must be finite and 0 or more, got {options[name]}")
-        if not 0 <= options["momentum"] < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {options['momentum']}")
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for a group's options that are out of range."""
+        check_lr(options["lr"])
+        number("momentum", options["momentum"], 0, 1, below=True)
+        number("weight_decay", options["weight_decay"], 0)
+        number("extrapolation", options["extrapolation"], 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,53 +85,53 @@ class ExtrapolatedSGD(VectorOptimizer):
 
         Args:
             closure: clears gradients, computes the loss, does the backward pass and returns the
-                loss, as torch's LBFGS takes it.
+                loss, as for torch's LBFGS.
 
         Returns:
             The loss at x_half.
 
         Raises:
-            ValueError: without a closure, or if it left no gradients or unfit ones. The weights
-                are as before then, as they are after an error of the closure's own.
+            ValueError: without a closure, or for a closure that leaves no gradients or unusable
+                ones. The weights are unchanged then, as they are after an error in the closure.
         """
         if closure is None:
             raise ValueError("ExtrapolatedSGD needs a closure that returns the loss, got None")
-        loss = self._ahead(closure)
-        ready = self._ready()
-        if not ready:
-            raise ValueError("expected gradients: the closure must do the backward pass")
-        for item in ready:
-            self._move(item)
+        loss = self._evaluate_ahead(closure)
+        found = self._collect_gradients()
+        if not found:
+            raise ValueError("the closure must do the backward pass, got no gradients")
+        for item in found:
+            self._step_group(item)
         return loss
 
-    def _ahead(self, closure: Callable[[], Any]) -> Any:
-        """Call the closure at x_half, and put the weights back."""
-        held = []
+    def _evaluate_ahead(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure at x_half; restore the weights."""
+        moved = []
         try:
             for group in self.param_groups:
-                reach = group["extrapolation"] * float(group["lr"])
+                distance = group["extrapolation"] * float(group["lr"])
                 known = [
                     p
                     for p in group["params"]
                     if p.requires_grad and "last_gradient" in self.state.get(p, {})
                 ]
-                if known and reach:
+                if known and distance:
                     space = self._space(known)
-                    last, w = self._vector(space, "last_gradient"), space.copy()
-                    held.append((space, w))
-                    space.step_along(space.weights, w, last, reach)
+                    last, w = self._state_vector(space, "last_gradient"), space.copy()
+                    moved.append((space, w))
+                    space.step_along(space.weights, w, last, distance)
             with torch.enable_grad():
                 return closure()
         finally:
-            for space, w in held:
-                put_back(space, w)
+            for space, w in moved:
+                space.restore(w)
 
-    def _move(self, item: Ready) -> None:
-        _, group, space, g = item
-        d = last = self._vector(space, "last_gradient")
+    def _step_group(self, item: GroupGradients) -> None:
+        group, space, g = item.group, item.space, item.gradients
+        d = last = self._state_vector(space, "last_gradient")
         space.axpby(last, g, 0.0, 1.0)
         if group["momentum"]:
-            d = self._vector(space, "momentum_buffer")
+            d = self._state_vector(space, "momentum_buffer")
             space.axpby(d, g, group["momentum"], 1.0)
         elif group["weight_decay"]:
             d = space.zeros()

@@ -1,4 +1,4 @@
-"""FlatterFaster: momentum that follows the lr by a power law."""
+"""FlatterFaster: a momentum that follows the lr by a power law."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ..options import number
+
 POWER = 2 / 3
-MOST = 0.999
-"""The largest β: at an lr of 0 the law itself would say 1."""
+MAX_MOMENTUM = 0.999
+"""The largest β; at lr = 0 the law gives 1."""
 
 
 class FlatterFaster:
-    """Couple the momentum to the lr, so that 1 − β goes with lr^(2/3).
+    """Couple the momentum to the lr so that 1 − β is proportional to lr^(2/3).
 
-    β = 1 − (1 − β_ref)·(lr/lr_ref)^(2/3), clamped to [0, 0.999], for each param group: SGD's
-    ``momentum``, or the first of Adam's ``betas``. It is set at construction and at each step.
+    β = 1 − (1 − β_ref)·(lr/lr_ref)^(2/3), clamped to [0, 0.999], for each param group. β is
+    ``momentum`` of SGD, or the first of Adam's ``betas``. It is set on construction and by
+    :meth:`step`.
 
     Args:
-        optimizer: any torch optimizer whose groups have ``betas`` or ``momentum``, ours among them.
-            β_ref is what they have now.
-        reference_lr: lr_ref; None: each group's ``initial_lr``, which lr schedulers set, or else
-            its lr now. To be given where a warm-up starts from an ``initial_lr`` that is no peak,
-            as that of OneCycleLR.
+        optimizer: any torch optimizer whose groups have ``betas`` or ``momentum``, a mechanized one
+            included. β_ref is their present value.
+        reference_lr: lr_ref. By default each group's ``initial_lr``, which lr schedulers set, or
+            else its present lr. Pass it if ``initial_lr`` is not the peak, as with OneCycleLR.
 
     Raises:
-        ValueError: for groups without momentum, or with one or an lr_ref out of range.
+        ValueError: for groups without momentum, or with a momentum or lr_ref out of range.
 
-    It has no memory and no passes of its own. Of a mechanized optimizer it sees the lr in
-    param_groups, which is the schedule, and not the scale that the optimizer learns.
+    It needs no memory and no passes over the weights. With a mechanized optimizer the law sees the
+    lr in param_groups, which is the schedule, and not the learned scale.
 
-    Source: arXiv 2210.16400, which derives the law for SGD with label noise; Adam's β₁ by the same
-    law, the reference point and the clamp are ours.
+    Source: arXiv 2210.16400, which derives the law for SGD with label noise. Ours: the same law for
+    Adam's β₁, the reference point and the clamp.
 
     Example:
         >>> import torch
@@ -55,32 +57,33 @@ class FlatterFaster:
         self.step()
 
     def step(self) -> None:
-        """Set each group's momentum by its lr as it stands; call it after the lr scheduler's step.
+        """Set each group's momentum from its present lr; call it after the lr scheduler's step.
 
-        Groups added since the last call are referred to their lr and momentum now.
+        The references of groups added since the last call are their present lr and momentum.
 
         Raises:
-            ValueError: for an added group that has no momentum; nothing has changed then.
+            ValueError: for an added group without momentum; nothing has changed then.
         """
         groups = self.optimizer.param_groups
         added = groups[len(self.references) :]
         self.references += [self._reference(group) for group in added]
         for group, (lr, beta) in zip(groups, self.references, strict=True):
-            set_momentum(group, coupled(float(group["lr"]) / lr, beta))
+            set_momentum(group, coupled_momentum(float(group["lr"]) / lr, beta))
 
     def get_last_momentum(self) -> list[float]:
-        """Return each group's β as it stands."""
-        return [momentum(group) for group in self.optimizer.param_groups]
+        """Return the present β of each group."""
+        return [get_momentum(group) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs; the momenta themselves are in the optimizer's state dict."""
+        """Return what resuming needs besides the optimizer's state dict, which has the momenta."""
         return {"references": [list(pair) for pair in self.references]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state_dict, and set the momenta by the lrs as they stand.
+        """Load a :meth:`state_dict`, and set the momenta from the present lrs.
 
         Raises:
-            ValueError: for a state dict with other entries, or of another number of groups.
+            ValueError: for other entries, another number of groups, or references out of range;
+                nothing has changed then.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
@@ -101,24 +104,23 @@ class FlatterFaster:
         lr = self.reference_lr
         if lr is None:
             lr = float(group.get("initial_lr", group["lr"]))
-        if not 0 < lr < math.inf:
-            raise ValueError(f"the reference lr must be finite and above 0, got {lr}")
-        beta = momentum(group)
+        number("reference_lr", lr, 0, above=True)
+        beta = get_momentum(group)
         if not 0 < beta < 1:
             raise ValueError(f"expected a momentum in (0, 1) to couple, got {beta}")
         return lr, beta
 
 
-def coupled(ratio: float, beta: float) -> float:
-    """Return β at lr/lr_ref = ratio."""
-    return min(MOST, max(0.0, 1 - (1 - beta) * ratio**POWER))
+def coupled_momentum(ratio: float, reference: float) -> float:
+    """Return β for lr/lr_ref = ``ratio`` and β_ref = ``reference``."""
+    return min(MAX_MOMENTUM, max(0.0, 1 - (1 - reference) * ratio**POWER))
 
 
-def momentum(group: dict[str, Any]) -> float:
+def get_momentum(group: dict[str, Any]) -> float:
     """Return a group's momentum.
 
     Raises:
-        ValueError: for a group without.
+        ValueError: for a group without momentum.
     """
     if "betas" in group:
         return float(group["betas"][0])

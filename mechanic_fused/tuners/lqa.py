@@ -1,4 +1,4 @@
-"""LQA: at every step the lr that minimizes a parabola along the gradient."""
+"""LQA: set the lr of plain SGD to the minimizer of a parabola along the gradient."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .probe import Closure, parabola
-from .probe_scheduler import ProbeScheduler, finite
+from .probe import parabola
+from .probe_scheduler import ProbeScheduler
+from .trial import Closure
+
+MULTIPLES = (-1.0, 0.0, 1.0)
 
 
 class LQA(ProbeScheduler):
     """Set plain SGD's lr to the minimizer of a local quadratic approximation.
 
-    At every step, along e = g/max|g| and with a distance δ,
+    With e = g/max|g|, a distance δ and L± the loss at x ∓ δ·e, every step sets
 
-    lr = (δ/2)·(L₋ − L₊)/(L₋ − 2L₀ + L₊)/max|g|,   L± = loss at x ∓ δ·e,
+    lr = (δ/2)·(L₋ − L₊)/(L₋ − 2L₀ + L₊)/max|g|
 
-    if curvature and slope are above 0; else the lr stays. δ is the last step's own length
-    lr·max|g|, so that the parabola is fitted where it is used.
+    if curvature and slope are positive; otherwise the lr is kept. δ is lr·max|g|, the largest
+    element of the last step, so that the parabola is fitted at the distance where it is used.
 
     Args:
-        optimizer: torch.optim.SGD without momentum and weight decay; its lr is only the first
-            distance.
-        model: its buffers are kept by the probe.
-        every: steps from one look to the next.
-        bound: the largest factor by which a look changes the lr; infinite as in the paper's
-            formula, which has no bound.
+        optimizer: torch.optim.SGD without momentum and weight decay; its lr only sets the first δ.
+        model: the model whose buffers are restored after a probe, if it has any.
+        every: steps from one probe to the next.
+        bound: the largest factor by which one probe changes the lr; infinite by default, because
+            the paper's formula has no bound.
         min_lr, max_lr: the range of the lr.
-        probe_options: ``backend``, ``reduce_group``, ``process_group`` of :class:`LineProbe`.
+        probe_options: ``backend``, ``reduce_group`` and ``process_group`` of :class:`LineProbe`.
 
     Raises:
         ValueError: for another optimizer, several lrs, or options out of range.
 
-    Source: arXiv 2004.03260. Ours: the choice of δ, that an unfit parabola keeps the lr, ``every``
-    and ``bound``.
+    Source: arXiv 2004.03260. Ours: the choice of δ, keeping the lr if the parabola has no minimum
+    ahead, ``every`` and ``bound``.
 
     Example:
         >>> import torch
@@ -47,7 +49,7 @@ class LQA(ProbeScheduler):
         >>> tuner = LQA(opt)
         >>> (2 * weight**2).sum().backward()
         >>> _ = tuner.step(lambda: (2 * weight**2).sum())
-        >>> round(tuner.get_last_lr()[0], 3)  # 1/4 is the minimizer of 2·w²
+        >>> round(tuner.get_last_lr()[0], 3)  # 2·w² has its minimum at a step of lr 1/4
         0.25
     """
 
@@ -67,25 +69,23 @@ class LQA(ProbeScheduler):
         super().__init__(optimizer, model, every, min_lr, max_lr, **probe_options)
         self.bound = bound
 
-    def _factor(self, closure: Closure) -> float | None:
+    def _lr_factor(self, closure: Closure) -> float | None:
         check_plain_sgd(self.optimizer)
-        space = self.probe.space
-        g = space.gradients()
-        if g is None:
-            raise ValueError("expected gradients: call it after backward() and before step()")
+        g, space = self.probe.gradients(), self.probe.space
         lr = self.get_last_lr()[0]
         with torch.no_grad():
             d = space.zeros()
-            # d is the step at the present lr, so that r = ±1 is at the distance δ.
+            # d is the step at the present lr, so r = ±1 is at the distance δ.
             space.axpby(d, g, 0.0, lr)
-            reach = float(space.abs_max(d).max())
-        if not 0 < reach < math.inf:
+            distance = float(space.abs_max(d).max())
+        if not 0 < distance < math.inf:
             return None
-        self.losses = self.probe.along(closure, space.copy(), d, (-1.0, 0.0, 1.0))
-        fit = parabola((-1.0, 0.0, 1.0), self.losses)
+        self.losses = self.probe.along(closure, space.copy(), d, MULTIPLES)
+        fit = parabola(MULTIPLES, self.losses)
         if fit is None or not fit.convex:
             return None
-        return finite(min(self.bound, max(1 / self.bound, fit.minimizer)))
+        factor = min(self.bound, max(1 / self.bound, fit.minimizer))
+        return factor if math.isfinite(factor) and factor > 0 else None
 
 
 def check_plain_sgd(optimizer: Optimizer) -> None:
@@ -95,9 +95,14 @@ def check_plain_sgd(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups
     ):
         raise ValueError(
-            "expected torch.optim.SGD without momentum, weight decay and maximize, "
-            f"got {type(optimizer).__name__}: GeN takes any optimizer"
+            "LQA needs torch.optim.SGD without momentum, weight decay and maximize, "
+            f"got {type(optimizer).__name__} with {_options(optimizer)}; GeN takes any optimizer"
         )
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
-    if len(rates) > 1:
-        raise ValueError(f"expected one lr for all groups, got {sorted(rates)}")
+    lrs = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(lrs) > 1:
+        raise ValueError(f"LQA needs one lr for all groups, got {sorted(lrs)}")
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    names = ("momentum", "weight_decay", "maximize")
+    return [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]

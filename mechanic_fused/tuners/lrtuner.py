@@ -1,4 +1,4 @@
-"""LRTuner: explore with the largest lr that does no harm, then exploit with the best one."""
+"""LRTuner: first the largest lr that does not raise the loss, later the best one."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .probe import Closure, Parabola, parabola
+from ..options import integer, number
+from .probe import Parabola, parabola
 from .probe_scheduler import ProbeScheduler
+from .trial import Closure
 
 
 class LRTuner(ProbeScheduler):
-    """Tune the lr on a parabola along the step: its far edge first, its minimum later.
+    """Set the lr by a parabola along the step: first to its far edge, later to its minimum.
 
-    With d the step at the present lr η and L(r) ≈ L₀ − s·r + ½κ·r² fitted to losses at x − r·d,
+    With d the step at the present lr η, L(r) ≈ L₀ − s·r + ½κ·r² is fitted to losses at x − r·d:
 
-    explore (the first part of the steps):  r = (s + √(s² + 2κ·tolerance·|L₀|))/κ, the largest r
-    with L(r) ≤ L₀ + tolerance·|L₀|;   exploit (the rest):  r* = s/κ;
+    explore (first part of the run):  r = (s + √(s² + 2κ·tolerance·|L₀|))/κ, the largest r with
+    L(r) ≤ L₀ + tolerance·|L₀|;   exploit (the rest):  r = s/κ;
 
-    then η ← η·clip(r, 1/bound, bound). Where κ ≤ 0 the parabola has no minimum: the lr grows by
-    ``bound`` if the loss falls along it (s > 0) while exploring, and stays when exploiting. Where
-    s ≤ 0 even a small step does harm, and where a loss is not finite a step did: the lr shrinks by
-    ``bound`` (while exploiting with κ ≤ 0 it stays).
+    then η ← η·clip(r, 1/bound, bound).
+
+    If κ ≤ 0 there is no minimum: the lr is multiplied by ``bound`` while exploring if s > 0, and
+    kept while exploiting. If s ≤ 0 (except while exploiting with κ ≤ 0), or if a loss is not
+    finite, the lr is divided by ``bound``.
 
     Args:
-        optimizer: any torch optimizer; its lr is where the search starts.
-        model: its buffers are kept by the probe.
-        steps: of the whole run.
-        explore: the part of them that explores, in [0, 1].
-        every: steps from one look to the next.
-        multiples: of the step, where losses are taken: three or more.
-        tolerance: how much the loss may rise in a step while exploring, as a part of itself.
-        bound: the largest factor by which a look changes the lr; with larger ones it runs ahead of
-            what the loss has had time to show, and past what Adam survives.
+        optimizer: any torch optimizer; its lr is the initial η.
+        model: the model whose buffers are restored after a probe, if it has any.
+        steps: steps of the whole run.
+        explore: the fraction of the steps that explores, in [0, 1].
+        every: steps from one probe to the next.
+        multiples: the values of r at which the loss is evaluated; three or more.
+        tolerance: by how much a step may raise the loss while exploring, as a fraction of the loss.
+        bound: the largest factor by which one probe changes the lr. Larger bounds raise the lr
+            before the loss shows that it is too large; Adam diverged with 2.
         min_lr, max_lr: the range of each group's lr.
-        probe_options: ``backend``, ``reduce_group``, ``process_group`` of :class:`LineProbe`.
+        probe_options: ``backend``, ``reduce_group`` and ``process_group`` of :class:`LineProbe`.
 
     Raises:
         ValueError: for options out of range.
 
-    Source: arXiv 2105.14526, of which only the abstract could be had: that the lr is tuned as
-    training goes, for any optimizer. That it fits a parabola to a few losses on a larger batch,
-    that a first phase takes large lrs and a second the minimum, is recalled and unverified; the
-    shape with half of the run at high lr is that of the same authors' Knee schedule (JMLR 24:65).
-    Intervals, thresholds, bounds and multiples are ours. Give the closure a larger batch than a
-    training step's, or another one: on the batch of the gradient itself the loss falls too well.
+    Source: arXiv 2105.14526, of which only the abstract was available: the lr is tuned during
+    training, for any optimizer. The parabola through a few losses on a larger batch and the two
+    phases are recalled and unverified; half of the run at a high lr is the shape of the same
+    authors' Knee schedule (JMLR 24:65). Intervals, thresholds, bounds and multiples are ours. Pass
+    a closure with a larger or another batch: on the batch of the gradient the loss falls too far.
 
     Example:
         >>> import torch
@@ -76,10 +78,8 @@ class LRTuner(ProbeScheduler):
         max_lr: float = math.inf,
         **probe_options: Any,
     ) -> None:
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of 1 or more, got {steps!r}")
-        if not 0 <= explore <= 1:
-            raise ValueError(f"explore must lie in [0, 1], got {explore}")
+        integer("steps", steps, 1)
+        number("explore", explore, 0, 1)
         if len(set(multiples)) < 3:
             raise ValueError(f"multiples must be three different numbers or more, got {multiples}")
         if not tolerance >= 0:
@@ -96,24 +96,26 @@ class LRTuner(ProbeScheduler):
         """Whether the next step is in the first phase."""
         return self.count < self.explore * self.steps
 
-    def _factor(self, closure: Closure) -> float | None:
+    def _lr_factor(self, closure: Closure) -> float | None:
         self.losses = self.probe(closure, self.multiples)
         fit = parabola(self.multiples, self.losses)
         if fit is None:
             return 1 / self.bound
-        wanted = self._edge(fit) if self.exploring else self._minimum(fit)
-        return None if wanted is None else min(self.bound, max(1 / self.bound, wanted))
+        target = self._edge(fit) if self.exploring else self._minimum(fit)
+        return None if target is None else min(self.bound, max(1 / self.bound, target))
 
     def _edge(self, fit: Parabola) -> float:
+        """Return the largest r at which the loss is within the tolerance."""
         slack = self.tolerance * abs(fit.level)
         if fit.slope <= 0:
             return 1 / self.bound
         if fit.curvature <= 0:
             return self.bound
-        inside = fit.slope**2 + 2 * fit.curvature * slack
-        return (fit.slope + math.sqrt(inside)) / fit.curvature
+        discriminant = fit.slope**2 + 2 * fit.curvature * slack
+        return (fit.slope + math.sqrt(discriminant)) / fit.curvature
 
     def _minimum(self, fit: Parabola) -> float | None:
+        """Return the r of the minimum, or None if there is none."""
         if fit.curvature <= 0:
             return None
         return fit.minimizer

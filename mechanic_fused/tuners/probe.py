@@ -1,24 +1,27 @@
-"""LineProbe: the loss along a line through the weights, and the parabola through what it finds."""
+"""LineProbe: the loss along a line through the weights, and the parabola through such losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from ..optimizer import Mechanized
 from ..vectors.space import Space, Vector
-from .snapshot import Buffers, Generators, OptimizerState, no_gradients, reshard
+from .snapshot import GeneratorStates, OptimizerState
+from .trial import Closure, trial_losses
 
-Closure = Callable[[], Tensor]
+CURVATURE_ROUNDING = 1e-13
+"""The rounding error of a fitted ½·curvature, as a fraction of the range of the losses."""
 
 
 class Parabola(NamedTuple):
-    """L(r) ≈ level − slope·r + ½·curvature·r², and R², the part of the losses' spread in it."""
+    """L(r) ≈ level − slope·r + ½·curvature·r², and R², the fraction of the variance it explains."""
 
     level: float
     slope: float
@@ -27,58 +30,62 @@ class Parabola(NamedTuple):
 
     @property
     def minimizer(self) -> float:
-        """r* = slope/curvature; of three points at −1, 0, 1: ½(L₋ − L₊)/(L₋ − 2L₀ + L₊)."""
+        """r* = slope/curvature; for points at −1, 0, 1 it is ½(L₋ − L₊)/(L₋ − 2L₀ + L₊)."""
         return self.slope / self.curvature
 
     @property
     def convex(self) -> bool:
-        """Whether it opens upwards and falls at r = 0, so that its minimizer is a step ahead."""
+        """Whether it opens upwards and falls at r = 0, so that its minimizer is ahead."""
         return self.curvature > 0 and self.slope > 0
 
 
-NOTHING = 1e-13
-"""What the fit's own roundings leave of a curvature that is 0, as a part of the losses' range."""
-
-
 def parabola(multiples: Sequence[float], losses: Sequence[float]) -> Parabola | None:
-    """Return the least-squares parabola through three or more points, or None if any loss is not
-    finite."""
+    """Fit a parabola to three or more losses by least squares.
+
+    Args:
+        multiples: r of each loss.
+        losses: the losses.
+
+    Returns:
+        The parabola, or None if a loss is not finite.
+    """
     if not all(map(math.isfinite, losses)):
         return None
-    # Differences first: of losses that lie on a line the curvature is then 0, or nearly so.
+    # Differences first, so that losses on a line give a curvature of 0, or nearly so.
     base = losses[0]
-    found = numpy.asarray(losses) - base
-    half, minus, level = numpy.polyfit(multiples, found, 2).tolist()
-    residual = found - numpy.polyval([half, minus, level], multiples)
-    spread = float(((found - found.mean()) ** 2).sum())
+    rises = numpy.asarray(losses) - base
+    half, minus, level = numpy.polyfit(multiples, rises, 2).tolist()
+    residual = rises - numpy.polyval([half, minus, level], multiples)
+    spread = float(((rises - rises.mean()) ** 2).sum())
     r_squared = 1 - float((residual**2).sum()) / spread if spread > 0 else 0.0
-    reach = max(map(abs, multiples))
-    if abs(half) * reach**2 <= NOTHING * float(numpy.abs(found).max()):
+    largest = max(map(abs, multiples))
+    if abs(half) * largest**2 <= CURVATURE_ROUNDING * float(numpy.abs(rises).max()):
         half = 0.0
     return Parabola(base + level, -minus, 2 * half, r_squared)
 
 
 class LineProbe:
-    """Measure the loss where the optimizer would be after a step of several sizes.
+    """Measure the loss at several multiples of the step that the optimizer is about to take.
 
-    L(r) = loss at x − r·d, d being the step that the optimizer is about to take at its present lr:
-    r = 1 is that step, 0 the weights as they are, −1 the step the other way.
+    L(r) = loss at x − r·d, where x − d is where ``optimizer.step()`` would lead: r = 1 is the step
+    itself, 0 the present weights, −1 the step in the opposite direction.
 
-    Afterwards weights, gradients, the optimizer's state and param_groups, the model's buffers and
-    the random generators are as before, to the bit. Every point sees the same random numbers.
+    Afterwards weights, gradients, the optimizer's state and param groups, the model's buffers and
+    the random generators are as before, bit by bit. Every point draws the same random numbers.
 
     Args:
-        optimizer: any torch optimizer whose ``step()`` needs no closure, ours among them.
-        model: its buffers (batch norm's statistics) are kept; None where it has none.
-        backend: "auto" or a backend's name.
+        optimizer: any torch optimizer, a mechanized one included, whose ``step()`` needs no
+            closure. Hooks on the step run once per probe.
+        model: the model whose buffers (batch norm's statistics) are restored, if it has any.
+        backend: "auto" or the name of a backend.
         reduce_group: the process group over which plain weights are sharded, or None.
-        process_group: the ranks over whose batches losses are averaged; None for all of them.
+        process_group: the ranks over which losses are averaged; None for all.
 
     Raises:
         ValueError: for a backend that does not serve the weights' device.
 
-    While it runs it holds a copy of the weights, of the optimizer's state, and the direction d in
-    float32 (float64 for float64 weights). Hooks on the optimizer's step run once.
+    Memory during a probe: a copy of the weights, a copy of the optimizer's state, and d in float32
+    (float64 for float64 weights).
 
     Example:
         >>> import torch
@@ -105,11 +112,11 @@ class LineProbe:
         self.backend, self.reduce_group = backend, reduce_group
         self.process_group = process_group
         self._space: Space | None = None
-        self.space  # noqa: B018  an unfit backend is to be named now
+        self.space  # noqa: B018  raises now for an unsuitable backend
 
     @property
     def space(self) -> Space:
-        """The weights that a step may move: those that require gradients, or still have one."""
+        """The weights that a step may move: those that require gradients or still have one."""
         groups = self.optimizer.param_groups
         held = [p for group in groups for p in group["params"]]
         weights = [p for p in held if p.requires_grad or p.grad is not None]
@@ -120,38 +127,49 @@ class LineProbe:
         return space
 
     def __call__(self, closure: Closure, multiples: Sequence[float] = (-1, 0, 1)) -> list[float]:
-        """Return the losses at x − r·d for each r of ``multiples``.
+        """Return the losses at x − r·d for each r in ``multiples``.
 
         Call it after the backward pass and before the optimizer's step.
 
         Args:
-            closure: evaluates the model and returns the loss, as torch's LBFGS takes it. It is
-                called without gradients: one that also does the backward pass says
-                ``if loss.requires_grad: loss.backward()``. Of a batch that it draws itself, every
-                point must see the same.
+            closure: evaluates the model and returns the loss; it is called without gradients. A
+                closure that also does the backward pass, as for torch's LBFGS, must make it depend
+                on ``loss.requires_grad``. All points must see the same batch.
+            multiples: the values of r.
 
         Raises:
             ValueError: if no weight has a gradient.
         """
-        if getattr(self.optimizer, "_release", None) is not None:
-            raise ValueError("expected gradients, got an optimizer that releases them: no probes")
-        space = self.space
-        if space.gradients() is None:
-            raise ValueError("expected gradients: call it after backward() and before step()")
-        w = space.copy()
+        self.gradients()
+        w = self.space.copy()
         return self.along(closure, w, self.direction(w), multiples)
+
+    def gradients(self) -> Vector:
+        """Return the gradients of :attr:`space`; raise ValueError if no weight has one."""
+        if isinstance(self.optimizer, Mechanized) and self.optimizer.releases_gradients:
+            raise ValueError(
+                "LineProbe cannot be used with release_gradients(): gradients are freed in the "
+                "backward pass"
+            )
+        gradients = self.space.gradients()
+        if gradients is None:
+            raise ValueError(
+                "a probe needs gradients: expected a call after backward() and before step(), "
+                "got weights without gradients"
+            )
+        return gradients
 
     @torch.no_grad()
     def direction(self, w: Vector) -> Vector:
-        """Return d = w − x', x' being where ``optimizer.step()`` leads; all is put back.
+        """Return d = w − x', where ``optimizer.step()`` leads to x'; the step is taken back.
 
         Args:
             w: a copy of the weights.
         """
         space, opt = self.space, self.optimizer
-        kept, generators = OptimizerState(opt), Generators(x.device for x in space.weights)
+        saved, generators = OptimizerState(opt), GeneratorStates(x.device for x in space.weights)
         grads = [p.grad for p in space.parameters]
-        # Hooks may write them, and torch's foreach SGD adds Nesterov's momentum into them.
+        # Hooks may write gradients, and torch's foreach SGD adds Nesterov's momentum to them.
         copies = [None if g is None else g.clone() for g in grads]
         try:
             opt.step()
@@ -160,8 +178,8 @@ class LineProbe:
         finally:
             for p, g, copy in zip(space.parameters, grads, copies, strict=True):
                 p.grad = g if g is None or copy is None else g.copy_(copy)
-            put_back(space, w)
-            kept.restore()
+            space.restore(w)
+            saved.restore()
             generators.restore()
         return d
 
@@ -169,58 +187,17 @@ class LineProbe:
     def along(
         self, closure: Closure, w: Vector, d: Vector, multiples: Sequence[float]
     ) -> list[float]:
-        """Return the losses at w − r·d for each r, and put everything back.
+        """Return the losses at w − r·d for each r in ``multiples``; restore everything.
 
         Args:
+            closure: evaluates the model and returns the loss.
             w: a copy of the weights.
             d: a vector in the dtype of the arithmetic: see :meth:`Space.zeros`.
+            multiples: the values of r.
         """
-        space = self.space
-        generators, buffers = Generators(x.device for x in space.weights), Buffers(self.model)
-        models = [] if self.model is None else self.model.parameters()
-        everybody = list(dict.fromkeys([*space.parameters, *models]))
-        losses = []
-        try:
-            for r in multiples:
-                generators.restore()
-                if r == 0:
-                    put_back(space, w)
-                else:
-                    space.step_along(space.weights, w, d, float(r))
-                reshard(self.model)
-                with no_gradients(everybody):
-                    losses.append(mean_loss(closure(), self.process_group))
-                buffers.restore()
-        finally:
-            put_back(space, w)
-            reshard(self.model)
-            buffers.restore()
-            generators.restore()
+        group = self.process_group
+        with trial_losses(
+            closure, self.space, w, d, model=self.model, process_group=group
+        ) as loss_at:
+            losses = [loss_at(r) for r in multiples]
         return torch.stack(losses).tolist()
-
-
-@torch.no_grad()
-def put_back(space: Space, w: Vector) -> None:
-    """Give the weights the bits of their copy; autograd counts it as a write."""
-    torch._foreach_copy_(space.weights, w)
-    space.written()
-
-
-def mean_loss(loss: Any, group: Any = None) -> Tensor:
-    """Return the loss as a float64 number, averaged over the ranks of ``group``.
-
-    Ranks see other batches, and must decide alike.
-
-    Raises:
-        ValueError: if a closure returned something else than one number.
-    """
-    number = loss.detach() if torch.is_tensor(loss) else torch.tensor(loss, dtype=torch.float64)
-    number = number.double()
-    if number.numel() != 1:
-        raise ValueError(f"a closure must return one number, got a shape {tuple(number.shape)}")
-    number = number.reshape(())
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        number = number.clone()
-        torch.distributed.all_reduce(number, group=group)
-        number /= torch.distributed.get_world_size(group)
-    return number

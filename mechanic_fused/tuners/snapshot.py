@@ -1,26 +1,26 @@
-"""Keeping: what a probe must leave behind exactly as it was, copied and put back."""
+"""Copies of what a probe changes (generators, buffers, the optimizer), restored bit by bit."""
 
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..mechanized import Mechanized
-
-OURS = ("_dry_run_done", "_squared_norm", "_has_started")
-"""What a mechanized optimizer knows beside its param_groups and state."""
+from ..optimizer import Mechanized
+from ..torch_internals import get_step_called, own_buffers, set_step_called
 
 
-class Generators:
-    """States of the random generators: torch's on the CPU and ``devices``, Python's, NumPy's."""
+class GeneratorStates:
+    """States of the random generators of torch (the CPU's and those of GPUs), Python and NumPy.
+
+    Args:
+        devices: the devices whose generators are saved besides the CPU's.
+    """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
@@ -28,6 +28,7 @@ class Generators:
         self.python, self.numpy = random.getstate(), numpy.random.get_state()
 
     def restore(self) -> None:
+        """Set all generators back."""
         torch.set_rng_state(self.cpu)
         for device, state in self.gpus.items():
             torch.cuda.set_rng_state(state, device)
@@ -35,42 +36,50 @@ class Generators:
         numpy.random.set_state(self.numpy)
 
 
-class Buffers:
-    """A model's buffers, batch norm's running statistics among them: tensors and their places."""
+class BufferCopies:
+    """A model's buffers, such as batch norm's running statistics: the tensors and their values.
+
+    Args:
+        model: the model; None has no buffers.
+    """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self.held = [
-            (module, name, buffer, buffer.clone())
+        self.saved = [
+            (buffers, name, buffer, buffer.clone())
             for module in ([] if model is None else model.modules())
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for buffers, name, buffer in own_buffers(module)
         ]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for module, name, buffer, copy in self.held:
-            module._buffers[name] = buffer
-            # Many have not moved, and one that shares its memory with itself cannot be written.
+        """Put the same tensors back under their names, with the values that they had."""
+        for buffers, name, buffer, copy in self.saved:
+            buffers[name] = buffer
+            # Most are unchanged, and an expanded buffer, whose elements overlap, cannot be written.
             if not torch.equal(buffer, copy):
                 buffer.copy_(copy)
 
 
 class OptimizerState:
-    """An optimizer's state and param_groups: the same objects get the same bits back."""
+    """An optimizer's state and param groups: the objects, and copies of their contents.
+
+    Args:
+        optimizer: the optimizer.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.state = {p: Copied(entries) for p, entries in optimizer.state.items()}
+        self.state = {p: SavedValue(entries) for p, entries in optimizer.state.items()}
         self.groups = [
-            {name: Copied(value) for name, value in group.items() if name != "params"}
+            {name: SavedValue(value) for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
-        # By this mark torch's schedulers know whether a step has come before theirs.
-        self.called = vars(optimizer).get("_opt_called", False)
-        self.own = {name: vars(optimizer).get(name) for name in OURS}
+        self.step_called = get_step_called(optimizer)
+        self.run_state = optimizer.run_state() if isinstance(optimizer, Mechanized) else None
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Give the same objects their former contents; drop entries that were added."""
         opt = self.optimizer
         for p in list(opt.state):
             if p not in self.state:
@@ -81,27 +90,29 @@ class OptimizerState:
             for name in group.keys() - options.keys() - {"params"}:
                 del group[name]
             group.update({name: option.restored() for name, option in options.items()})
-        opt._opt_called = self.called  # type: ignore[attr-defined]
-        if isinstance(opt, Mechanized):
-            # Its plan still has the sums of the step that was taken back.
-            opt._forget()
-            vars(opt).update(self.own)
+        set_step_called(opt, self.step_called)
+        if isinstance(opt, Mechanized) and self.run_state is not None:
+            opt.restore_run_state(self.run_state)
 
 
-class Copied:
-    """An object and a copy of its contents."""
+class SavedValue:
+    """An object and a copy of its contents: of a tensor, or of dicts and lists of tensors.
+
+    Args:
+        original: the object.
+    """
 
     def __init__(self, original: Any) -> None:
         self.original = original
         if torch.is_tensor(original):
             self.copy: Any = original.detach().clone(memory_format=torch.preserve_format)
         elif isinstance(original, dict):
-            self.copy = {key: Copied(value) for key, value in original.items()}
+            self.copy = {key: SavedValue(value) for key, value in original.items()}
         elif isinstance(original, list):
-            self.copy = [Copied(value) for value in original]
+            self.copy = [SavedValue(value) for value in original]
 
     def restored(self) -> Any:
-        """Return the original with its contents as they were."""
+        """Return the original object with its former contents."""
         if torch.is_tensor(self.original):
             self.original.copy_(self.copy)
         elif isinstance(self.original, dict):
@@ -110,24 +121,3 @@ class Copied:
         elif isinstance(self.original, list):
             self.original[:] = [value.restored() for value in self.copy]
         return self.original
-
-
-@contextmanager
-def no_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Set gradients aside: a closure may clear them, and the very same tensors come back."""
-    held = [(p, p.grad) for p in parameters]
-    for p, _ in held:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, grad in held:
-            p.grad = grad
-
-
-def reshard(model: nn.Module | None) -> None:
-    """Let fully_shard's modules gather their weights anew: a pass without gradients keeps them."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    for module in () if model is None else model.modules():
-        if isinstance(module, kind):
-            module.reshard()

@@ -1,38 +1,42 @@
-"""VectorOptimizer: what the optimizers here that are made of vector verbs have in common."""
+"""VectorOptimizer: the base of the optimizers that are made of vector ops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends.layout import compute_dtype
-from ..distributed import local
+from ..options import number
 from ..state import conform, load_keeping_dtypes
+from ..torch_internals import local
 from ..vectors.space import Space, Vector
 
-# Sets of weights whose tables are kept, for each group: now this weight has a gradient, now that.
-KEPT = 4
+SPACES_PER_GROUP = 4
+"""Sets of weights with gradients whose tables are kept, for each param group."""
 
 
-class Ready(NamedTuple):
+class GroupGradients(NamedTuple):
     """The weights of one param group that have gradients."""
 
-    number: int
+    group_index: int
     group: dict[str, Any]
     space: Space
     gradients: Vector
 
 
 class VectorOptimizer(Optimizer):
-    """A torch optimizer whose arithmetic is vector verbs; weights without gradients sit out.
+    """A torch optimizer whose arithmetic is vector ops; weights without gradients are skipped.
+
+    Subclasses implement :meth:`check_options` and ``step``.
 
     Args:
         params: weights or param groups.
         defaults: options of the groups.
-        backend: "auto" or a backend's name.
+        backend: "auto" or the name of a backend.
         reduce_group: the process group over which plain weights are sharded, or None.
 
     Raises:
@@ -43,68 +47,87 @@ class VectorOptimizer(Optimizer):
         self, params: Iterable[Any], defaults: dict[str, Any], backend: str, reduce_group: Any
     ) -> None:
         self._options = (backend, reduce_group)
-        self._forget()
+        self._drop_derived()
         super().__init__(params, defaults)
         for group in self.param_groups:
             if group["params"]:
-                # An unfit backend is to be named now.
+                # Raises now, not in the first step, for an unsuitable backend.
                 self._space(group["params"])
 
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for options of a group that are out of range."""
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for a group's options that are out of range."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add weights with options of their own, as torch's optimizers do."""
-        self.check({**self.defaults, **param_group})
+        """Add weights with options of their own.
+
+        Raises:
+            ValueError: for options out of range; nothing has changed then.
+        """
+        self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does; state keeps the dtype that it was saved in."""
+        """Load as torch does, but keep the dtype in which the state was saved."""
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep."""
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, or take the groups and state of a checkpoint."""
         super().__setstate__(state)
-        self._forget()
+        self._drop_derived()
 
-    def _forget(self) -> None:
-        """Drop what is made anew from param_groups and state."""
+    def _drop_derived(self) -> None:
+        """Drop everything that can be derived from param_groups and state."""
         self._spaces: dict[tuple[int, ...], Space] = {}
 
     def _space(self, weights: Sequence[Tensor]) -> Space:
-        """Return the space over these weights, made anew where they have moved."""
+        """Return the space of these weights, rebuilt if they have moved."""
         key = tuple(map(id, weights))
         space = self._spaces.get(key)
         if space is None or not space.fits():
             self._spaces.pop(key, None)
-            if len(self._spaces) >= KEPT * len(self.param_groups):
+            if len(self._spaces) >= SPACES_PER_GROUP * len(self.param_groups):
                 del self._spaces[next(iter(self._spaces))]
             space = self._spaces[key] = Space(weights, *self._options)
         return space
 
-    def _vector(self, space: Space, name: str, narrow: bool = False) -> Vector:
-        """Return the weights' state of this name, zeros where there was none.
+    def _state_vector(self, space: Space, name: str, weight_dtype: bool = False) -> Vector:
+        """Return an entry of the weights' state as a vector, created with zeros if absent.
 
         Args:
-            narrow: in the weights' own dtype, not in that of the arithmetic.
+            space: the weights.
+            name: the entry.
+            weight_dtype: whether it has the weights' dtype instead of that of the arithmetic.
         """
-        found = []
+        vector = []
         for p in space.parameters:
-            state, dtype = self.state[p], p.dtype if narrow else compute_dtype(p.dtype)
+            state = self.state[p]
+            dtype = p.dtype if weight_dtype else compute_dtype(p.dtype)
             state[name] = conform(state.get(name), p, dtype)
-            found.append(local(state[name]))
-        return found
+            vector.append(local(state[name]))
+        return vector
 
-    def _ready(self) -> list[Ready]:
-        """Return the groups in which any weight has a gradient; all are looked at beforehand."""
-        ready = []
-        for number, group in enumerate(self.param_groups):
+    def _collect_gradients(self) -> list[GroupGradients]:
+        """Return the groups in which a weight has a gradient; raise before anything changes."""
+        found = []
+        for i, group in enumerate(self.param_groups):
             weights = [p for p in group["params"] if p.grad is not None]
             space = self._space(weights) if weights else None
             gradients = space.gradients() if space else None
             if space is not None and gradients is not None:
-                ready.append(Ready(number, group, space, gradients))
-        return ready
+                found.append(GroupGradients(i, group, space, gradients))
+        return found
+
+
+def check_lr(lr: float | Tensor, *, above: bool = False) -> None:
+    """Raise ValueError unless an lr, a number or a 0-dim tensor, is finite and 0 or more.
+
+    Args:
+        lr: the lr.
+        above: exclude 0.
+    """
+    number("lr", float(lr) if torch.is_tensor(lr) else lr, 0, above=above)

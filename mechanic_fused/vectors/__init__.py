@@ -1,4 +1,4 @@
-"""Vectors over all weights of a model, and the ops that the other tuners need of them."""
+"""Vectors over all weights of a model, and the ops on them that the other tuners need."""
 
 from .space import Space, Vector
 

@@ -1,0 +1,1 @@
+"""What the benchmarks share: cases, optimizers, timing, tables, results on disk."""

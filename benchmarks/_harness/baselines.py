@@ -1,0 +1,141 @@
+"""The optimizers that are measured: ours, torch's own, and other packages for the same purpose."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import mechanic_fused
+
+from .cases import counted_bytes, plan_bytes
+
+Make = Callable[[list[Any]], Any]
+
+DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer to measure.
+
+    Args:
+        name: its name in tables.
+        make: weights → optimizer.
+        ours: count bytes from its plan; otherwise from the torch operations of a step.
+        shares_gradients: it only reads gradients, so it needs no copy of them.
+        compiler: wrap its step in torch.compile with this backend.
+        counted: count the operations of this optimizer instead, where ``make``'s are not what runs.
+    """
+
+    name: str
+    make: Make
+    ours: bool = False
+    shares_gradients: bool = True
+    compiler: str = ""
+    counted: Make | None = None
+
+    def bytes_per_parameter(self, optimizer: Any, parameters: int, dtype: torch.dtype) -> float:
+        """Return the bytes that a step must read and write for each parameter."""
+        if self.ours:
+            return plan_bytes(optimizer) / parameters
+        return counted_bytes(self.counted or self.make, dtype)
+
+
+def torch_adamw(form: str, decay: float = DECAY, **options: Any) -> OptimizerSpec:
+    """Return torch's AdamW; ``form`` is "fused" or "foreach"."""
+    return OptimizerSpec(
+        f"torch AdamW {form}, wd={decay:g}",
+        lambda weights: torch.optim.AdamW(
+            weights, lr=1e-6, weight_decay=decay, **{form: True}, **options
+        ),
+    )
+
+
+def torch_sgd(form: str) -> OptimizerSpec:
+    """Return torch's SGD with momentum; ``form`` is "fused" or "foreach"."""
+    return OptimizerSpec(
+        f"torch SGD {form}, momentum",
+        lambda weights: torch.optim.SGD(weights, lr=1e-6, momentum=0.9, **{form: True}),
+    )
+
+
+def adamw(
+    backend: str = "auto", decay: float = DECAY, delta_dtype: torch.dtype | None = None
+) -> OptimizerSpec:
+    """Return our AdamW; the name has the backend unless that is "auto"."""
+    suffix = "" if backend == "auto" else f", {backend}"
+    suffix += ", bf16 Δ" if delta_dtype is torch.bfloat16 else ""
+    return OptimizerSpec(
+        f"MechanicAdamW wd={decay:g}{suffix}",
+        lambda weights: mechanic_fused.MechanicAdamW(
+            weights, lr=1.0, weight_decay=decay, backend=backend, delta_dtype=delta_dtype
+        ),
+        ours=True,
+    )
+
+
+def sgd(backend: str = "auto") -> OptimizerSpec:
+    """Return our SGD with momentum."""
+    return OptimizerSpec(
+        "MechanicSGD momentum",
+        lambda weights: mechanic_fused.MechanicSGD(weights, lr=1.0, momentum=0.9, backend=backend),
+        ours=True,
+    )
+
+
+def lion(backend: str = "auto") -> OptimizerSpec:
+    """Return our Lion."""
+    return OptimizerSpec(
+        f"MechanicLion wd={DECAY:g}",
+        lambda weights: mechanic_fused.MechanicLion(
+            weights, lr=1.0, weight_decay=DECAY, backend=backend
+        ),
+        ours=True,
+    )
+
+
+def mechanic_pytorch(fused: bool = False) -> OptimizerSpec:
+    """Return the authors' package around AdamW, used as in its README."""
+
+    def make(weights: list[Any]) -> Any:
+        package = importlib.import_module("mechanic_pytorch")
+        options = {"fused": True} if fused else {}
+        return package.mechanize(torch.optim.AdamW)(weights, lr=1.0, weight_decay=DECAY, **options)
+
+    name = f"mechanic-pytorch AdamW{' fused' if fused else ''}"
+    return OptimizerSpec(name, make, shares_gradients=False)
+
+
+def other_tuners() -> list[OptimizerSpec]:
+    """Return other optimizers that need no learning rate. Some write to their gradients."""
+
+    def schedulefree(weights: list[Any]) -> Any:
+        package = importlib.import_module("schedulefree")
+        optimizer = package.AdamWScheduleFree(weights, lr=1e-6, weight_decay=DECAY)
+        optimizer.train()
+        return optimizer
+
+    makes: dict[str, Make] = {
+        "prodigyopt Prodigy": lambda weights: importlib.import_module("prodigyopt").Prodigy(
+            weights, weight_decay=DECAY
+        ),
+        "schedulefree AdamW": schedulefree,
+        "dadaptation Adam": lambda weights: importlib.import_module("dadaptation").DAdaptAdam(
+            weights, weight_decay=DECAY, decouple=True
+        ),
+    }
+    return [OptimizerSpec(name, make, shares_gradients=False) for name, make in makes.items()]
+
+
+def compiled(spec: OptimizerSpec, compiler: str) -> OptimizerSpec:
+    """Return an optimizer with a compiled step; it moves the bytes of torch's fused AdamW."""
+    return replace(
+        spec,
+        name=f"{spec.name}, compiled",
+        compiler=compiler,
+        counted=torch_adamw("fused").make,
+    )

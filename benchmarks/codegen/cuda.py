@@ -1,0 +1,67 @@
+"""The CUDA kernels as they stand in the compiled module, for each architecture that it has."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import machine_code
+from .bounds import ARCHITECTURES, Row, checked
+
+THREADS = 256
+"""Of a block, in every kernel: kThreads of launch.cuh."""
+
+NUMBERS = {"f": torch.float32, "d": torch.float64, "BFloat16": torch.bfloat16, "Half": torch.half}
+
+# Mangled names: f and d are float and double; a later S3_ repeats the type that was named before.
+NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
+ACCUMULATE = re.compile(rf"accumulate_kernelINS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E")
+NORM = re.compile(rf"norm_kernelI{NUMBER}E")
+APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}E")
+
+
+class Kernel(NamedTuple):
+    """Which kernel a function of the module is."""
+
+    name: str
+    dtype: torch.dtype
+    narrow: bool
+
+
+def kernel_of(function: str) -> Kernel | None:
+    """Return which kernel a mangled name means, or None for a function that is none of ours."""
+    if found := ACCUMULATE.search(function):
+        base, weight, state = found.groups()
+        # float and double are themselves without being narrow.
+        return Kernel(base.lower(), NUMBERS[weight], state.startswith("S"))
+    if found := APPLY.search(function):
+        return Kernel("apply" if found[1] == "1" else "measure", NUMBERS[found[2]], False)
+    if found := NORM.search(function):
+        return Kernel("norm", NUMBERS[found[1]], False)
+    return Kernel("tune", torch.float64, False) if "tune_kernel" in function else None
+
+
+def absent() -> str:
+    """Return why there is nothing to look at here, or the empty string."""
+    try:
+        native = importlib.import_module("mechanic_fused._native")
+    except ImportError as error:
+        return f"the extension was not built ({error})"
+    if not native.has_cuda:
+        return "the extension was built without CUDA"
+    return "" if machine_code.cuobjdump() else "cuobjdump is not installed"
+
+
+def rows(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Row]:
+    """Hold every kernel of the compiled module against the bounds."""
+    module = importlib.import_module("mechanic_fused._native")
+    for architecture in architectures:
+        for function, code in machine_code.read(Path(module.__file__), architecture).items():
+            if kernel := kernel_of(function):
+                name, dtype, narrow = kernel
+                yield checked("cuda", name, dtype, architecture, code, THREADS, narrow)

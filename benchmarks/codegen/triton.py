@@ -1,0 +1,116 @@
+"""The Triton kernels as their launchers specialise them, compiled for each architecture."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechanic_fused.backends.layout import KINDS, compute_dtype
+
+from . import machine_code
+from .bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, delta_dtype, variants
+
+
+def source(
+    kernel: str, dtype: torch.dtype, narrow: bool = False, narrow_delta: bool = False
+) -> Any:
+    """Return a Triton kernel as its launcher specialises it.
+
+    Args:
+        narrow: the base's state is in the weights' dtype.
+        narrow_delta: Δ is in bfloat16.
+    """
+    from mechanic_fused.triton_kernels import storage
+    from triton.compiler import ASTSource
+
+    op = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate")}.get(kernel, kernel)
+    module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
+    function = getattr(module, f"{op}_kernel")
+    x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
+    d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
+    constants = {
+        "accumulate": {
+            "KIND": kernel,
+            "X": x,
+            "T": t,
+            "D": d,
+            "S": x if narrow else t,
+            **({} if narrow_delta else {"step_count": None}),
+            **storage.sizes(dtype),
+        },
+        "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},
+        "norm": {"X": x, "T": t, **storage.sizes(dtype)},
+        "tune": {"BETAS": 6, "COLUMNS": 8, "ROWS": 32},
+    }[op] | {"grad_scale": None, "found_inf": None, "clip": None}
+    if kernel == "measure":
+        constants |= {"tuner": None, "BETAS": 0}
+    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "step_count")
+    types = {
+        **dict.fromkeys(("tensors", "chunks", "spans"), "*i64"),
+        **dict.fromkeys(doubles, "*fp64"),
+        **{"tickets": "*i32", "chunk_count": "i32", "rows": "i32"},
+    }
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    return ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in names},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+
+
+def compiled(
+    kernel: str,
+    dtype: torch.dtype,
+    architecture: int,
+    narrow: bool = False,
+    narrow_delta: bool = False,
+) -> dict[str, Any]:
+    """Return every stage of a kernel's compilation, from "ttir" to "cubin"."""
+    from mechanic_fused.triton_kernels import storage
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as triton_compile
+
+    target = GPUTarget("cuda", architecture, 32)
+    found = source(kernel, dtype, narrow, narrow_delta)
+    return triton_compile(found, target=target, options=storage.OPTIONS).asm
+
+
+def row(
+    kernel: str,
+    dtype: torch.dtype,
+    architecture: int,
+    narrow: bool = False,
+    narrow_delta: bool = False,
+) -> Row:
+    """Compile one kernel and hold it against the bounds."""
+    from mechanic_fused.triton_kernels import storage
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled(kernel, dtype, architecture, narrow, narrow_delta)["cubin"])
+        file.flush()
+        (code,) = machine_code.read(Path(file.name), architecture).values()
+    threads = storage.THREADS
+    return checked("triton", kernel, dtype, architecture, code, threads, narrow, narrow_delta)
+
+
+def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
+    """Compile every kernel for every dtype and architecture."""
+    for architecture in ARCHITECTURES:
+        for dtype in dtypes:
+            for kernel in KERNELS:
+                for narrow in variants(kernel, dtype):
+                    yield row(kernel, dtype, architecture, narrow)
+                if kernel in WITH_DELTA and dtype is not torch.float64:
+                    yield row(kernel, dtype, architecture, narrow_delta=True)
+        yield row("tune", torch.float64, architecture)

@@ -1,0 +1,471 @@
+"""Mechanized: a torch optimizer around a base optimizer, with a learned scale of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends, state
+from .fallback import Fallback
+from .fused_bases import TABLE, fallback_reason
+from .gradient_release import GradientRelease, check_releasable
+from .lr_schedule import PEAK, annealing_factor, track_peak_lr
+from .options import (
+    BETAS,
+    CALIBRATED,
+    DELTA_DTYPES,
+    SCALE_PER,
+    STATE_DTYPES,
+    USER_OPTIONS,
+    accepts_old_names,
+    max_norm,
+    one_of,
+    tuner_options,
+    warn_renamed,
+    with_new_group_keys,
+)
+from .plan import Phase, PlanOptions, Run, StepPlan
+from .step import take_step
+from .torch_internals import SupportsGradScaler, mute_capturable_warning
+from .tuner import KEY, Tuner, check_saved, scale_keys
+
+DEFAULTS: dict[str, Any] = {
+    "s_decay": 0.01,
+    "tuner_betas": BETAS,
+    "s_init": None,
+    "tuner_eps": 1e-8,
+    "variant": "annealed",
+    "scale_per": "model",
+    "backend": "auto",
+    "log_func": None,
+    "log_every": 0,
+}
+"""The options of a class made by mechanize(Base), unless its caller says otherwise."""
+
+
+class Mechanized(SupportsGradScaler, Optimizer):
+    """What :func:`mechanic_fused.mechanize` puts in front of a base: x = x_ref + S·Δ.
+
+    Do not instantiate this class: use a subclass, which names its base.
+    """
+
+    _base: type[Optimizer]
+    _class_options: dict[str, Any] = DEFAULTS
+    _plan: StepPlan | None
+    _tuner: Tuner | None
+
+    @accepts_old_names
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *args: Any,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
+        s_init: float | str | None = None,
+        tuner_eps: float | None = None,
+        variant: str | None = None,
+        scale_per: str | None = None,
+        backend: str | None = None,
+        state_dtype: str | None = None,
+        delta_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        reduce_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+        **base_options: Any,
+    ) -> None:
+        if not hasattr(self, "_base"):
+            raise TypeError("Mechanized has no base of its own: use mechanize(Base)")
+        given = {
+            "s_decay": s_decay,
+            "tuner_betas": tuner_betas,
+            "s_init": s_init,
+            "tuner_eps": tuner_eps,
+            "variant": variant,
+            "scale_per": scale_per,
+            "backend": backend,
+        }
+        chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
+        self._tuner_options = tuner_options(**{k: chosen[k] for k in USER_OPTIONS})
+        self._scale_per = one_of("scale_per", chosen["scale_per"], SCALE_PER)
+        self._backend = chosen["backend"]
+        backends.check(self._backend)
+        self._state_dtype = one_of("state_dtype", state_dtype, STATE_DTYPES)
+        self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
+        self.max_grad_norm = max_norm(max_grad_norm)
+        self.reduce_group = reduce_group
+        self.extra_groups = tuple(extra_groups)
+        self._lost_groups = False
+        self._release: GradientRelease | None = None
+        self._run = Run()
+        self._drop_derived()
+        super().__init__(params, *args, **base_options)
+        # The tuner's state is in param_groups from the start: loaders look for it there.
+        self._current_tuner()
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: g → Δ, then S, then x = x_ref + S·Δ.
+
+        Until the first step with a gradient element that is not 0, only state is created. Where
+        weights are sharded, every rank must call it.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which ``step`` returns.
+
+        Raises:
+            ValueError: for gradients or weights that cannot be used; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        take_step([self.plan_step()])
+        return loss
+
+    @torch.no_grad()
+    def plan_step(self) -> StepPlan:
+        """Return the plan of the next step, rebuilt if weights or groups have changed.
+
+        Raises:
+            ValueError: for weights that cannot be trained.
+            RuntimeError: for a copy whose process groups have not been set again.
+        """
+        plan = self._plan
+        if plan is None or not plan.is_current(self.param_groups, self.reduce_group):
+            plan = self._fitting_plan()
+        plan.param_groups = self.param_groups
+        plan.max_grad_norm, plan.extra_groups = self.max_grad_norm, self.extra_groups
+        # GradScaler sets these for the duration of a step.
+        plan.grad_scale = getattr(self, "grad_scale", None)
+        plan.found_inf = getattr(self, "found_inf", None)
+        plan.release = self._release
+        return plan
+
+    def _fitting_plan(self) -> StepPlan:
+        if self._lost_groups and self.reduce_group is None and not self.extra_groups:
+            raise RuntimeError(
+                "process groups cannot be copied or pickled: set reduce_group or extra_groups of "
+                "the copy to what the original had"
+            )
+        reason = self.fallback_reason
+        fused = None if reason else TABLE[self._base]
+        tuner = self._current_tuner()
+        plan = self._plan
+        if plan is not None and plan.fits(self.param_groups, fused, self.reduce_group):
+            return plan
+        options = PlanOptions(
+            self._backend, self._scale_per, self._state_dtype, self._delta_dtype, self.reduce_group
+        )
+        fallback = Fallback(self, self._base, reason) if reason else None
+        plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
+        if self._class_options["log_every"] > 0:
+            plan.on_step = self._log
+        self._plan = plan
+        return plan
+
+    def _current_tuner(self) -> Tuner:
+        groups = self.param_groups
+        device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
+        # Weights on the meta device get their storage, and their device, later.
+        device = torch.device("cpu") if device.type == "meta" else device
+        if self._tuner is None or self._tuner.device != device:
+            self._tuner = Tuner(scale_keys(groups, self._scale_per), groups[0], device)
+        self._tuner.follow(groups, self._scale_per)
+        self._tuner.set_options(groups[0])
+        return self._tuner
+
+    def _drop_derived(self) -> None:
+        """Drop everything that can be derived from param_groups and state."""
+        self._plan, self._tuner = None, None
+        self._run.phase = self._run.squared_norm = None
+
+    def _log(self) -> None:
+        steps = int(self._current_tuner().counters[0, 0])
+        if steps % self._class_options["log_every"] == 0:
+            self._class_options["log_func"]({"iter_count": steps, "s": float(self.scale.sum())})
+
+    # What users read
+
+    @property
+    def scale(self) -> Tensor:
+        """S = Σ s: a new float64 tensor (scales,) on the weights' device."""
+        return self._current_tuner().scale()
+
+    def learned_lr(self) -> list[float]:
+        """Return S·lr of each param group, as floats, for logging; reads the device.
+
+        With ``scale_per="parameter"`` it is the mean over the group's weights.
+        """
+        return [
+            sum(scales) / len(scales) * float(group.get("lr", 1.0)) if scales else 0.0
+            for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
+        ]
+
+    def group_scales(self) -> list[list[float]]:
+        """Return S of each param group, as floats: one, or one for each of its weights."""
+        tuner = self._current_tuner()
+        return [tuner.scale(group[KEY]).tolist() for group in self.param_groups]
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Why the base has no fused update with its present options, or None if it has one."""
+        return fallback_reason(self._base, self.param_groups)
+
+    @property
+    def implementation(self) -> str:
+        """How a step is computed: "fused (cpp)", or "fallback: RAdam has no fused update"."""
+        reason = self.fallback_reason
+        if reason:
+            return f"fallback: {reason}"
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        names = sorted(backends.resolve(self._backend, device) for device in devices)
+        return f"fused ({', '.join(names)})"
+
+    @property
+    def road(self) -> str:
+        """Deprecated name of :attr:`implementation`."""
+        warn_renamed("opt.road", "opt.implementation", stacklevel=3)
+        return self.implementation
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients in the last step, unscaled and before clipping, 0-dim float64.
+
+        √(g·g) over all weights and ranks. With ``max_grad_norm`` elements that are not finite are
+        left out; without it they make the norm NaN or infinite.
+        """
+        squared = self._run.squared_norm
+        if squared is None:
+            return torch.zeros((), dtype=torch.float64, device=self._current_tuner().device)
+        return squared.sum().sqrt()
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Number of steps in which nothing was tuned because a sum was not finite."""
+        return int(self._current_tuner().counters[:1, 1].sum())
+
+    def __repr__(self) -> str:
+        """Return the class, how it steps, the learned scale, and the options of each group."""
+        scales = self.scale.tolist()
+        span = f"{scales[0]:.4g}" if scales else "none"
+        if len(scales) > 1:
+            span = f"{len(scales)} scales, {min(scales):.4g} to {max(scales):.4g}"
+        lines = [
+            f"{type(self).__name__} (",
+            f"    {self.implementation}",
+            f"    scale S: {span}, one per {self._scale_per}",
+            *(f"    {name}: {self.param_groups[0][name]}" for name in USER_OPTIONS),
+        ]
+        hidden = {"params", "param_names", KEY, PEAK, *self._tuner_options}
+        for i, (group, lr) in enumerate(zip(self.param_groups, self.learned_lr(), strict=True)):
+            count = sum(p.numel() for p in group["params"])
+            lines += [
+                f"Parameter Group {i}: {len(group['params'])} tensors, {count} elements",
+                f"    learned lr: {lr:.4g}",
+                *(f"    {name}: {group[name]}" for name in sorted(group) if name not in hidden),
+            ]
+        return "\n".join([*lines, ")"])
+
+    # How users control a run
+
+    @torch.no_grad()
+    def shift_reference(self) -> None:
+        """Accept weights written by others: x_ref shifts by what was written since the last step.
+
+        Needed only after writes that torch cannot see (through ``.data`` or numpy); all others are
+        detected.
+        """
+        if not self._run.has_started(self._current_tuner()):
+            return
+        plan = self.plan_step()
+        if self._release is not None and self._release.taken:
+            raise RuntimeError(
+                "shift_reference() must come before backward() or after step() where gradients "
+                "are released"
+            )
+        plan.write_tables(None, None)
+        plan.reconcile(everything=True)
+
+    def freeze_scale(self, frozen: bool = True) -> None:
+        """Stop learning S, or with False resume; the weights go on moving by S·u."""
+        for group in self.param_groups:
+            group["tune_scale"] = not frozen
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Start a new run from the current weights: S as at the start, Δ = 0, x_ref = x.
+
+        The base's own state (momentum) is kept; the count of non-finite steps starts at 0.
+        """
+        for bucket in self.plan_step().buckets:
+            for delta in bucket.delta:
+                delta.zero_()
+        for entries in self.state.values():
+            # Weights that are frozen now have a Δ as well.
+            if isinstance(entries, dict) and "delta" in entries:
+                entries["delta"].zero_()
+        for group in self.param_groups:
+            group.update({name: self._tuner_options[name] for name in CALIBRATED})
+            group.pop(PEAK, None)
+        self._current_tuner().reset()
+        self._drop_derived()
+
+    def release_gradients(self, reduced: bool = False) -> None:
+        """Take each weight's part of a step during the backward pass, and free its gradient there.
+
+        Only one gradient or a few are then in memory at a time; ``step()`` tunes S and writes the
+        weights. The results are those of the ordinary step up to the order of the sums. It takes
+        effect from the second informative step; calling it again changes nothing.
+
+        Args:
+            reduced: whether gradients of plain weights need no reduction over ranks after the
+                backward pass (DistributedDataParallel does one, ``fully_shard`` does not).
+
+        Raises:
+            ValueError: without a fused update, with ``max_grad_norm``, or for plain weights in a
+                world of several ranks. Later, clipping by torch finds no gradients, and a second
+                backward pass before ``step()`` and GradScaler raise RuntimeError.
+        """
+        check_releasable(self.fallback_reason, self.max_grad_norm, self.param_groups, reduced)
+        if self._release is None:
+            self._release = GradientRelease(self.plan_step, self._run, self.param_groups, reduced)
+
+    def to_base(self) -> Optimizer:
+        """Return a plain base optimizer over the same weights, at the learned lr, with its state.
+
+        A scale for each weight makes a param group for each weight. The state is a copy, in the
+        weights' dtype.
+        """
+        names = None if self.fallback_reason else TABLE[self._base].state_names
+        return state.to_base(self, self._base, self.group_scales(), names)
+
+    def refresh_hyperparameters(self) -> None:
+        """Send changed hyperparameters to the device, before replaying a captured step.
+
+        A replay runs no Python, so a float lr that a scheduler has changed must be sent first; an
+        lr that is a tensor on the device needs no call.
+        """
+        if self._run.has_started(self._current_tuner()):
+            track_peak_lr(self.param_groups, started=True)
+            plan = self.plan_step()
+            plan.write_tables(None, None)
+            plan.tuner.set_annealing_factor(annealing_factor(self.param_groups))
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether :meth:`release_gradients` has been called."""
+        return self._release is not None
+
+    def run_state(self) -> tuple[Phase | None, Tensor | None]:
+        """Return what is in neither param_groups nor state: the phase and last squared norm."""
+        return self._run.phase, self._run.squared_norm
+
+    def restore_run_state(self, saved: tuple[Phase | None, Tensor | None]) -> None:
+        """Restore :meth:`run_state`, after param_groups and state have been restored."""
+        self._drop_derived()
+        self._run.phase, self._run.squared_norm = saved
+
+    # Being a torch optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its weights join the run at their current values.
+
+        Raises:
+            ValueError: for tuner options that differ from the other groups', or differentiable.
+        """
+        if param_group.get("differentiable", self.defaults.get("differentiable")):
+            raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
+        param_group = with_new_group_keys(param_group)
+        now = self.param_groups[0] if self.param_groups else {}
+        for name, value in self._tuner_options.items():
+            if name in CALIBRATED:
+                value = now.get(name, value)
+            if name == "max_peak_lr":
+                # Recomputed every step; a value already here was left by another optimizer.
+                param_group[name] = value
+            if param_group.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name} must be the same in all groups: expected {value}, "
+                    f"got {param_group[name]}"
+                )
+        super().add_param_group(param_group)
+        lr = float(param_group.get("lr", 1.0))
+        # A group that joins a run late in its schedule is not at its peak.
+        param_group[PEAK] = max(lr, param_group["max_peak_lr"]) if self.state else lr
+        if self._release is not None:
+            try:
+                check_releasable(
+                    self.fallback_reason,
+                    self.max_grad_norm,
+                    self.param_groups,
+                    self._release.reduced,
+                )
+            except ValueError:
+                self.param_groups.pop()
+                raise
+            self._release.watch(self.param_groups[-1]["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
+
+        As with every torch optimizer the saved hyperparameters come along: after loading a plain
+        base's checkpoint set ``lr`` (and a scheduler's ``initial_lr``) of each group back to 1.
+
+        Raises:
+            ValueError: for a checkpoint with scales for other parts of the model, or other groups.
+        """
+        groups = [with_new_group_keys(group) for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
+        check_saved(groups, self.param_groups, self._scale_per)
+        state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles keep; hooks and process groups are lost."""
+        kept = (
+            *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
+            *("_state_dtype", "_delta_dtype"),
+        )
+        lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in kept},
+            "_prepared": self._run.phase is Phase.PREPARED,
+            "_lost_groups": lost,
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        """Restore a copy, or take the groups and state of a checkpoint."""
+        super().__setstate__(_from_0_1(saved))
+        self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
+        for group in self.param_groups:
+            for name, value in self._tuner_options.items():
+                group.setdefault(name, value)
+        if self.defaults.get("fused"):
+            # Torch's fused optimizers set it in the constructor, and copies forget it.
+            self._step_supports_amp_scaling = True
+        mute_capturable_warning(self)
+        if "_run" not in vars(self):
+            self._run = Run()
+            self.reduce_group, self.extra_groups = None, ()
+            self._release = None
+        self._drop_derived()
+        if vars(self).pop("_prepared", False):
+            self._run.phase = Phase.PREPARED
+
+
+def _from_0_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a pickled optimizer of 0.1 under today's names."""
+    if "_scale_kind" not in saved:
+        return saved
+    saved = dict(saved)
+    kind = saved.pop("_scale_kind")
+    saved["_scale_per"] = "model" if kind == "global" else kind
+    saved["_state_dtype"] = "param" if saved.pop("_narrow_state", False) else None
+    saved["_delta_dtype"] = torch.bfloat16 if saved.pop("_narrow_delta", False) else None
+    saved["_prepared"] = saved.pop("_rehearsed", False)
+    saved["_tuner_options"] = with_new_group_keys(saved["_tuner_options"])
+    return saved

@@ -1,0 +1,164 @@
+"""take_step: the order of one step. Each phase runs for all plans before the next one begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .lr_schedule import annealing_factor, track_peak_lr
+from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
+from .plan import StepPlan
+
+if TYPE_CHECKING:
+    from .optimizer import Mechanized
+
+
+def step_together(optimizers: Sequence[Mechanized]) -> None:
+    """Let several optimizers over parts of one model take one step with one scale.
+
+    For containers that have an optimizer for each part of a model, such as the stages of a
+    pipeline: sums are taken over all parts and reduced once, and the parts learn the same S.
+
+    Args:
+        optimizers: mechanized optimizers with the same tuner options; every rank must call this
+            with parts that are sharded over the same process groups in the same order.
+
+    Raises:
+        ValueError: for gradients or weights that cannot be used, or optimizers whose options
+            differ; nothing has changed then.
+
+    Example:
+        >>> import torch
+        >>> from mechanic_fused import MechanicSGD
+        >>> parts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+        >>> optimizers = [MechanicSGD(part.parameters(), lr=1.0) for part in parts]
+        >>> parts[1](parts[0](torch.ones(1, 2))).sum().backward()
+        >>> step_together(optimizers)
+    """
+    take_step([optimizer.plan_step() for optimizer in optimizers])
+
+
+@torch.no_grad()
+def take_step(plans: Sequence[StepPlan]) -> None:
+    """Take one step of all plans with sums over all of them: Δ += u, then S, then x = x_ref + S·Δ.
+
+    Until the first step with a gradient element that is not 0, only state is created.
+    """
+    # Lists, not generators: they are faster, and every plan is asked.
+    started = any([plan.has_started() for plan in plans])
+    if started and any([plan.settings_changed for plan in plans]):
+        follow_settings(plans, started)
+    if len(plans) > 1:
+        check_alike(plans)
+    extra_groups = tuple(dict.fromkeys(group for plan in plans for group in plan.extra_groups))
+    shared = len(plans) > 1 or bool(extra_groups) or any([plan.is_sharded for plan in plans])
+    try:
+        for plan in plans:
+            plan.collect_gradients()  # every error is raised here, before anything changes
+        active = [plan for plan in plans if plan.load(shared)]
+        if not active:
+            return  # no gradients, or GradScaler found an overflow
+        max_grad_norm = plans[0].max_grad_norm
+        if not started or max_grad_norm is not None:
+            norms = [plan.gradient_norms(started) for plan in active]
+            informative, squared_norm = distributed.all_reduce(norms, extra_groups)
+            if not started and not start(active, informative):
+                return
+            if max_grad_norm is not None:
+                for plan in active:
+                    plan.clip(squared_norm, max_grad_norm)
+        for plan in active:
+            plan.reconcile()  # with what others have written to the weights
+        sums = [plan.accumulate(shared) for plan in active]  # g·Δ, g·g; base state, Δ += u
+        if not started:
+            follow_settings(active, started)
+        if any([plan.awaits_calibration for plan in active]):
+            calibrate_s_init(active, extra_groups)
+        total = next(iter(sums[0].values()))
+        if shared:
+            total = distributed.all_reduce(sums, extra_groups)
+        for plan in active:
+            plan.tune(total)  # h → s, r, v, m
+        for plan in active:
+            plan.apply()  # x = x_ref + S·Δ; x·Δ, x·x for the next step
+    finally:
+        for plan in plans:
+            plan.finish()
+    for plan in active:
+        if plan.on_step is not None:
+            plan.on_step()
+
+
+def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
+    """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor."""
+    groups = [group for plan in plans for group in plan.param_groups]
+    track_peak_lr(groups, started)
+    factor = annealing_factor(groups)
+    for plan in plans:
+        plan.tuner.set_options(plan.param_groups[0])
+        plan.tuner.set_annealing_factor(factor)
+        plan.awaits_calibration = awaits_calibration(plan.param_groups)
+        plan.note_settings()
+
+
+def start(plans: Sequence[StepPlan], informative: Tensor) -> bool:
+    """Begin the run if any gradient element is not 0; otherwise only create state."""
+    if not informative:
+        for plan in plans:
+            plan.dry_run()
+        return False
+    for plan in plans:
+        plan.start()
+    return True
+
+
+def calibrate_s_init(plans: Sequence[StepPlan], extra_groups: Sequence[Any]) -> None:
+    """Set s_init = c·‖x‖/‖lr₀·d₁‖ from the first update; reads the device.
+
+    Until a step has changed Δ (a warm-up may begin with lr = 0) there is nothing to calibrate from.
+    """
+    norms = distributed.all_reduce([plan.calibration_norms() for plan in plans], extra_groups)
+    x_norm, d_norm = norms[:2].sqrt().tolist()
+    if not (0 < d_norm < math.inf and x_norm < math.inf):
+        return
+    x_norm = x_norm or ZERO_WEIGHT_RMS * math.sqrt(norms[2].item())
+    factor = annealing_factor([group for plan in plans for group in plan.param_groups])
+    for plan in plans:
+        calibrate(plan.param_groups, x_norm, d_norm)
+        plan.tuner.set_options(plan.param_groups[0])
+        plan.tuner.start_at_s_init()
+        plan.tuner.set_annealing_factor(factor)
+
+
+def check_alike(plans: Sequence[StepPlan]) -> None:
+    """Raise ValueError unless plans that step together learn one scale by the same rules."""
+    first = plans[0]
+    for plan in plans:
+        if plan.options.scale_per != "model":
+            raise ValueError(
+                "optimizers that step together must have one scale: expected scale_per='model', "
+                f"got {plan.options.scale_per!r}"
+            )
+        if plan.max_grad_norm != first.max_grad_norm:
+            raise ValueError(
+                "optimizers that step together must have the same max_grad_norm, expected "
+                f"{first.max_grad_norm}, got {plan.max_grad_norm}"
+            )
+        if plan.has_started() != first.has_started():
+            raise ValueError(
+                "optimizers that step together must have started together: reset_scale() of all "
+                "starts a new run"
+            )
+    for plan in plans:
+        for name in GROUP_OPTIONS:
+            mine, expected = plan.param_groups[0][name], first.param_groups[0][name]
+            if mine != expected:
+                raise ValueError(
+                    f"optimizers that step together must have the same {name}, expected "
+                    f"{expected}, got {mine}"
+                )

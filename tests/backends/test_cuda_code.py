@@ -1,0 +1,90 @@
+"""The machine code of the CUDA backend, as far as it can be judged without a GPU."""
+
+import importlib
+
+import pytest
+import torch
+from support.cases import skip_unless_available
+
+from mechanic_fused.backends.layout import KINDS
+
+codegen = pytest.importorskip("benchmarks.codegen.__main__")
+bounds = pytest.importorskip("benchmarks.codegen.bounds")
+
+
+@pytest.fixture(scope="module", params=bounds.ARCHITECTURES)
+def rows(request):
+    """The rows of one architecture."""
+    skip_unless_available("cuda")
+    why = codegen.cuda.absent()
+    if why:
+        pytest.skip(why)
+    found = list(codegen.cuda.rows((request.param,)))
+    if not found:
+        pytest.skip(f"not built for sm_{request.param}")
+    return found
+
+
+def test_every_kernel_is_there_for_every_dtype(rows):
+    expected = [
+        (kernel, dtype, narrow)
+        for dtype in bounds.DTYPES
+        for kernel in bounds.KERNELS
+        for narrow in bounds.variants(kernel, dtype)
+    ]
+    names = [str(dtype).removeprefix("torch.") for _, dtype, _ in expected]
+    kernels = [kernel for kernel, _, _ in expected]
+    assert sorted((row.kernel, row.dtype) for row in rows) == sorted(
+        [*zip(kernels, names, strict=True), ("tune", "float64")]
+    )
+
+
+def test_the_kernels_keep_the_bounds(rows):
+    """Registers, no spills, no local memory, 128-bit accesses, bytes in flight; in every dtype."""
+    assert not [codegen.line(row) for row in rows if row.broken]
+
+
+def test_the_main_path_moves_16_bytes_at_a_time_and_nothing_twice(rows):
+    for row in rows:
+        dtype = getattr(torch, row.dtype)
+        narrow = row.state not in ("", str(bounds.compute_dtype(dtype)).removeprefix("torch."))
+        loads, stores = bounds.traffic(row.kernel, dtype, narrow)
+        if row.kernel in bounds.WITH_DELTA and dtype in bounds.NARROW:
+            # The other side of a branch: a narrow Δ. Beside float32 its accesses have 8 bytes.
+            loads, stores = loads + 1, stores + (row.kernel in KINDS)
+        assert (row.loads, row.stores) == (loads, stores), codegen.line(row)
+
+
+def test_names_are_read_as_the_compiler_mangles_them():
+    part = "_ZN8mechanic4cuda17accumulate_kernelINS_"
+    of = codegen.cuda.kernel_of
+    assert of(f"{part}4AdamEffEEvNS_6BucketE") == ("adam", torch.float32, False)
+    assert of(f"{part}3SgdENS_8BFloat16EfEEv") == ("sgd", torch.bfloat16, False)
+    assert of(f"{part}4LionENS_4HalfES3_EEv") == ("lion", torch.float16, True)
+    assert of("12apply_kernelILb0EdEEv") == ("measure", torch.float64, False)
+    assert of("11norm_kernelINS_4HalfEEEv") == ("norm", torch.float16, False)
+    assert of("12apply_kernelILb1ENS_8BFloat16EEEv") == ("apply", torch.bfloat16, False)
+    assert of("_ZN4none4mineEv") is None
+
+
+def test_the_blocks_have_the_threads_that_occupancy_is_reckoned_with():
+    """A block adds up as many chunks as it has threads, and each such group takes a ticket."""
+    skip_unless_available("cuda")
+    native = importlib.import_module("mechanic_fused._native")
+    chunks = 1 << 20
+    assert native.cuda.ticket_count(chunks, 0) * codegen.cuda.THREADS == chunks
+
+
+def test_an_error_names_the_op_and_the_call():
+    skip_unless_available("cuda")
+    native = importlib.import_module("mechanic_fused._native")
+    bucket = native.Bucket(
+        tables=native.Tables(tensors=0, chunks=0, hyper=0, partials=0, sums=0),
+        counts=native.Counts(tensors=0, chunks=1 << 31, scales=0, elements=0),
+        kind=0,
+        dtypes=native.DTypes(weight=0, state=0, delta=0),
+    )
+    reduction = native.cuda.Reduction(spans=0, tickets=0)
+    scalars = native.cuda.StepScalars(grad_scale=0, found_inf=0)
+    with pytest.raises(RuntimeError, match="mechanic_fused accumulate: cudaLaunchKernel: "):
+        native.cuda.accumulate(bucket, reduction, scalars, 0)

@@ -1,0 +1,227 @@
+"""The protocol of benchmarks.convergence: what it runs, when it ends, what it concludes."""
+
+import itertools
+import math
+import sys
+from dataclasses import asdict
+
+import pandas
+import pytest
+import torch
+from scipy import stats
+
+from mechanic_fused import options as constants
+
+FEW = 20
+"""The least number of steps in a run."""
+
+
+@pytest.fixture(scope="session")
+def convergence():
+    """The package with its modules."""
+    import benchmarks.convergence.__main__
+    import benchmarks.convergence.large
+    import benchmarks.convergence.trace
+
+    return benchmarks.convergence
+
+
+def rows_of(convergence, specs, loss):
+    """Rows as the store would return them, with a loss for each spec."""
+    scores = {"train_loss": 0.0, "accuracy": 0.5, "rate": 0.1, "environment": 0}
+    lines = [{**asdict(spec), **scores, "validation_loss": loss(spec)} for spec in specs]
+    return pandas.DataFrame(lines, columns=convergence.store.FIELDS)
+
+
+def until_done(convergence, part, loss, **more):
+    """Run a part to its end with invented losses; return its rows."""
+    protocol = convergence.protocol.Protocol(choosing=(0,), fresh=(100, 101), **more)
+    specs, rows = [], rows_of(convergence, [], loss)
+    while asked := part(rows, ["char"], protocol):
+        assert not set(asked) & set(specs)
+        specs += asked
+        rows = rows_of(convergence, specs, loss)
+    return rows, protocol
+
+
+def valley(at, by=0.0):
+    """A loss whose minimum over learning rates is at 2^at; Mechanic's is ``by`` above it."""
+    return lambda spec: 1 + abs(math.log2(spec.lr) - at) / 10 if spec.lr else 1 + by
+
+
+@pytest.mark.parametrize("at", [-7, -2, -13])
+def test_a_grid_grows_until_its_best_is_inside(convergence, at):
+    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(at), horizons=1)
+    rates = sorted(rows[rows.method == "AdamW"].lr)
+    assert len(rates) >= protocol.points
+    assert rates[0] < 2.0**at < rates[-1]
+    assert {b / a for a, b in itertools.pairwise(rates)} == {2.0}
+
+
+def test_a_grid_that_never_ends_is_given_up(convergence):
+    rows, protocol = until_done(convergence, convergence.protocol.grid_runs, valley(99), horizons=1)
+    assert len(rows[rows.method == "AdamW"]) == protocol.widest
+
+
+def test_a_longer_horizon_starts_around_the_best_of_the_shorter(convergence):
+    rows, _ = until_done(convergence, convergence.protocol.grid_runs, valley(-6), horizons=4)
+    later = sorted(rows[(rows.method == "AdamW") & (rows.horizon == 4)].lr)
+    assert later == [2.0**k for k in (-8, -7, -6, -5, -4)]
+
+
+@pytest.mark.parametrize(("by", "met"), [(0.0099, True), (0.0101, False)])
+def test_a_comparison_is_met_within_its_tolerance(convergence, by, met):
+    def part(*arguments):
+        return convergence.protocol.grid_runs(*arguments) or convergence.protocol.comparison_runs(
+            *arguments
+        )
+
+    rows, protocol = until_done(convergence, part, valley(-7, by), horizons=1)
+    assert set(rows[(rows.method == "AdamW") & (rows.seed >= 100)].lr) == {2.0**-7}
+    table = convergence.tables.comparisons(rows, ["char"], protocol)
+    line = table[table.base == "AdamW"].iloc[0]
+    assert line.behind == pytest.approx(by) and bool(line.met) is met and bool(line.inside)
+
+
+def test_the_interval_is_of_paired_differences(convergence):
+    rng = torch.Generator().manual_seed(0)
+    ours, tuned = (pandas.Series(torch.rand(5, generator=rng).tolist()) for _ in range(2))
+    behind, half = convergence.tables.gap(tuned, ours, "accuracy")
+    low, high = stats.ttest_rel(tuned, ours).confidence_interval(0.95)
+    assert (behind - half, behind + half) == pytest.approx((low, high))
+
+
+def test_an_arm_changes_only_its_run(convergence):
+    variants, start = dict(constants.VARIANTS), constants.FIRST_UPDATE_NORM
+    losses = {}
+    for arm in convergence.ablations.ARMS:
+        spec = convergence.runs.Spec("digits_mlp", 1, "Mechanic AdamW", 0.0, arm, 0)
+        losses[arm] = convergence.runs.run(spec, shorter=10)["train_loss"]
+        assert (variants, start) == (constants.VARIANTS, constants.FIRST_UPDATE_NORM)
+    assert all(map(math.isfinite, losses.values()))
+    others = {arm: loss for arm, loss in losses.items() if arm != "default"}
+    same = {arm for arm, loss in others.items() if loss == losses["default"]}
+    # Where r does not fall below 0, nothing is floored.
+    assert same <= {"r floored"}
+
+
+@pytest.fixture
+def small(convergence, monkeypatch):
+    """Less pretraining, shorter windows, less validation, and a small model for the large one."""
+    monkeypatch.setattr(convergence.text, "PRETRAINING", 3)
+    for module in (convergence.text, convergence.tokens):
+        monkeypatch.setattr(module, "VALIDATION_WINDOWS", 16)
+        monkeypatch.setattr(module, "TRAIN_WINDOWS", 16)
+        monkeypatch.setattr(module, "CONTEXT", 16)
+    convergence.text._pretrained.cache_clear()
+    sizes = {"width": 32, "layers": 1, "heads": 2, "context": 16}
+    monkeypatch.setattr(convergence.large, "SIZES", sizes)
+    monkeypatch.setattr(convergence.large, "SCORED", 8)
+    yield
+    convergence.text._pretrained.cache_clear()
+
+
+TASKS = (
+    *("iris", "wine", "breast_cancer", "digits", "digits_mlp", "digits_conv"),
+    *("char", "lora", "tokens", "gpt2"),
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_trains_and_repeats(convergence, small, name):
+    task = convergence.tasks.TASKS[name]
+    spec = convergence.runs.Spec(name, 1, "Mechanic AdamW", 0.0, "", 3)
+    one, two = (convergence.runs.run(spec, shorter=task.steps // FEW) for _ in range(2))
+    assert one == two
+    assert math.isfinite(one["validation_loss"])
+    assert ("accuracy" in one) == (task.metric == "accuracy") and 0 <= one.get("accuracy", 0) <= 1
+
+
+def test_every_task_is_listed(convergence):
+    assert set(TASKS) == set(convergence.tasks.TASKS)
+
+
+@pytest.mark.parametrize("method", ["Prodigy", "D-Adapt Adam", "schedule-free AdamW", "DoG"])
+def test_each_other_package_learns(convergence, method):
+    spec = convergence.runs.Spec("digits", 1, method, 0.0, "", 0)
+    row = convergence.runs.run(spec, shorter=10)
+    assert row["accuracy"] > 0.5 and row["rate"] > 0
+
+
+def test_precisions_count_their_bytes(convergence):
+    """x, x_ref, Δ, m, v: 20 bytes in float32; 2 + 2 + 4 + 4 + 4 from bfloat16 weights."""
+    bytes_of = convergence.precision.bytes_of
+    assert bytes_of("Mechanic AdamW", "float32") == 20
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights") == 16
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ to nearest") == 14
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ stochastic") == 14
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights and state, Δ stochastic") == 10
+    assert bytes_of("AdamW", "float32") == 12
+    assert bytes_of("AdamW", "bfloat16 weights") == 6
+
+
+@pytest.mark.parametrize("method", ["Mechanic AdamW", "AdamW"])
+def test_each_precision_trains(convergence, small, method):
+    for arm in convergence.precision.COMPARED[method]:
+        lr = 0.0 if method.startswith("Mechanic") else 2.0**-8
+        row = convergence.runs.run(
+            convergence.runs.Spec("char", 1, method, lr, arm, 0), shorter=1000 // FEW
+        )
+        assert row["validation_loss"] < 6, arm
+
+
+OPTIONS = ["--tasks", "iris", "--points", "3", "--fresh", "100", "101"]
+
+
+def assert_cut_off_and_resumed(program, out):
+    """Run a program, cut off the last line of its rows, and run it again."""
+    printed = program("--quick", "--out", out, *OPTIONS)
+    assert "of 3 comparisons met" in printed and "rank with Lion" in printed
+    rows = out.with_suffix(".csv")
+    whole = rows.read_text().splitlines()
+    assert out.with_suffix(".png").stat().st_size > 1000
+    rows.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:20])
+    assert program("--quick", "--out", out, *OPTIONS) == printed
+    assert rows.read_text().splitlines() == whole
+
+
+def test_a_protocol_that_was_cut_off_resumes(convergence, monkeypatch, capsys, tmp_path):
+    """With invented scores instead of training, and in one process."""
+    program = convergence.__main__
+    monkeypatch.setattr(program.records, "environment", lambda commit: {"commit": "1"})
+
+    def invented(spec):
+        scores = {"train_loss": 1.0, "validation_loss": valley(-3)(spec), "accuracy": 0.9}
+        return {**asdict(spec), **scores, "rate": 0.1}
+
+    def run_here(store, wanted, shorter, jobs):
+        while specs := wanted():
+            for spec in specs:
+                store.add(invented(spec))
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["convergence", *map(str, options)])
+        program.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(program, "run_all", run_here)
+    assert_cut_off_and_resumed(run, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_program_resumes(run_program, tmp_path):
+    def run(*options):
+        printed = run_program("convergence", *options)
+        tables = printed[printed.index("Mechanic beside") :]
+        return tables.partition(".csv, .png")[0]  # without the progress on stderr
+
+    assert_cut_off_and_resumed(run, tmp_path / "out")
+
+
+def test_a_trace_is_the_run_of_the_protocol(convergence):
+    rows = convergence.trace.trace("iris", "AdamW", seed=0, steps=700, every=100)
+    spec = convergence.runs.Spec("iris", 1, "Mechanic AdamW", 0.0, "", 0)
+    assert [row["step"] for row in rows] == list(range(100, 800, 100))
+    largest = max(row["S"] * row["lr"] for row in rows)
+    assert largest <= convergence.runs.run(spec)["rate"] * 1.05
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]

@@ -1,0 +1,205 @@
+"""Learning rates: every scheduler of torch, the peak lr, and the annealing factor."""
+
+import functools
+
+import pytest
+import torch
+from support import cases
+from support.cases import FEW, STEPS, SUM_RTOL, Training, assert_same, make_weights
+
+from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, step_together
+from mechanic_fused.lr_schedule import PEAK
+from mechanic_fused.tuner import ANNEALING_FACTOR
+
+schedulers = torch.optim.lr_scheduler
+
+
+def plateau(opt):
+    """Return a ReduceLROnPlateau that is stepped like the others: its metric never improves."""
+    scheduler = schedulers.ReduceLROnPlateau(opt, patience=1)
+    scheduler.step = functools.partial(scheduler.step, 1.0)
+    return scheduler
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda t: t / 4),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: schedulers.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5], 0.5),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.3, 4),
+    "LinearLR": lambda o: schedulers.LinearLR(o, 0.1, total_iters=5),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.8),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.ExponentialLR(o, 0.8)], [3]
+    ),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ExponentialLR(o, 0.8), schedulers.ConstantLR(o, 0.3, 4)]
+    ),
+    "ReduceLROnPlateau": plateau,
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.1, 2.0, step_size_up=4),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 7),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 2.0, total_steps=STEPS + 1),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, STEPS, power=2.0),
+}
+
+
+def test_every_scheduler_of_torch_is_tried():
+    assert SCHEDULERS.keys() == set(schedulers.__all__) - {"LRScheduler"}
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["", "tensor lr"])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_drives_every_update(train, name, base, tensor):
+    """Δ sums what the plain base adds if the scheduler drives it over the same gradients."""
+    options = {"sgd": {"momentum": 0.9}, "adamw": {"weight_decay": 0.0}}[base]
+    lr = torch.tensor(1.0, dtype=torch.float64) if tensor else 1.0
+    schedule = {"schedule": SCHEDULERS[name]}
+    one = train(base, dtype=torch.float64, lr=lr, s_init=cases.LOST, **options, **schedule)
+    seen = []
+
+    def note(opt, t):
+        (group,) = opt.param_groups
+        seen.append([float(group["lr"]), *(group.get(k) for k in ("betas", "momentum"))])
+
+    plain = cases.PLAIN[base]
+    total = cases.sum_of_updates(plain, one, change=note, lr=1.0, **options, **schedule)
+    assert seen[::2] == seen[1::2]
+    assert len({row[0] for row in seen}) > 1
+    for delta, expected, x in zip(one.states("delta"), total, one.x, strict=True):
+        size = float(expected.abs().max()) + float(x.abs().max())
+        cases.assert_within(delta, expected, SUM_RTOL * size)
+
+
+def test_swa_lr_drives_ours_too(train):
+    def schedule(opt):
+        return torch.optim.swa_utils.SWALR(opt, swa_lr=0.05, anneal_epochs=FEW)
+
+    assert train(schedule=schedule).run(FEW).group["lr"] == pytest.approx(0.05)
+
+
+def test_at_an_lr_of_0_the_tuner_goes_on_learning():
+    """As at an lr next to 0: s rests, and what it will be goes on being learned."""
+    found = []
+    for least in (0.0, 1e-30):
+        one = Training(s_init=0.01)
+        start = one.x
+        for t in range(STEPS):
+            one.group["lr"] = least if 5 <= t < 10 else 1.0
+            one.step(cases.gradients(start, t))
+        found.append(float(one.opt.scale))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("s_init", [None, 1e-3])
+def test_the_lr_may_be_0_until_the_loop_sets_it(s_init):
+    one = Training(lr=0.0, s_init=s_init)
+    start = one.x
+    for t in range(STEPS):
+        one.group["lr"] = t / 10
+        one.run(1)
+    assert all(torch.isfinite(p).all() for p in one.params)
+    assert one.opt.scale.isfinite().all()
+    assert cases.differs(one.x, start)
+    assert one.group[PEAK] == (STEPS - 1) / 10
+
+
+def test_the_base_may_have_no_lr():
+    class NoLr(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad)
+
+    params = make_weights()
+    opt = mechanize(NoLr)(params)
+    cases.run(opt, params)
+    assert 0 < opt.learned_lr()[0] == float(opt.scale)
+
+
+def test_the_lr_may_be_a_tensor_of_one_element():
+    assert float(Training(lr=torch.tensor([1.0])).run(3).opt.scale) > 0
+
+
+# The peak lr, and the annealing factor lr/(peak lr)
+
+
+def annealing_factor(opt):
+    return float(opt._current_tuner().constants[ANNEALING_FACTOR])
+
+
+def test_the_peak_is_what_a_scheduler_announces():
+    """Not what the constructor was given."""
+
+    def schedule(opt):
+        return schedulers.OneCycleLR(opt, 0.5, total_steps=STEPS)
+
+    assert Training(lr=1.0, schedule=schedule).run(3).group[PEAK] == 0.5
+
+
+def test_a_reset_forgets_the_peak():
+    one = Training(s_init=None).run(2)
+    one.opt.reset_scale()
+    one.group["lr"] = 0.1
+    one.run(1)
+    assert one.group[PEAK] == 0.1
+    assert annealing_factor(one.opt) == 1.0
+
+
+def test_the_peak_of_a_plain_checkpoint_is_forgotten():
+    params = make_weights()
+    plain = torch.optim.SGD(params, lr=10.0)
+    cases.run(plain, params, 1)
+    one = Training(MechanicSGD, "sgd", params, lr=1.0, s_init=None)
+    one.opt.load_state_dict(plain.state_dict())
+    one.group["lr"] = 1.0
+    one.run(2)
+    assert one.group[PEAK] == 1.0
+    assert annealing_factor(one.opt) == 1.0
+
+
+def test_groups_may_be_given_to_another_optimizer():
+    groups = [{"params": make_weights(), "lr": 0.5}]
+    MechanicAdamW(groups)
+    assert MechanicAdamW(groups).param_groups[0][PEAK] == 0.5
+
+
+@pytest.mark.parametrize("idle", ["frozen", "empty"])
+def test_a_group_that_trains_nothing_does_not_hold_the_annealing_factor(idle):
+    others = [p.requires_grad_(False) for p in make_weights(seed=1)] if idle == "frozen" else []
+    one = Training(groups=lambda params: [{"params": params}, {"params": others}])
+    for t in range(4):
+        one.group["lr"] = 1.0 - t / 4
+        one.run(1)
+        assert annealing_factor(one.opt) == 1.0 - t / 4
+
+
+def test_a_group_that_joins_late_is_not_at_its_peak():
+    one = Training().run(2)
+    one.group["lr"] = 0.01
+    one.opt.add_param_group({"params": make_weights(seed=1), "lr": 0.01})
+    one.run(1)
+    assert annealing_factor(one.opt) == 0.01
+
+
+def test_parts_with_schedules_of_their_own_learn_one_scale():
+    parts = [Training(seed=seed, s_init=None) for seed in (0, 1)]
+    for t in range(STEPS):
+        parts[0].group["lr"] = 1.0 - t / STEPS
+        for part in parts:
+            cases.set_gradients(part.params, t)
+        step_together([part.opt for part in parts])
+        assert_same(*(part.opt.scale for part in parts))
+    assert annealing_factor(parts[0].opt) == 1.0
+
+
+def test_a_number_takes_the_place_of_a_factor_on_the_device():
+    tuner = MechanicAdamW(make_weights())._current_tuner()
+    for factor in (1.0, torch.tensor(0.25), 1.0, torch.tensor(0.5)):
+        tuner.set_annealing_factor(factor)
+        assert float(tuner.constants[ANNEALING_FACTOR]) == float(factor)

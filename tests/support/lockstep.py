@@ -1,0 +1,157 @@
+"""The reference and a backend in lockstep: the same weights and gradients, compared op by op."""
+
+import functools
+
+import torch
+
+from mechanic_fused.backends import layout, reference
+
+from .cases import FEW, FUSED, QUICK, SUM_RTOL, assert_same, assert_within, noise
+from .kernels import Kernels
+
+
+class Lockstep:
+    """Steps the reference on the CPU and a backend where it runs, and compares all they write.
+
+    Only sums may differ, since backends add in other orders. So in each step the sums must agree
+    within a derived tolerance; then the backend goes on with the reference's, must tune alike, and
+    all that follows must be equal to the bit.
+    """
+
+    def __init__(self, kernels, monkeypatch):
+        self.kernels = kernels
+        self._tune = kernels.ops.tune
+        self._expected = []
+        self._delta_norm = 0.0
+        self._rtol = SUM_RTOL
+        monkeypatch.setattr(reference, "tune", functools.partial(self._record, reference.tune))
+        monkeypatch.setattr(kernels.ops, "tune", self._compare)
+
+    def twins(self, base, make, groups=list, **options):
+        """Return an optimizer and its weights twice: the reference's, the backend's.
+
+        Args:
+            make: () → tensors on the CPU; each twin makes its own.
+            groups: weights → what the optimizer is given.
+        """
+        reference_kernels = Kernels("reference", reference, "cpu")
+        return [
+            optimizer(kernels, base, make, groups, **options)
+            for kernels in (reference_kernels, self.kernels)
+        ]
+
+    def run(self, base, make, steps=FEW, gradient=None, **options):
+        """Step twins in lockstep; return them."""
+        pairs = self.twins(base, make, **options)
+        for t in range(steps):
+            self.step(pairs, t, gradient or random_gradient)
+        (_, _), (opt, params) = pairs
+        assert sum(float(opt.state[p]["delta"].abs().sum()) for p in params) > 0
+        return pairs
+
+    def step(self, pairs, t, gradient):
+        (opt, params), (other, others) = pairs
+        deltas = [state["delta"].double() for state in opt.state.values()]
+        self._delta_norm = float(sum(delta.square().sum() for delta in deltas)) ** 0.5
+        self._rtol = max(self.kernels.sum_rtol(p.dtype) for p in params)
+        for of_one in pairs:
+            give_gradients(of_one[1], t, gradient)
+            of_one[0].step()
+        assert not self._expected
+        actual, expected = written(other, others), written(opt, params)
+        if isinstance(opt, torch.optim.Adam) and params[0].dtype is torch.float64:
+            for own, of_reference in zip(actual, expected, strict=True):
+                assert own.keys() == of_reference.keys()
+                for name, value in of_reference.items():
+                    largest = float(value.abs().max()) if value.numel() else 0.0
+                    assert_within(own[name], value, self.kernels.adam64_rtol * largest)
+        else:
+            assert_same(actual, expected)
+
+    def _record(self, tune, sums, tuner):
+        before = sums.clone()
+        tune(sums, tuner)
+        self._expected.append((before, tuner.state.clone()))
+
+    def _compare(self, sums, tuner):
+        if not self._expected:  # GradScaler skips this step, which the reference saw on the host
+            self._tune(sums, tuner)
+            return
+        expected_sums, expected = self._expected.pop()
+        assert_sums_agree(sums.cpu(), expected_sums, self._delta_norm, self._rtol)
+        sums.copy_(expected_sums)
+        self._tune(sums, tuner)
+        torch.testing.assert_close(tuner.state.cpu(), expected, rtol=SUM_RTOL, atol=0)
+        tuner.state.copy_(expected)
+
+
+def assert_sums_agree(sums, expected, delta_norm, rtol):
+    """Compare to an error relative to Σ|gΔ| ≤ ‖g‖‖Δ‖ and Σ|xΔ| ≤ ‖x‖‖Δ‖: the products cancel."""
+    gg, xx = expected[:, layout.GG], expected[:, layout.XX]
+    finite = expected.isfinite()
+    assert sums.isfinite().equal(finite)
+    sizes = [gg.sqrt() * delta_norm, xx.sqrt() * delta_norm, gg, xx]
+    allowed = rtol * torch.stack(sizes, dim=1)
+    assert ((sums - expected).abs() <= allowed)[finite].all(), f"{sums} for {expected}"
+
+
+def optimizer(kernels, base, make, groups=list, **options):
+    """Return an optimizer of a backend over weights of these values, and the weights."""
+    params = [torch.nn.Parameter(moved(x, kernels.device)) for x in make()]
+    options = {**QUICK, **options}
+    return FUSED[base](groups(params), backend=kernels.name, **options), params
+
+
+def drawn(dtype, sizes):
+    """Return a function that makes tensors of these sizes."""
+
+    def make():
+        rng = torch.Generator().manual_seed(0)
+        return [torch.randn(n, generator=rng, dtype=torch.float64).to(dtype) for n in sizes]
+
+    return make
+
+
+@functools.lru_cache(maxsize=256)
+def _random_numbers(shape, t, i):
+    rng = torch.Generator().manual_seed(1000 * t + i)
+    return noise(torch.empty(shape, device="meta"), rng) + 0.5
+
+
+def random_gradient(p, t, i):
+    """Not a function of x, so that a difference in x cannot hide behind one in g."""
+    return _random_numbers(p.shape, t, i).to(p.dtype, copy=True)
+
+
+def give_gradients(params, t, gradient=random_gradient):
+    """Set the gradients of step t.
+
+    Args:
+        gradient: (weight, t, its index) → its gradient on the CPU, or None.
+    """
+    for i, p in enumerate(params):
+        p.grad = moved(gradient(p, t, i), p.device.type)
+
+
+def storage_of(x):
+    """Return all numbers of a tensor's storage, also those beside the tensor."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def moved(x, device):
+    """Return x on a device, at the same place of a storage of the same size and contents."""
+    if x is None or x.device.type == device:
+        return x
+    return storage_of(x).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def written(opt, params):
+    """Return all that ops write of the weights, on the CPU; not the tuner's state."""
+    found = [{**opt.state.get(p, {}), "x": p.detach()} for p in params]
+    return [{name: value.cpu() for name, value in entries.items()} for entries in found]
+
+
+def copied(opt, params):
+    """Return a copy of all that ops write, the tuner's state included."""
+    found = [{name: x.clone() for name, x in e.items()} for e in written(opt, params)]
+    return [*found, *(group["mechanic_state"].cpu().clone() for group in opt.param_groups)]
