@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import VARIANTS
+from .options import RUNNING, VARIANTS
 
 PEAK = "peak_lr"
 """The entry of a param group that holds the largest lr it has had or a scheduler announces."""
@@ -40,9 +40,10 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
 def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:
     """Return lr/(peak lr) in [0, 1], of the group that is nearest to its peak.
 
-    1 for the variants that do not anneal S.
+    1 for the variants that do not look at it.
     """
-    if not VARIANTS[param_groups[0]["variant"]].anneals:
+    variant = param_groups[0]["variant"]
+    if variant != RUNNING and not VARIANTS[variant].anneals:
         return 1.0
     factors = [
         _without_device_read(group.get("lr", 1.0)) / group[PEAK]

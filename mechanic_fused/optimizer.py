@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import backends, state
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
+from .log_tuner import LogTuner, in_running_form
+from .loss import check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
-    BETAS,
+    AUTO,
     CALIBRATED,
     DELTA_DTYPES,
+    RUNNING,
     SCALE_PER,
     STATE_DTYPES,
     USER_OPTIONS,
@@ -29,16 +33,17 @@ from .options import (
     with_new_group_keys,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan
+from .scale_rows import KEY, ScaleRows, check_saved, scale_keys
 from .step import take_step
 from .torch_internals import SupportsGradScaler, mute_capturable_warning
-from .tuner import KEY, Tuner, check_saved, scale_keys
+from .tuner import Tuner
 
 DEFAULTS: dict[str, Any] = {
-    "s_decay": 0.01,
-    "tuner_betas": BETAS,
+    "s_decay": None,
+    "tuner_betas": None,
     "s_init": None,
-    "tuner_eps": 1e-8,
-    "variant": "annealed",
+    "tuner_eps": None,
+    "variant": RUNNING,
     "scale_per": "model",
     "backend": "auto",
     "log_func": None,
@@ -48,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Mechanized(SupportsGradScaler, Optimizer):
-    """What :func:`mechanic_fused.mechanize` puts in front of a base: x = x_ref + S·Δ.
+    """What :func:`mechanic_fused.mechanize` puts in front of a base: x += S·u.
 
     Do not instantiate this class: use a subclass, which names its base.
     """
@@ -56,7 +61,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     _base: type[Optimizer]
     _class_options: dict[str, Any] = DEFAULTS
     _plan: StepPlan | None
-    _tuner: Tuner | None
+    _tuner: ScaleRows | None
 
     @accepts_old_names
     def __init__(
@@ -74,6 +79,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
         **base_options: Any,
     ) -> None:
@@ -96,7 +102,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._state_dtype = one_of("state_dtype", state_dtype, STATE_DTYPES)
         self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
         self.max_grad_norm = max_norm(max_grad_norm)
-        self.reduce_group = reduce_group
+        if delta_dtype is not None and chosen["variant"] == RUNNING:
+            raise ValueError(
+                "delta_dtype must be None with variant='running', which keeps no Δ, "
+                f"got {delta_dtype}"
+            )
+        self.reduce_group, self.loss_group = reduce_group, loss_group
         self.extra_groups = tuple(extra_groups)
         self._lost_groups = False
         self._release: GradientRelease | None = None
@@ -107,24 +118,83 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._current_tuner()
 
     @torch.compiler.disable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step: g → Δ, then S, then x = x_ref + S·Δ.
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
+        """Take one step: x += S·u, then S moves; or one of the exact form that was chosen.
 
         Until the first step with a gradient element that is not 0, only state is created. Where
         weights are sharded, every rank must call it.
 
         Args:
-            closure: reevaluates the model and returns the loss, which ``step`` returns.
+            closure: reevaluates the model and returns the loss, which ``step`` returns; it is
+                observed, see :meth:`observe`.
+            loss: the loss whose gradients these are, to be observed.
 
         Raises:
-            ValueError: for gradients or weights that cannot be used; nothing has changed then.
+            ValueError: for gradients, weights or a loss that cannot be used; nothing has changed
+                then.
         """
-        loss = None
+        returned = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        take_step([self.plan_step()])
-        return loss
+                returned = closure()
+        plan = self.plan_step()
+        if loss is not None:
+            self.observe(loss)
+        elif returned is not None and self._is_running:
+            self.observe(returned)
+        take_step([plan])
+        return returned
+
+    @torch.no_grad()
+    def observe(self, loss: Tensor | float) -> None:
+        """Take a loss of the next step, from which S starts: S·‖g‖·‖u‖ = loss/13.
+
+        For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
+        are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
+        above 0, or not finite, says nothing. After the first steps none is needed. The exact forms
+        do without.
+
+        Args:
+            loss: one number; a tensor stays on its device and is not read.
+
+        Raises:
+            ValueError: for more than one number, or losses of several ranks where nothing tells
+                over which of them to average.
+
+        Example:
+            >>> from mechanic_fused import MechanicSGD
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> opt = MechanicSGD([weight], lr=1.0)
+            >>> loss = (weight**2).sum()
+            >>> loss.backward()
+            >>> opt.observe(loss)
+            >>> opt.step()
+        """
+        number = observed(loss)
+        tuner = self._current_tuner()
+        if not isinstance(tuner, LogTuner):
+            return
+        check_loss_groups(self.param_groups, self.reduce_group, self.loss_group)
+        tuner.observe(number)
+
+    def watch(self, model: torch.nn.Module) -> RemovableHandle:
+        """Observe the ``loss`` of what a model returns while it trains, as transformers' models do.
+
+        Args:
+            model: its outputs have an attribute or an entry ``loss``, or are left alone.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+
+        def take(module: torch.nn.Module, _: Any, output: Any) -> None:
+            loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+            if module.training and torch.is_grad_enabled() and loss is not None:
+                self.observe(loss)
+
+        return model.register_forward_hook(take)
 
     @torch.no_grad()
     def plan_step(self) -> StepPlan:
@@ -146,19 +216,31 @@ class Mechanized(SupportsGradScaler, Optimizer):
         return plan
 
     def _fitting_plan(self) -> StepPlan:
-        if self._lost_groups and self.reduce_group is None and not self.extra_groups:
+        groups = (self.reduce_group, self.loss_group, *self.extra_groups)
+        if self._lost_groups and all(group is None for group in groups):
             raise RuntimeError(
-                "process groups cannot be copied or pickled: set reduce_group or extra_groups of "
-                "the copy to what the original had"
+                "process groups cannot be copied or pickled: set reduce_group, loss_group or "
+                "extra_groups of the copy to what the original had"
             )
         reason = self.fallback_reason
         fused = None if reason else TABLE[self._base]
         tuner = self._current_tuner()
         plan = self._plan
-        if plan is not None and plan.fits(self.param_groups, fused, self.reduce_group):
+        if (
+            plan is not None
+            and plan.tuner is tuner
+            and plan.options.loss_group is self.loss_group
+            and plan.fits(self.param_groups, fused, self.reduce_group)
+        ):
             return plan
         options = PlanOptions(
-            self._backend, self._scale_per, self._state_dtype, self._delta_dtype, self.reduce_group
+            self._backend,
+            self._scale_per,
+            self._state_dtype,
+            self._delta_dtype,
+            self.reduce_group,
+            self.loss_group,
+            self._is_running,
         )
         fallback = Fallback(self, self._base, reason) if reason else None
         plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
@@ -167,19 +249,26 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._plan = plan
         return plan
 
-    def _current_tuner(self) -> Tuner:
+    @property
+    def _is_running(self) -> bool:
+        return bool(self.param_groups) and self.param_groups[0]["variant"] == RUNNING
+
+    def _current_tuner(self) -> ScaleRows:
+        self._run.settle()
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         # Weights on the meta device get their storage, and their device, later.
         device = torch.device("cpu") if device.type == "meta" else device
-        if self._tuner is None or self._tuner.device != device:
-            self._tuner = Tuner(scale_keys(groups, self._scale_per), groups[0], device)
+        kind = LogTuner if groups and groups[0]["variant"] == RUNNING else Tuner
+        if type(self._tuner) is not kind or self._tuner.device != device:
+            self._tuner = kind(scale_keys(groups, self._scale_per), groups[0], device)
         self._tuner.follow(groups, self._scale_per)
         self._tuner.set_options(groups[0])
         return self._tuner
 
     def _drop_derived(self) -> None:
         """Drop everything that can be derived from param_groups and state."""
+        self._run.settle()
         self._plan, self._tuner = None, None
         self._run.phase = self._run.squared_norm = None
 
@@ -192,8 +281,18 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def scale(self) -> Tensor:
-        """S = Σ s: a new float64 tensor (scales,) on the weights' device."""
+        """S: a new float64 tensor (scales,) on the weights' device."""
         return self._current_tuner().scale()
+
+    @property
+    def scale_source(self) -> str:
+        """What S started from: "loss", "norms" (no loss was observed), "s_init", or "" before."""
+        tuner = self._current_tuner()
+        if self.param_groups[0]["s_init"] != AUTO or not isinstance(tuner, LogTuner):
+            return "s_init"
+        if not bool((tuner.scale() > 0).all()):
+            return ""
+        return "loss" if bool(tuner.anchored().all()) else "norms"
 
     def learned_lr(self) -> list[float]:
         """Return S·lr of each param group, as floats, for logging; reads the device.
@@ -276,10 +375,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def shift_reference(self) -> None:
         """Accept weights written by others: x_ref shifts by what was written since the last step.
 
-        Needed only after writes that torch cannot see (through ``.data`` or numpy); all others are
-        detected.
+        Needed only in the exact forms, after writes that torch cannot see (through ``.data`` or
+        numpy); all others are detected.
         """
-        if not self._run.has_started(self._current_tuner()):
+        if self._is_running or not self._run.has_started(self._current_tuner()):
             return
         plan = self.plan_step()
         if self._release is not None and self._release.taken:
@@ -304,6 +403,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         for bucket in self.plan_step().buckets:
             for delta in bucket.delta:
                 delta.zero_()
+            if self._is_running:
+                for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
+                    x_ref.copy_(x)
         for entries in self.state.values():
             # Weights that are frozen now have a Δ as well.
             if isinstance(entries, dict) and "delta" in entries:
@@ -409,16 +511,33 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 raise
             self._release.watch(self.param_groups[-1]["params"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups, after the reduction of the last step has ended."""
+        self._run.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
 
         As with every torch optimizer the saved hyperparameters come along: after loading a plain
         base's checkpoint set ``lr`` (and a scheduler's ``initial_lr``) of each group back to 1.
 
+        A checkpoint of an exact form goes on in the running form with the S that it had learned.
+
         Raises:
-            ValueError: for a checkpoint with scales for other parts of the model, or other groups.
+            ValueError: for a checkpoint with scales for other parts of the model, or other groups,
+                or one of the running form in an exact one.
         """
         groups = [with_new_group_keys(group) for group in state_dict["param_groups"]]
+        if self._is_running:
+            if not any(group.get("variant") == RUNNING for group in groups):
+                groups = in_running_form(groups)
+        elif any(group.get("variant") == RUNNING for group in groups):
+            raise ValueError(
+                "a checkpoint of the running form has neither Δ nor the state of a bettor: expected "
+                f"an optimizer with variant='running', got {self.param_groups[0]['variant']!r}; or "
+                "load what to_base() gives"
+            )
         state_dict = {**state_dict, "param_groups": groups}
         check_saved(groups, self.param_groups, self._scale_per)
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
@@ -429,7 +548,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
             *("_state_dtype", "_delta_dtype"),
         )
-        lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
+        self._run.settle()
+        groups = (self.reduce_group, self.loss_group, *self.extra_groups)
+        lost = self._lost_groups or any(group is not None for group in groups)
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in kept},
@@ -450,7 +571,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         mute_capturable_warning(self)
         if "_run" not in vars(self):
             self._run = Run()
-            self.reduce_group, self.extra_groups = None, ()
+            self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None
         self._drop_derived()
         if vars(self).pop("_prepared", False):

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import distributed
 from .lr_schedule import annealing_factor, track_peak_lr
 from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
-from .plan import StepPlan
+from .plan import Pending, StepPlan
 
 if TYPE_CHECKING:
     from .optimizer import Mechanized
@@ -49,9 +49,12 @@ def take_step(plans: Sequence[StepPlan]) -> None:
 
     Until the first step with a gradient element that is not 0, only state is created.
     """
+    for plan in plans:
+        plan.run.settle()
     # Lists, not generators: they are faster, and every plan is asked.
     started = any([plan.has_started() for plan in plans])
-    if started and any([plan.settings_changed for plan in plans]):
+    is_running = plans[0].options.is_running
+    if (started or is_running) and any([plan.settings_changed for plan in plans]):
         follow_settings(plans, started)
     if len(plans) > 1:
         check_alike(plans)
@@ -72,26 +75,52 @@ def take_step(plans: Sequence[StepPlan]) -> None:
             if max_grad_norm is not None:
                 for plan in active:
                     plan.clip(squared_norm, max_grad_norm)
-        for plan in active:
-            plan.reconcile()  # with what others have written to the weights
-        sums = [plan.accumulate(shared) for plan in active]  # g·Δ, g·g; base state, Δ += u
-        if not started:
-            follow_settings(active, started)
-        if any([plan.awaits_calibration for plan in active]):
-            calibrate_s_init(active, extra_groups)
-        total = next(iter(sums[0].values()))
-        if shared:
-            total = distributed.all_reduce(sums, extra_groups)
-        for plan in active:
-            plan.tune(total)  # h → s, r, v, m
-        for plan in active:
-            plan.apply()  # x = x_ref + S·Δ; x·Δ, x·x for the next step
+        if is_running:
+            running_form(active, shared, extra_groups)
+        else:
+            exact_form(active, started, shared, extra_groups)
     finally:
         for plan in plans:
             plan.finish()
     for plan in active:
         if plan.on_step is not None:
             plan.on_step()
+
+
+def exact_form(
+    plans: Sequence[StepPlan], started: bool, shared: bool, extra_groups: Sequence[Any]
+) -> None:
+    """Δ += u, then S, then x = x_ref + S·Δ."""
+    for plan in plans:
+        plan.reconcile()  # with what others have written to the weights
+    sums = [plan.accumulate(shared) for plan in plans]  # g·Δ, g·g; base state, Δ += u
+    if not started:
+        follow_settings(plans, started)
+    if any([plan.awaits_calibration for plan in plans]):
+        calibrate_s_init(plans, extra_groups)
+    total = next(iter(sums[0].values()))
+    if shared:
+        total = distributed.all_reduce(sums, extra_groups)
+    for plan in plans:
+        plan.tune(total)  # h → s, r, v, m
+    for plan in plans:
+        plan.apply()  # x = x_ref + S·Δ; x·Δ, x·x for the next step
+
+
+def running_form(plans: Sequence[StepPlan], shared: bool, extra_groups: Sequence[Any]) -> None:
+    """x += S·u with the S that the steps before have learned, and the sums for the next S.
+
+    Where the sums have to be reduced over ranks, that runs on until the next step begins.
+    """
+    for plan in plans:
+        plan.step()  # g·(x − x_ref), g·g, x·x, u·u; base state, x += S·u
+    if not shared:
+        plans[0].log_tune(plans[0].sums())
+        return
+    rows = [plan.rows_to_reduce() for plan in plans]
+    pending = Pending(distributed.Reduction(rows, extra_groups), plans)
+    for plan in plans:
+        plan.run.pending = pending
 
 
 def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
