@@ -114,6 +114,7 @@ def small(convergence, monkeypatch):
         monkeypatch.setattr(module, "TRAIN_WINDOWS", 16)
         monkeypatch.setattr(module, "CONTEXT", 16)
     convergence.text._pretrained.cache_clear()
+    monkeypatch.setattr(convergence.infilling, "SCORED", 16)
     sizes = {"width": 32, "layers": 1, "heads": 2, "context": 16}
     monkeypatch.setattr(convergence.large, "SIZES", sizes)
     monkeypatch.setattr(convergence.large, "SCORED", 8)
@@ -123,7 +124,7 @@ def small(convergence, monkeypatch):
 
 TASKS = (
     *("iris", "wine", "breast_cancer", "digits", "digits_mlp", "digits_conv"),
-    *("char", "lora", "tokens", "gpt2"),
+    *("char", "lora", "tokens", "gpt2", "topics", "vit", "seq2seq", "denoise"),
 )
 
 
@@ -135,6 +136,43 @@ def test_each_task_trains_and_repeats(convergence, small, name):
     assert one == two
     assert math.isfinite(one["validation_loss"])
     assert ("accuracy" in one) == (task.metric == "accuracy") and 0 <= one.get("accuracy", 0) <= 1
+
+
+@pytest.mark.parametrize("base", ["SGD", "Lion"])
+@pytest.mark.parametrize("name", ["vit", "seq2seq", "denoise"])
+def test_the_unseen_tasks_learn_with_each_base(convergence, small, name, base):
+    task = convergence.tasks.TASKS[name]
+    assert task.unseen
+    spec = convergence.runs.Spec(name, 1, base, convergence.methods.BASES[base][2], "", 0)
+    problem = task.build(0)
+    before = problem.scores(problem.model.eval())["train_loss"]
+    assert convergence.runs.run(spec, shorter=task.steps // FEW)["train_loss"] < before
+
+
+def test_augmented_images_differ_a_little(convergence):
+    """A shift by half a pixel and a turn by 10° leave the digit where it was."""
+    problem = convergence.images.vit(0)
+    x = problem.train[0][:64]
+    moved = problem._augmented(x)
+    assert moved.shape == x.shape and not torch.equal(moved, x)
+    together = torch.corrcoef(torch.stack([x.flatten(), moved.flatten()]))[0, 1]
+    assert 0.7 < together < 0.99
+
+
+def test_a_filled_gap_is_not_seen(convergence):
+    """The logits of a character depend on those before it and around the gap, not on itself."""
+    problem = convergence.infilling.seq2seq(0)
+    part, model = convergence.infilling.PART, problem.model.eval()
+    windows = problem.batch()
+    for place, seen in ((part + 5, False), (part + 4, True), (2 * part, True)):
+        other = windows.clone()
+        other[:, place] = (other[:, place] + 1) % 10
+        assert torch.equal(model(windows)[:, 5], model(other)[:, 5]) is not seen
+
+
+def test_the_unseen_scores_have_the_same_noise(convergence):
+    one, two = (convergence.images.denoise(0).scores(convergence.images.Denoiser()) for _ in "12")
+    assert one == two and one["validation_loss"] == pytest.approx(1, abs=0.05)
 
 
 def test_every_task_is_listed(convergence):
