@@ -89,9 +89,18 @@ class Trainer:
 class ScheduleFree(Trainer):
     """Gradients are computed at one point, and the model is evaluated at another."""
 
+    def __init__(self, problem: Problem, *rest: Any) -> None:
+        super().__init__(problem.model, *rest)
+        self.problem = problem
+
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         self.optimizer.eval()
+        if any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
+            # Its running statistics are of the other point.
+            with torch.no_grad():
+                for _ in range(50):
+                    self.problem.loss(self.problem.batch())
         yield self.model
         self.optimizer.train()
 
@@ -196,14 +205,14 @@ def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
         problem.weights(), weight_decay=task.decay, warmup_steps=max(1, steps // 20)
     )
     opt.train()
-    return ScheduleFree(problem.model, opt)
+    return ScheduleFree(problem, opt)
 
 
 def _prodigy_plus(problem: Problem, task: Task, steps: int) -> Trainer:
     package = importlib.import_module("prodigyplus")
     opt = package.ProdigyPlusScheduleFree(problem.weights(), weight_decay=task.decay)
     opt.train()
-    return Unclipped(problem.model, opt, None, _estimated)
+    return Unclipped(problem, opt, None, _estimated)
 
 
 def _dog(problem: Problem, task: Task, steps: int) -> Trainer:

@@ -335,6 +335,16 @@ def test_each_other_package_learns(convergence, method):
     assert row["accuracy"] > 0.5 and row["rate"] > 0
 
 
+def test_schedule_free_renews_the_statistics_of_batch_norm(convergence):
+    problem, task = convergence.tabular.digits_conv(0), convergence.tasks.TASKS["digits_conv"]
+    trainer = convergence.methods.OTHERS["schedule-free AdamW"](problem, task, FEW)
+    for _ in range(FEW):
+        trainer.train_step(problem, problem.batch(), None)
+    before = problem.model[2].running_mean.clone()
+    with trainer.evaluated():
+        assert not torch.equal(problem.model[2].running_mean, before)
+
+
 def test_precisions_count_their_bytes(convergence):
     """x, x_ref, Δ, m, v: 20 bytes in float32; 2 + 2 + 4 + 4 + 4 from bfloat16 weights."""
     bytes_of = convergence.precision.bytes_of
