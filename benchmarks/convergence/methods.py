@@ -210,7 +210,10 @@ def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
 
 def _prodigy_plus(problem: Problem, task: Task, steps: int) -> Trainer:
     package = importlib.import_module("prodigyplus")
-    opt = package.ProdigyPlusScheduleFree(problem.weights(), weight_decay=task.decay)
+    # With one group split_groups has no effect, but the package prints that.
+    opt = package.ProdigyPlusScheduleFree(
+        problem.weights(), weight_decay=task.decay, split_groups=False
+    )
     opt.train()
     return Unclipped(problem, opt, None, _estimated)
 
