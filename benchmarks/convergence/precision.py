@@ -69,8 +69,8 @@ TASK = "char"
 class NearestDelta(Trainer):
     """Round Δ to the nearest bfloat16 after each step."""
 
-    def step(self) -> None:
-        super().step()
+    def step(self, **given: Tensor) -> None:
+        super().step(**given)
         for state in self.optimizer.state.values():
             state["delta"].copy_(state["delta"].bfloat16())
 
@@ -87,8 +87,8 @@ class WithGradScaler(Trainer):
         self.optimizer.max_grad_norm = clip
         self.scaler.scale(loss).backward()
 
-    def step(self) -> None:
-        self.scaler.step(self.optimizer)
+    def step(self, **given: Tensor) -> None:
+        self.scaler.step(self.optimizer, **given)
         self.scaler.update()
         self.scheduler.step()
 
@@ -103,10 +103,10 @@ def in_precision(make: Make, precision: Precision) -> Make:
         # The cross-entropy is computed in float32, as is usual.
         model.forward = lambda x: forward(x).float()
         trainer = make(problem, task, steps)
+        kind = WithGradScaler if precision.scaled else Trainer
+        kind = NearestDelta if precision.delta == "nearest" else kind
         parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.learned)
-        if precision.scaled:
-            return WithGradScaler(*parts)
-        return NearestDelta(*parts) if precision.delta == "nearest" else trainer
+        return kind(*parts, trainer.gives_loss)
 
     return made
 
