@@ -106,6 +106,20 @@ void define_cuda(py::module_ m) {
       py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
       py::arg("stream"), released);
   m.def(
+      "step",
+      [](const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
+         const StepScalars& scalars, int64_t stream) {
+        step(bucket, reduction, tuner, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
+      py::arg("stream"), released);
+  m.def(
+      "log_tune",
+      [](int64_t sums, const LogTuner& tuner, const StepScalars& scalars, int64_t stream) {
+        log_tune(pointer<const Sums>(sums), tuner, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("sums"), py::arg("tuner"), py::arg("scalars"), py::arg("stream"), released);
+  m.def(
       "measure",
       [](const Bucket& bucket, const Reduction& reduction, int64_t stream) {
         measure(bucket, reduction, pointer<CUstream_st>(stream));
