@@ -16,8 +16,8 @@ from . import cuda, triton
 from .bounds import Row
 
 HEADER = (
-    "backend kernel        dtype     state     delta     arch    registers  stack  local shared  ld128"
-    "  st128  threads/SM occupancy  in flight/SM"
+    "backend kernel        dtype     state     delta     arch    registers  stack  local shared"
+    "  ld128  st128  threads/SM occupancy  in flight/SM"
 )
 
 

@@ -124,14 +124,15 @@ def most_registers(
 
     A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
     may take 112 for 104, which leaves an SM the same four programs. In CUDA it is what leaves room
-    for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels for a thousand threads.
+    for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels for a
+    thousand threads; of log_tune there is only one block.
     """
     if backend == "triton":
         return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kind := kind_of(kernel):
         blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32)
         return SM_REGISTERS // (blocks * 256) // 8 * 8
-    return 64
+    return 255 if kernel == "log_tune" else 64
 
 
 def checked(

@@ -62,7 +62,8 @@ struct StepStreams {
 // The sums of a thread, in this order: g.(x - x_ref), g.g, x.x, u.u.
 using StepSums = Totals<4>;
 
-// N elements from i on in each thread: all loads, then all arithmetic.
+// N elements from i on in each thread: all loads, then all arithmetic. First the sums that x_ref
+// takes part in, so that its registers are free when the updates need theirs.
 template <int N, class Base, class X, class S>
 __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
                                            const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
@@ -76,12 +77,15 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
   at.weights.load(i, x);
 #pragma unroll
   for (int l = 0; l < N; ++l) {
-    const T gradient = g[l] * c.gradient;
+    g[l] = g[l] * c.gradient;
     // Products of floats are exact in double, so the fused form rounds no differently.
-    sum.of[0] = fma(double(gradient), double(x[l] - x_ref[l]), sum.of[0]);
-    sum.of[1] = fma(double(gradient), double(gradient), sum.of[1]);
+    sum.of[0] = fma(double(g[l]), double(x[l] - x_ref[l]), sum.of[0]);
+    sum.of[1] = fma(double(g[l]), double(g[l]), sum.of[1]);
     sum.of[2] = fma(double(x[l]), double(x[l]), sum.of[2]);
-    const T u = Base::update(finite_or_zero(gradient), x[l], a[l], b[l], c);
+  }
+#pragma unroll
+  for (int l = 0; l < N; ++l) {
+    const T u = Base::update(finite_or_zero(g[l]), x[l], a[l], b[l], c);
     sum.of[3] = fma(double(u), double(u), sum.of[3]);
     x[l] = apply_update(x[l], scale, u);
   }
@@ -126,7 +130,8 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
   const int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
                                             at.state0, at.state1);
   __syncthreads();
-  const Coefficients<T> c = shared;
+  // Read where they are needed: copies would take the registers of a block.
+  const Coefficients<T>& c = shared;
   StepSums sum = {};
   sum = step_range<kLanes<X>, Base>(at, 0, in_packets, c, T(scale), sum);
   return step_range<1, Base>(at, in_packets, n, c, T(scale), sum);
