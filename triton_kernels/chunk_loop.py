@@ -16,20 +16,32 @@ def join(a, b, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def reduce_elements(x, REDUCE: tl.constexpr):
-    """The sum, or the maximum, over the elements of x."""
+def reduce_elements(x, AXIS: tl.constexpr, REDUCE: tl.constexpr):
+    """The sum, or the maximum, over the elements of x along an axis."""
     if REDUCE == "sum":
-        return tl.sum(x, 0)
+        return tl.sum(x, AXIS)
     else:
-        return tl.max(x, 0)
+        return tl.max(x, AXIS)
 
 
 @triton.jit
-def add_block(totals, found, REDUCE: tl.constexpr):
-    """The totals with the contributions of one more block."""
+def of_threads(x, THREADS: tl.constexpr, REDUCE: tl.constexpr):
+    """The sums, or the maxima, of the neighbours in x that a thread has."""
+    if x.shape[0] == THREADS:
+        return x
+    else:
+        return reduce_elements(tl.reshape(x, (THREADS, x.shape[0] // THREADS)), 1, REDUCE)
+
+
+@triton.jit
+def add_block(totals, found, THREADS: tl.constexpr, REDUCE: tl.constexpr):
+    """The totals, one a thread, with the contributions of one more block.
+
+    A total for each element that a thread has would take registers.
+    """
     joined = ()
     for k in tl.static_range(len(totals)):
-        joined = joined + (join(totals[k], found[k], REDUCE),)
+        joined = joined + (join(totals[k], of_threads(found[k], THREADS, REDUCE), REDUCE),)
     return joined
 
 
@@ -61,24 +73,19 @@ def chunk_loop(
     dtype: tl.constexpr = tl.float64 if REDUCE == "sum" else tl.int64
     whole = tl.where(aligned, length // BLOCK, 0)
 
-    totals = (tl.zeros((BLOCK,), dtype=dtype),) * COUNT
+    totals = (tl.zeros((TAIL,), dtype=dtype),) * COUNT
     number = 0
     while number < whole:
         i = number * BLOCK + tl.arange(0, BLOCK)
-        totals = add_block(totals, block(OP, T, streams, i, None), REDUCE)
+        totals = add_block(totals, block(OP, T, streams, i, None), TAIL, REDUCE)
         number += 1
-    of_blocks = ()
-    for k in tl.static_range(COUNT):
-        of_blocks = of_blocks + (reduce_elements(totals[k], REDUCE),)
 
-    totals = (tl.zeros((TAIL,), dtype=dtype),) * COUNT
     start = whole * BLOCK
     while start < length:
         i = start + tl.arange(0, TAIL)
-        totals = add_block(totals, block(OP, T, streams, i, length), REDUCE)
+        totals = add_block(totals, block(OP, T, streams, i, length), TAIL, REDUCE)
         start += TAIL
     result = ()
     for k in tl.static_range(COUNT):
-        total = reduce_elements(totals[k], REDUCE)
-        result = result + (join(of_blocks[k], total, REDUCE),)
+        result = result + (reduce_elements(totals[k], 0, REDUCE),)
     return result
