@@ -62,9 +62,7 @@ class LogTuner(ScaleRows):
 
     def _initial(self, rows: int) -> Tensor:
         state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64)
-        if self._start:
-            state[:, SCALE] = self._start
-            state[:, LOG_TUNER.index("learns")] = 1
+        state[:, SCALE] = self._start
         return state
 
 
@@ -86,6 +84,6 @@ def _in_running_form(group: dict[str, Any]) -> dict[str, Any]:
     state[:, column("nonfinite")] = theirs[:, -1]
     learned = formulas.total_scale(theirs[:, : len(group["tuner_betas"])])
     state[:, SCALE] = torch.where(steps > 0, learned, 0.0)
-    state[:, column("learns")] = (steps > 0).double()
+    state[:, column("learns")] = state[:, column("factor")] = (steps > 0).double()
     options = {name: None for name in ("s_decay", "tuner_betas", "tuner_eps")}
     return {**group, **options, "variant": RUNNING, "s_init": AUTO, KEY: state}
