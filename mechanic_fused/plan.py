@@ -208,7 +208,7 @@ class StepPlan:
         self._loss_groups = self._groups_of_loss()
         # A stage that trains nothing contributes zeros, or the other ranks would wait for it.
         self._group_sets = group_sets or {(): None}
-        self.is_sharded = any(self._group_sets)
+        self.is_sharded = any(self._group_sets) or (options.is_running and bool(self._loss_groups))
         same_device = (b.backend for b in self.buckets if b.device == tuner.device)
         name = backends.resolve(options.backend, tuner.device.type)
         self._tuner_backend = next(same_device, backends.load(name))
@@ -565,7 +565,7 @@ class StepPlan:
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
-        tuner.losses.zero_()
+        tuner.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 
     def log_tune(self, total: Tensor) -> None:
