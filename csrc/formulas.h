@@ -272,9 +272,11 @@ MECHANIC_INLINE double mean_loss(const Losses& losses) {
 
 // The start of the running form: S such that a step lowers the loss by no more than a share of it,
 // by Cauchy and Schwarz, or without a loss moves the weights by a share of their norm. loss and
-// power are moving averages, power that of |g| |u| over all scales.
+// power are moving averages, power that of |g| |u| over all scales. A scale that is there before any
+// estimate is the user's and stays.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
                                     const LogConstants& c) {
+  if (row.weight == 0 && row.scale > 0) return;
   const double rate = 1 / c.average;
   const double update = std::sqrt(sums.uu);
   row.weight += rate * (1 - row.weight);
@@ -325,7 +327,7 @@ MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, L
     row.learns = 1;
     log_tuner_update(sums.gd, row, c);
     if (row.start > 0) row.scale = fmin(row.scale, c.ceiling * row.start / c.factor);
-    if (rises) row.scale = fmin(row.scale, row.peak_rate / c.factor);
+    if (rises && row.peak_rate > 0) row.scale = fmin(row.scale, row.peak_rate / c.factor);
   }
   row.peak_rate = fmax(row.peak_rate, row.scale * c.factor);
   return true;

@@ -60,11 +60,13 @@ class LogTuner(ScaleRows):
         self.losses[0] += loss
         self.losses[1] += 1
 
+    def forget_losses(self) -> None:
+        """Drop the losses that were observed for a step that is not taken."""
+        self.losses.zero_()
+
     def _initial(self, rows: int) -> Tensor:
         state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64)
-        if self._start:
-            state[:, SCALE] = self._start
-            state[:, LOG_TUNER.index("learns")] = 1
+        state[:, SCALE] = self._start
         return state
 
 
@@ -86,6 +88,6 @@ def _in_running_form(group: dict[str, Any]) -> dict[str, Any]:
     state[:, column("nonfinite")] = theirs[:, -1]
     learned = formulas.total_scale(theirs[:, : len(group["tuner_betas"])])
     state[:, SCALE] = torch.where(steps > 0, learned, 0.0)
-    state[:, column("learns")] = (steps > 0).double()
+    state[:, column("learns")] = state[:, column("factor")] = (steps > 0).double()
     options = {name: None for name in ("s_decay", "tuner_betas", "tuner_eps")}
     return {**group, **options, "variant": RUNNING, "s_init": AUTO, KEY: state}

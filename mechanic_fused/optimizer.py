@@ -419,9 +419,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def release_gradients(self, reduced: bool = False) -> None:
         """Take each weight's part of a step during the backward pass, and free its gradient there.
 
-        Only one gradient or a few are then in memory at a time; ``step()`` tunes S and writes the
-        weights. The results are those of the ordinary step up to the order of the sums. It takes
-        effect from the second informative step; calling it again changes nothing.
+        Only one gradient or a few are then in memory at a time. The results are those of the
+        ordinary step up to the order of the sums. In the running form the weights are written there
+        too, from the first step on; in the exact forms it takes effect from the second informative
+        step, and ``step()`` writes the weights. Calling it again changes nothing.
 
         Args:
             reduced: whether gradients of plain weights need no reduction over ranks after the

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import reference
-from .backends.layout import GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .backends.layout import GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
 from .distributed import Groups, Reduction, Rows, mesh_groups, shard_index, shards
 from .fallback import FALLBACK, Fallback
@@ -27,6 +27,9 @@ from .torch_internals import local
 
 if TYPE_CHECKING:
     from .gradient_release import GradientRelease
+
+ALL_COLUMNS, GRADIENT_COLUMNS = slice(None), slice(GD, GG + 1, GG - GD)
+"""Columns of the sums that a step of the running form takes, and those of ``accumulate``."""
 
 LOSS = slice(1, 3)
 """Columns of the row beside the sums that is reduced with them: the sum and number of losses."""
@@ -205,7 +208,7 @@ class StepPlan:
         self._loss_groups = self._groups_of_loss()
         # A stage that trains nothing contributes zeros, or the other ranks would wait for it.
         self._group_sets = group_sets or {(): None}
-        self.is_sharded = any(self._group_sets)
+        self.is_sharded = any(self._group_sets) or (options.is_running and bool(self._loss_groups))
         same_device = (b.backend for b in self.buckets if b.device == tuner.device)
         name = backends.resolve(options.backend, tuner.device.type)
         self._tuner_backend = next(same_device, backends.load(name))
@@ -275,8 +278,11 @@ class StepPlan:
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
             return state
-        self.states[p].update(state)
-        return self.states[p]
+        entries = self.states[p]
+        entries.update(state)
+        for name in entries.keys() - state.keys():
+            del entries[name]
+        return entries
 
     def _reads_on_device(self) -> bool:
         """Return whether kernels read GradScaler's numbers and a tensor lr on the device."""
@@ -407,7 +413,9 @@ class StepPlan:
         unscale = 1.0 if grad_scale is None or self.reads_on_device else 1.0 / float(grad_scale)
         self._hyper_rows, self._live_lr = [], {}
         for number, group in enumerate(self.param_groups):
-            lr, *rest = (0.0,) * 7 if self.fused is None else self.fused.hyper(group)
+            lr, *rest = group.get("lr", 1.0), *(0.0,) * 6
+            if self.fused is not None:
+                lr, *rest = self.fused.hyper(group)
             if self.reads_on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
                 self._live_lr[number], lr = lr, 0.0
             sign = -unscale if group.get("maximize") else unscale
@@ -509,7 +517,7 @@ class StepPlan:
             for bucket in self.buckets:
                 bucket.backend.accumulate(bucket)
                 if self.release:
-                    self.release.add_sums(bucket)
+                    self.release.add_sums(bucket, GRADIENT_COLUMNS)
         scales = len(self.tuner.keys)
         if not shared:
             return self._rows(lambda bucket: bucket.sums, (scales, len(SUMS)))
@@ -522,15 +530,19 @@ class StepPlan:
 
     def step(self) -> None:
         """Take the sums of the running form, and move the base's state and the weights: x += S·u."""
-        tuner = self._log_tuner
         if self.fallback is not None:
-            self.fallback.step(self.buckets, tuner)
+            self.fallback.step(self.buckets, self._log_tuner)
+            return
         for bucket in self.buckets:
-            if self.fallback is None:
-                near = tuner if bucket.device == tuner.device else tuner.to(bucket.device)
-                bucket.backend.step(bucket, near)
+            self.step_bucket(bucket)
             if self.release:
-                self.release.add_sums(bucket)
+                self.release.add_sums(bucket, ALL_COLUMNS)
+
+    def step_bucket(self, bucket: Bucket) -> None:
+        """Take the step of one bucket, with the S that is known."""
+        tuner = self._log_tuner
+        near = tuner if bucket.device == tuner.device else tuner.to(bucket.device)
+        bucket.backend.step(bucket, near)
 
     def sums(self) -> Tensor:
         """Return the sums of the last step, (scales, 6), where nothing has to be reduced."""
@@ -553,7 +565,7 @@ class StepPlan:
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
-        tuner.losses.zero_()
+        tuner.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 
     def log_tune(self, total: Tensor) -> None:

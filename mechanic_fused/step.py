@@ -65,7 +65,10 @@ def take_step(plans: Sequence[StepPlan]) -> None:
             plan.collect_gradients()  # every error is raised here, before anything changes
         active = [plan for plan in plans if plan.load(shared)]
         if not active:
-            return  # no gradients, or GradScaler found an overflow
+            # No gradients, or GradScaler found an overflow: the observed losses go with them.
+            for plan in plans:
+                plan.tuner.forget_losses()
+            return
         max_grad_norm = plans[0].max_grad_norm
         if not started or max_grad_norm is not None:
             norms = [plan.gradient_norms(started) for plan in active]

@@ -312,12 +312,15 @@ def estimate_scale(
 
     S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
     share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. Both sides are moving averages, and
-    of the first ratio the geometric mean so far is taken.
+    of the first ratio the geometric mean so far is taken. A scale that is there before any estimate
+    is the user's and stays.
 
     Args:
         power: ‖g‖·‖u‖ over all scales.
         loss: of this step; not above 0 or not finite: unknown.
     """
+    if row.weight == 0 and row.scale > 0:
+        return
     rate = 1 / c.average
     row.weight += rate * (1 - row.weight)
     row.update += rate * (math.sqrt(sums.uu) - row.update)
@@ -377,7 +380,7 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
         log_tuner_update(sums.gd, row, c)
         if row.start > 0:
             row.scale = min(row.scale, c.ceiling * row.start / c.factor)
-        if rises:
+        if rises and row.peak_rate > 0:
             row.scale = min(row.scale, row.peak_rate / c.factor)
     row.peak_rate = max(row.peak_rate, row.scale * c.factor)
     return True
