@@ -25,23 +25,21 @@ def reduce_elements(x, AXIS: tl.constexpr, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def of_threads(x, THREADS: tl.constexpr, REDUCE: tl.constexpr):
-    """The sums, or the maxima, of the neighbours in x that a thread has."""
-    if x.shape[0] == THREADS:
+def neighbours(x, COUNT: tl.constexpr, REDUCE: tl.constexpr):
+    """The elements of x joined to COUNT, each with its neighbours: those of the same thread."""
+    if x.shape[0] == COUNT:
         return x
     else:
-        return reduce_elements(tl.reshape(x, (THREADS, x.shape[0] // THREADS)), 1, REDUCE)
+        return reduce_elements(tl.reshape(x, (COUNT, x.shape[0] // COUNT)), 1, REDUCE)
 
 
 @triton.jit
-def add_block(totals, found, THREADS: tl.constexpr, REDUCE: tl.constexpr):
-    """The totals, one a thread, with the contributions of one more block.
-
-    A total for each element that a thread has would take registers.
-    """
+def add_block(totals, found, REDUCE: tl.constexpr):
+    """The totals with the contributions of one more block, which may have more elements."""
     joined = ()
     for k in tl.static_range(len(totals)):
-        joined = joined + (join(totals[k], of_threads(found[k], THREADS, REDUCE), REDUCE),)
+        own = neighbours(found[k], totals[k].shape[0], REDUCE)
+        joined = joined + (join(totals[k], own, REDUCE),)
     return joined
 
 
@@ -73,19 +71,26 @@ def chunk_loop(
     dtype: tl.constexpr = tl.float64 if REDUCE == "sum" else tl.int64
     whole = tl.where(aligned, length // BLOCK, 0)
 
-    totals = (tl.zeros((TAIL,), dtype=dtype),) * COUNT
+    # More than two totals for each of a thread's elements would take too many registers.
+    WIDTH: tl.constexpr = BLOCK if COUNT <= 2 else TAIL
+    totals = (tl.zeros((WIDTH,), dtype=dtype),) * COUNT
     number = 0
     while number < whole:
         i = number * BLOCK + tl.arange(0, BLOCK)
-        totals = add_block(totals, block(OP, T, streams, i, None), TAIL, REDUCE)
+        totals = add_block(totals, block(OP, T, streams, i, None), REDUCE)
         number += 1
+    of_blocks = ()
+    for k in tl.static_range(COUNT):
+        of_blocks = of_blocks + (reduce_elements(totals[k], 0, REDUCE),)
 
+    totals = (tl.zeros((TAIL,), dtype=dtype),) * COUNT
     start = whole * BLOCK
     while start < length:
         i = start + tl.arange(0, TAIL)
-        totals = add_block(totals, block(OP, T, streams, i, length), TAIL, REDUCE)
+        totals = add_block(totals, block(OP, T, streams, i, length), REDUCE)
         start += TAIL
     result = ()
     for k in tl.static_range(COUNT):
-        result = result + (reduce_elements(totals[k], 0, REDUCE),)
+        total = reduce_elements(totals[k], 0, REDUCE)
+        result = result + (join(of_blocks[k], total, REDUCE),)
     return result

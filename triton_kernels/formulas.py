@@ -482,16 +482,19 @@ def estimate_scale(sums, norms, loss, row, c):
     """S where a run starts, and the moving averages behind it.
 
     S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
-    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. ``norms`` is ‖g‖·‖u‖ over all
-    scales.
+    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. A scale that is there before any
+    estimate is the user's and stays, and so do the averages. ``norms`` is ‖g‖·‖u‖ over all scales.
 
     Returns:
         The new (scale, start, weight, update, loss, power, anchors, ln_anchor).
     """
-    rate = 1.0 / c.average
+    given = (row.weight == 0) & (row.scale > 0)
+    rate = tl.where(given, 0.0, 1.0 / c.average)
     weight = row.weight + rate * (1.0 - row.weight)
     update = row.update + rate * (tl.sqrt(sums.uu) - row.update)
-    known = (loss > 0) & is_finite(loss) & is_finite(norms)
+    # Numbers, not `&`, where a scalar meets rows: the interpreter cannot broadcast a truth value.
+    has_loss = tl.where((loss > 0) & is_finite(loss) & is_finite(norms), 1.0, 0.0)
+    known = tl.where(given, 0.0, has_loss) > 0
     mean = tl.where(known, row.loss + rate * (loss - row.loss), row.loss)
     power = tl.where(known, row.power + rate * (norms - row.power), row.power)
     anchors = tl.where(known, row.anchors + 1.0, row.anchors)
@@ -501,7 +504,8 @@ def estimate_scale(sums, norms, loss, row, c):
     norm = tl.where(sums.xx > 0, tl.sqrt(sums.xx), c.zero_rms * tl.sqrt(sums.count))
     by_norms = c.norm_share * norm / (update / weight)
     scale = tl.where(anchored, c.anchor_share * tl.exp(ln_anchor), by_norms)
-    start = tl.where(anchored, scale, 0.0)
+    start = tl.where(given, row.start, tl.where(anchored, scale, 0.0))
+    scale = tl.where(given, row.scale, scale)
     return scale, start, weight, update, mean, power, anchors, ln_anchor
 
 
@@ -532,7 +536,7 @@ def log_tune_row(sums, norms, loss, row, c):
     """
     finite = is_finite(sums.gd * sums.gd) & is_finite(sums.gg)
     finite = finite & is_finite(sums.xx) & is_finite(sums.uu)
-    stays = (c.tunes_scale == 0) & (row.scale > 0)
+    stays = tl.where(c.tunes_scale == 0, row.scale, 0.0) > 0
     moves = finite & (sums.gg > 0) & (sums.uu > 0) & (stays == 0)
     rises = c.factor > row.factor
     informed = row.informed + 1.0
@@ -542,7 +546,8 @@ def log_tune_row(sums, norms, loss, row, c):
     )
     scale, square, count = log_tuner_update(sums.gd, informed, row, c)
     scale = tl.where(row.start > 0, tl.minimum(scale, c.ceiling * row.start / c.factor), scale)
-    scale = tl.where(rises, tl.minimum(scale, row.peak_rate / c.factor), scale)
+    again = rises & (row.peak_rate > 0)
+    scale = tl.where(again, tl.minimum(scale, row.peak_rate / c.factor), scale)
     scale = tl.where(estimates, estimate, scale)
     peak_rate = tl.maximum(row.peak_rate, scale * c.factor)
     starts, learns = moves & estimates, moves & (estimates == 0)
