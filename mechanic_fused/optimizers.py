@@ -430,7 +430,7 @@ def mechanize(
     """Return a class of optimizers that learn the scale of Base's updates.
 
     x += S·u, where u is Base's update. S starts from the loss, S·‖g‖·‖u‖ = loss/13, or from norms
-    where no loss is observed, S·‖u‖ = ‖x‖/200, and then ln S moves by h = ⟨g, x − x_ref⟩ over its
+    where no loss is observed, S·‖u‖ = ‖x‖/100, and then ln S moves by h = ⟨g, x − x_ref⟩ over its
     root mean square. In the exact forms x = x_ref + S·Δ, where Δ is the sum of Base's updates, and
     S = Σ s is learned from h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
 

@@ -63,12 +63,12 @@ RUNNING = "running"
 
 LOG_TUNING: dict[str, float] = {
     "anchor_share": 1 / 13,
-    "norm_share": 5e-3,
-    "zero_rms": 0.1,
+    "norm_share": 1e-2,
+    "least_rms": 0.02,
     "average": 10,
     "held": 10,
     "gain": 3.0,
-    "max_move": 0.05,
+    "max_move": 0.03,
     "bias": 0.25,
     "outlier": 10.0,
     "memory": 4,
