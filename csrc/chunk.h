@@ -73,7 +73,7 @@ struct LogRow {
 
 // Its constants.
 struct LogConstants {
-  double tunes_scale, factor, anchor_share, norm_share, zero_rms, average, held;
+  double tunes_scale, factor, anchor_share, norm_share, least_rms, average, held;
   double gain, max_move, bias, outlier, memory, ceiling;
 };
 

@@ -75,7 +75,7 @@ constexpr Column kLogConstantColumns[] = {MECHANIC_COLUMN(LogConstants, tunes_sc
                                           MECHANIC_COLUMN(LogConstants, factor),
                                           MECHANIC_COLUMN(LogConstants, anchor_share),
                                           MECHANIC_COLUMN(LogConstants, norm_share),
-                                          MECHANIC_COLUMN(LogConstants, zero_rms),
+                                          MECHANIC_COLUMN(LogConstants, least_rms),
                                           MECHANIC_COLUMN(LogConstants, average),
                                           MECHANIC_COLUMN(LogConstants, held),
                                           MECHANIC_COLUMN(LogConstants, gain),

@@ -287,7 +287,7 @@ MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss,
     row.anchors += 1;
     row.ln_anchor += (std::log(row.loss / row.power) - row.ln_anchor) / row.anchors;
   }
-  const double norm = sums.xx > 0 ? std::sqrt(sums.xx) : c.zero_rms * std::sqrt(sums.count);
+  const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
   const bool anchored = row.anchors > 0;
   row.scale = anchored ? c.anchor_share * std::exp(row.ln_anchor)
                        : c.norm_share * norm / (row.update / row.weight);

@@ -28,6 +28,7 @@ from .options import (
     accepts_old_names,
     max_norm,
     one_of,
+    resolve_variant,
     tuner_options,
     warn_renamed,
     with_new_group_keys,
@@ -43,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "tuner_betas": None,
     "s_init": None,
     "tuner_eps": None,
-    "variant": RUNNING,
+    "variant": None,
     "scale_per": "model",
     "backend": "auto",
     "log_func": None,
@@ -95,6 +96,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
             "backend": backend,
         }
         chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
+        exact = (chosen["s_decay"], chosen["tuner_betas"], chosen["tuner_eps"], delta_dtype)
+        chosen["variant"] = resolve_variant(chosen["variant"], *exact)
         self._tuner_options = tuner_options(**{k: chosen[k] for k in USER_OPTIONS})
         self._scale_per = one_of("scale_per", chosen["scale_per"], SCALE_PER)
         self._backend = chosen["backend"]

@@ -38,7 +38,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
         tuner_eps: ε of an exact form's tuner, above 0; None: 1e-8.
         variant: "running", or an exact form x = x_ref + S·Δ: "annealed", or one of the published
             "optax", "paper" and "pytorch", which expect lr = 1; see
-            :func:`mechanic_fused.mechanize`.
+            :func:`mechanic_fused.mechanize`. None: "running", or "annealed" where an option that
+            only the exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         state_dtype: None keeps the base's state in float32 (float64 beside float64 weights),
@@ -115,7 +116,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
         tuner_eps: float | None = None,
-        variant: str = "running",
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
@@ -206,7 +207,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
         tuner_eps: float | None = None,
-        variant: str = "running",
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
@@ -296,7 +297,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
         tuner_eps: float | None = None,
-        variant: str = "running",
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
@@ -374,7 +375,7 @@ class MechanicLion(Mechanized, Lion):
         tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
         tuner_eps: float | None = None,
-        variant: str = "running",
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
@@ -421,7 +422,7 @@ def mechanize(
     log_func: Log | None = None,
     log_every: int = 0,
     *,
-    variant: str = "running",
+    variant: str | None = None,
     scale_per: str = "model",
     backend: str = "auto",
     tuner_betas: Sequence[float] | None = None,
@@ -430,7 +431,7 @@ def mechanize(
     """Return a class of optimizers that learn the scale of Base's updates.
 
     x += S·u, where u is Base's update. S starts from the loss, S·‖g‖·‖u‖ = loss/13, or from norms
-    where no loss is observed, S·‖u‖ = ‖x‖/200, and then ln S moves by h = ⟨g, x − x_ref⟩ over its
+    where no loss is observed, S·‖u‖ = ‖x‖/100, and then ln S moves by h = ⟨g, x − x_ref⟩ over its
     root mean square. In the exact forms x = x_ref + S·Δ, where Δ is the sum of Base's updates, and
     S = Σ s is learned from h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
 
@@ -449,7 +450,8 @@ def mechanize(
         variant: "running", or an exact form: "optax", "paper" or "pytorch", the published ones, or
             "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr does not
             matter, and with s moving by lr/lr₀ of its update, so that the weights come to rest with
-            the schedule.
+            the schedule. None: "running", or "annealed" where an option that only the exact forms
+            have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         tuner_betas, tuner_eps: as ``betas`` and ``eps``, under the constructor's names.

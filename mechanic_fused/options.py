@@ -50,12 +50,15 @@ class Variant:
 AUTO = "auto"
 """The s_init that is calibrated from norms at the first step that changes Δ."""
 
+ANNEALED = "annealed"
+"""The default of 0.1."""
+
 VARIANTS = {
     "optax": Variant(1e-6, True, 0.0, True, True, False),
     "paper": Variant(1e-8, False, 0.0, False, False, True),
     "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
     # optax's constants, independent of the unit of lr, with S annealed by the schedule.
-    "annealed": Variant(AUTO, True, 0.0, True, True, False, per_peak_lr=True, anneals=True),
+    ANNEALED: Variant(AUTO, True, 0.0, True, True, False, per_peak_lr=True, anneals=True),
 }
 
 RUNNING = "running"
@@ -63,12 +66,12 @@ RUNNING = "running"
 
 LOG_TUNING: dict[str, float] = {
     "anchor_share": 1 / 13,
-    "norm_share": 5e-3,
-    "zero_rms": 0.1,
+    "norm_share": 1e-2,
+    "least_rms": 0.02,
     "average": 10,
     "held": 10,
     "gain": 3.0,
-    "max_move": 0.05,
+    "max_move": 0.03,
     "bias": 0.25,
     "outlier": 10.0,
     "memory": 4,
@@ -156,8 +159,19 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     return value
 
 
+def resolve_variant(variant: str | None, *exact_options: Any) -> str:
+    """Return the variant that None stands for: the running form, or 0.1's where it is meant.
+
+    Args:
+        exact_options: what was given for options that only the exact forms have.
+    """
+    if variant is not None:
+        return variant
+    return RUNNING if all(option is None for option in exact_options) else ANNEALED
+
+
 def tuner_options(
-    variant: str,
+    variant: str | None,
     s_init: float | str | None = None,
     s_decay: float | None = None,
     tuner_betas: Sequence[float] | None = None,
@@ -168,6 +182,7 @@ def tuner_options(
     Raises:
         ValueError: for the first option that is out of range, or that the variant does not have.
     """
+    variant = resolve_variant(variant, s_decay, tuner_betas, tuner_eps)
     one_of("variant", variant, (*VARIANTS, RUNNING))
     if variant == RUNNING:
         given = {"s_decay": s_decay, "tuner_betas": tuner_betas, "tuner_eps": tuner_eps}

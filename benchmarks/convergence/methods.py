@@ -33,10 +33,6 @@ DECAY = {"SGD": 0.0, "AdamW": 1.0, "Lion": 10.0}
 """Multiples of the recipe's weight decay; Lion's paper uses ten times as much as AdamW."""
 
 
-GIVES_LOSS = False
-"""Whether the step of Mechanic takes the loss: ``step(loss=loss)``."""
-
-
 class Trainer:
     """An optimizer with its schedule, and the weights that it is evaluated with.
 
@@ -174,7 +170,7 @@ def mechanic(
         opt,
         schedule(opt, task, steps),
         learned=lambda opt: max(opt.learned_lr()),
-        gives_loss=gives_loss and GIVES_LOSS,
+        gives_loss=gives_loss,
     )
 
 

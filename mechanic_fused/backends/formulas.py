@@ -276,7 +276,7 @@ class LogConstants:
     factor: float
     anchor_share: float
     norm_share: float
-    zero_rms: float
+    least_rms: float
     average: float
     held: float
     gain: float
@@ -332,7 +332,7 @@ def estimate_scale(
     if row.anchors > 0:
         row.start = row.scale = c.anchor_share * math.exp(row.ln_anchor)
         return
-    norm = math.sqrt(sums.xx) if sums.xx > 0 else c.zero_rms * math.sqrt(sums.count)
+    norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
     row.start, row.scale = 0.0, c.norm_share * norm / (row.update / row.weight)
 
 

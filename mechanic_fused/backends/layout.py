@@ -55,7 +55,7 @@ the logarithms of their ratio; lr/(peak lr) of the last step, the largest S·lr/
 which learning began where it came from the loss, else 0."""
 
 LOG_CONSTANTS = (
-    *("tunes_scale", "factor", "anchor_share", "norm_share", "zero_rms", "average", "held"),
+    *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
     *("gain", "max_move", "bias", "outlier", "memory", "ceiling"),
 )
 """The log tuner's constants, float64; see ``formulas.log_tune``."""

@@ -199,7 +199,7 @@ def test_parts_with_schedules_of_their_own_learn_one_scale():
 
 
 def test_a_number_takes_the_place_of_a_factor_on_the_device():
-    tuner = MechanicAdamW(make_weights())._current_tuner()
+    tuner = MechanicAdamW(make_weights(), variant="annealed")._current_tuner()
     for factor in (1.0, torch.tensor(0.25), 1.0, torch.tensor(0.5)):
         tuner.set_annealing_factor(factor)
         assert float(tuner.constants[Tuner.FACTOR]) == float(factor)

@@ -109,8 +109,7 @@ def build(implementation, base, params, **options):
 
     It is of the exact form unless the options or the class name a variant.
     """
-    chosen = getattr(implementation, "_class_options", {}).get("variant", "running")
-    if chosen == "running":
+    if getattr(implementation, "_class_options", {}).get("variant") is None:
         options.setdefault("variant", EXACT)
     if callable(implementation):
         return implementation(params, **options)

@@ -6,9 +6,9 @@ x += S·u with the S of the steps before; afterwards S moves by what this step h
 import numpy as np
 from support.oracle import Oracle
 
-SHARE_OF_LOSS, SHARE_OF_NORM, ZERO_RMS = 1 / 13, 5e-3, 0.1
+SHARE_OF_LOSS, SHARE_OF_NORM, LEAST_RMS = 1 / 13, 1e-2, 0.02
 HELD = MEMORY_OF_START = 10
-GAIN, LARGEST_MOVE, BIAS = 3.0, 0.05, 0.25
+GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
 OUTLIER, CEILING = 10.0, 6.0
 
 
@@ -104,7 +104,7 @@ class RunningOracle(Oracle):
             ]
             row.anchor = row.s = SHARE_OF_LOSS * np.exp(np.log(ratios).mean())
         else:
-            norm = norm or ZERO_RMS * root
+            norm = max(norm, LEAST_RMS * root)
             row.s = SHARE_OF_NORM * norm / averaged([u for _, _, u in row.seen])
 
     @staticmethod
