@@ -37,12 +37,12 @@ from .layout import (
     LOG_CONSTANTS_FACTOR,
     LOG_CONSTANTS_GAIN,
     LOG_CONSTANTS_HELD,
+    LOG_CONSTANTS_LEAST_RMS,
     LOG_CONSTANTS_MAX_MOVE,
     LOG_CONSTANTS_MEMORY,
     LOG_CONSTANTS_NORM_SHARE,
     LOG_CONSTANTS_OUTLIER,
     LOG_CONSTANTS_TUNES_SCALE,
-    LOG_CONSTANTS_ZERO_RMS,
     LOG_FACTOR,
     LOG_INFORMED,
     LOG_LEARNS,
@@ -429,7 +429,7 @@ class LogConstants(NamedTuple):
     factor: tl.tensor
     anchor_share: tl.tensor
     norm_share: tl.tensor
-    zero_rms: tl.tensor
+    least_rms: tl.tensor
     average: tl.tensor
     held: tl.tensor
     gain: tl.tensor
@@ -448,7 +448,7 @@ def log_constants(constants):
         tl.load(constants + LOG_CONSTANTS_FACTOR),
         tl.load(constants + LOG_CONSTANTS_ANCHOR_SHARE),
         tl.load(constants + LOG_CONSTANTS_NORM_SHARE),
-        tl.load(constants + LOG_CONSTANTS_ZERO_RMS),
+        tl.load(constants + LOG_CONSTANTS_LEAST_RMS),
         tl.load(constants + LOG_CONSTANTS_AVERAGE),
         tl.load(constants + LOG_CONSTANTS_HELD),
         tl.load(constants + LOG_CONSTANTS_GAIN),
@@ -501,7 +501,7 @@ def estimate_scale(sums, norms, loss, row, c):
     moved = row.ln_anchor + (tl.log(mean / power) - row.ln_anchor) / anchors
     ln_anchor = tl.where(known, moved, row.ln_anchor)
     anchored = anchors > 0
-    norm = tl.where(sums.xx > 0, tl.sqrt(sums.xx), c.zero_rms * tl.sqrt(sums.count))
+    norm = tl.maximum(tl.sqrt(sums.xx), c.least_rms * tl.sqrt(sums.count))
     by_norms = c.norm_share * norm / (update / weight)
     scale = tl.where(anchored, c.anchor_share * tl.exp(ln_anchor), by_norms)
     start = tl.where(given, row.start, tl.where(anchored, scale, 0.0))
