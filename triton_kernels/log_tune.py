@@ -27,16 +27,23 @@ from .storage import on, read
 ROWS = 32
 
 
+@triton.jit
+def forget(losses):
+    tl.store(losses + LOSSES_SUM, 0.0)
+    tl.store(losses + LOSSES_COUNT, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.constexpr):
     """Each row of the log tuner's state from the sums of its scale, all in float64.
 
     One program for all scales. A row whose sums are not finite keeps its numbers, but the step
     counts; the first row's ``nonfinite`` counts the steps in which any row was not. The losses are
-    forgotten.
+    forgotten, also those of a step that is not taken.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
+            forget(losses)
             return
     c = log_constants(constants)
     loss = mean_loss(losses)
@@ -71,8 +78,7 @@ def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.co
         start += ROWS
     # Until here every thread has read the losses, and the first row is written.
     tl.debug_barrier()
-    tl.store(losses + LOSSES_SUM, 0.0)
-    tl.store(losses + LOSSES_COUNT, 0.0)
+    forget(losses)
     if nonfinite > 0:
         count = state + LOG_NONFINITE
         tl.store(count, tl.load(count) + 1.0)

@@ -10,7 +10,11 @@ namespace {
 
 __global__ void __launch_bounds__(kThreads)
     log_tune_kernel(const Sums* sums, LogTuner tuner, StepScalars scalars) {
-  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) {
+    // The losses of a step that is not taken go with it.
+    if (threadIdx.x == 0) *tuner.losses = {};
+    return;
+  }
   const auto total = SumColumns<&Sums::gg, &Sums::uu>::total(sums, tuner.scales, 1);
   const double power = std::sqrt(total.of[0]) * std::sqrt(total.of[1]);
   const double loss = mean_loss(*tuner.losses);
