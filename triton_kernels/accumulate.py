@@ -125,7 +125,6 @@ def accumulate_kernel(
         state0 = tl.load(tensor + TENSOR_STATE0)
         state1 = tl.load(tensor + TENSOR_STATE1)
         step_at = array(tl.load(tensor + TENSOR_STEP), tl.float32)
-        row = tl.load(tensor + TENSOR_SCALE)
         h = hyper + tl.load(tensor + TENSOR_GROUP) * HYPER_COLUMNS
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
@@ -152,6 +151,8 @@ def accumulate_kernel(
         totals = chunk_loop(
             accumulate_block, KIND, T, streams, length, aligned, 2, "sum", BLOCK, TAIL
         )
+        # Not before the loop, which needs the registers.
+        row = tl.load(tensor + TENSOR_SCALE)
         last = reduce_chunk(program, row, totals, partials, spans, tickets, (SUMS_GD, SUMS_GG))
     else:
         row = (program - chunk_count).to(tl.int64)
