@@ -466,14 +466,22 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Whether :meth:`release_gradients` has been called."""
         return self._release is not None
 
-    def run_state(self) -> tuple[Phase | None, Tensor | None]:
-        """Return what is in neither param_groups nor state: the phase and last squared norm."""
-        return self._run.phase, self._run.squared_norm
+    def run_state(self) -> tuple[Phase | None, Tensor | None, Tensor | None]:
+        """Return what is in neither param_groups nor state.
 
-    def restore_run_state(self, saved: tuple[Phase | None, Tensor | None]) -> None:
+        The phase, the last squared norm and the losses observed for the next step.
+        """
+        tuner = self._current_tuner()
+        losses = tuner.losses.clone() if isinstance(tuner, LogTuner) else None
+        return self._run.phase, self._run.squared_norm, losses
+
+    def restore_run_state(self, saved: tuple[Phase | None, Tensor | None, Tensor | None]) -> None:
         """Restore :meth:`run_state`, after param_groups and state have been restored."""
         self._drop_derived()
-        self._run.phase, self._run.squared_norm = saved
+        self._run.phase, self._run.squared_norm, losses = saved
+        tuner = self._current_tuner()
+        if losses is not None and isinstance(tuner, LogTuner):
+            tuner.losses.copy_(losses)
 
     # Being a torch optimizer
 

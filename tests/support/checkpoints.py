@@ -235,7 +235,7 @@ def dcp_model(name):
 
 def dcp_optimizer(name, model):
     cls, kwargs = DCP[name]
-    return getattr(mechanic_fused, cls)(model.parameters(), **kwargs)
+    return getattr(mechanic_fused, cls)(model.parameters(), variant="annealed", **kwargs)
 
 
 def make_dcp(where):
