@@ -108,9 +108,8 @@ void define_cuda(py::module_ m) {
   m.def(
       "step",
       [](const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
-         const StepScalars& scalars, int64_t stream) {
-        step(bucket, reduction, tuner, scalars, pointer<CUstream_st>(stream));
-      },
+         const StepScalars& scalars,
+         int64_t stream) { step(bucket, reduction, tuner, scalars, pointer<CUstream_st>(stream)); },
       py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
       py::arg("stream"), released);
   m.def(
@@ -189,9 +188,7 @@ PYBIND11_MODULE(_native, m) {
       py::arg("bucket"), py::arg("tuner"), py::arg("clip"), py::arg("threads"), released);
   cpu.def(
       "log_tune",
-      [](int64_t sums, const LogTuner& tuner) {
-        cpu::log_tune(pointer<const Sums>(sums), tuner);
-      },
+      [](int64_t sums, const LogTuner& tuner) { cpu::log_tune(pointer<const Sums>(sums), tuner); },
       py::arg("sums"), py::arg("tuner"), released);
   cpu.def("norm", &cpu::norm, py::arg("bucket"), py::arg("threads"), released);
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
