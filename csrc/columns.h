@@ -32,10 +32,10 @@ constexpr bool covers(const Column (&columns)[kCount]) {
 constexpr Column kTensorColumns[] = {
     MECHANIC_COLUMN(Tensor, gradient), MECHANIC_COLUMN(Tensor, weight),
     MECHANIC_COLUMN(Tensor, x_low),    MECHANIC_COLUMN(Tensor, x_ref),
-    MECHANIC_COLUMN(Tensor, delta),
-    MECHANIC_COLUMN(Tensor, state0),   MECHANIC_COLUMN(Tensor, state1),
-    MECHANIC_COLUMN(Tensor, step),     MECHANIC_COLUMN(Tensor, scale),
-    MECHANIC_COLUMN(Tensor, group),    MECHANIC_COLUMN(Tensor, number)};
+    MECHANIC_COLUMN(Tensor, delta),    MECHANIC_COLUMN(Tensor, state0),
+    MECHANIC_COLUMN(Tensor, state1),   MECHANIC_COLUMN(Tensor, step),
+    MECHANIC_COLUMN(Tensor, scale),    MECHANIC_COLUMN(Tensor, group),
+    MECHANIC_COLUMN(Tensor, number)};
 static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
 
 constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),
@@ -71,19 +71,14 @@ constexpr Column kLogTunerColumns[] = {
     MECHANIC_COLUMN(LogRow, peak_rate), MECHANIC_COLUMN(LogRow, start)};
 static_assert(covers<LogRow>(kLogTunerColumns), "the names must be those of LogRow, in order");
 
-constexpr Column kLogConstantColumns[] = {MECHANIC_COLUMN(LogConstants, tunes_scale),
-                                          MECHANIC_COLUMN(LogConstants, factor),
-                                          MECHANIC_COLUMN(LogConstants, anchor_share),
-                                          MECHANIC_COLUMN(LogConstants, norm_share),
-                                          MECHANIC_COLUMN(LogConstants, least_rms),
-                                          MECHANIC_COLUMN(LogConstants, average),
-                                          MECHANIC_COLUMN(LogConstants, held),
-                                          MECHANIC_COLUMN(LogConstants, gain),
-                                          MECHANIC_COLUMN(LogConstants, max_move),
-                                          MECHANIC_COLUMN(LogConstants, bias),
-                                          MECHANIC_COLUMN(LogConstants, outlier),
-                                          MECHANIC_COLUMN(LogConstants, memory),
-                                          MECHANIC_COLUMN(LogConstants, ceiling)};
+constexpr Column kLogConstantColumns[] = {
+    MECHANIC_COLUMN(LogConstants, tunes_scale),  MECHANIC_COLUMN(LogConstants, factor),
+    MECHANIC_COLUMN(LogConstants, anchor_share), MECHANIC_COLUMN(LogConstants, norm_share),
+    MECHANIC_COLUMN(LogConstants, least_rms),    MECHANIC_COLUMN(LogConstants, average),
+    MECHANIC_COLUMN(LogConstants, held),         MECHANIC_COLUMN(LogConstants, gain),
+    MECHANIC_COLUMN(LogConstants, max_move),     MECHANIC_COLUMN(LogConstants, bias),
+    MECHANIC_COLUMN(LogConstants, outlier),      MECHANIC_COLUMN(LogConstants, memory),
+    MECHANIC_COLUMN(LogConstants, ceiling)};
 static_assert(covers<LogConstants>(kLogConstantColumns),
               "the names must be those of LogConstants, in order");
 

@@ -60,10 +60,6 @@ class LogTuner(ScaleRows):
         self.losses[0] += loss
         self.losses[1] += 1
 
-    def forget_losses(self) -> None:
-        """Drop the losses that were observed for a step that is not taken."""
-        self.losses.zero_()
-
     def _initial(self, rows: int) -> Tensor:
         state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64)
         state[:, SCALE] = self._start

@@ -546,7 +546,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 groups = in_running_form(groups)
         elif any(group.get("variant") == RUNNING for group in groups):
             raise ValueError(
-                "a checkpoint of the running form has neither Δ nor the state of a bettor: expected "
+                "a checkpoint of the running form has neither Δ nor a bettor's state: expected "
                 f"an optimizer with variant='running', got {self.param_groups[0]['variant']!r}; or "
                 "load what to_base() gives"
             )

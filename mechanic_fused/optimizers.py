@@ -30,9 +30,10 @@ Log = Callable[[dict[str, Any]], None]
 
 _logger = logging.getLogger(__name__)
 
-_OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'), 0 or more; None: 0.01.
-        tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None: those
-            of the paper's code.
+_OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'), 0 or more;
+            None: 0.01.
+        tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None:
+            those of the paper's code.
         s_init: the initial scale, above 0; "auto": from the loss or from norms; None: the variant's
             own.
         tuner_eps: ε of an exact form's tuner, above 0; None: 1e-8.
@@ -448,10 +449,10 @@ def mechanize(
         log_func: called with {"iter_count": int, "s": float}; None: the module's logger.
         log_every: call ``log_func`` every so many steps, which reads the device; 0: never.
         variant: "running", or an exact form: "optax", "paper" or "pytorch", the published ones, or
-            "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr does not
-            matter, and with s moving by lr/lr₀ of its update, so that the weights come to rest with
-            the schedule. None: "running", or "annealed" where an option that only the exact forms
-            have is given.
+            "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's
+            lr does not matter, and with s moving by lr/lr₀ of its update, so that the weights come
+            to rest with the schedule. None: "running", or "annealed" where an option that only the
+            exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         tuner_betas, tuner_eps: as ``betas`` and ``eps``, under the constructor's names.

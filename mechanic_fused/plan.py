@@ -24,6 +24,7 @@ from .param_checks import check_weights, is_dense
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .torch_internals import local
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from .gradient_release import GradientRelease
@@ -208,7 +209,7 @@ class StepPlan:
         self._loss_groups = self._groups_of_loss()
         # A stage that trains nothing contributes zeros, or the other ranks would wait for it.
         self._group_sets = group_sets or {(): None}
-        self.is_sharded = any(self._group_sets) or (options.is_running and bool(self._loss_groups))
+        self.reduces = any(self._group_sets) or (options.is_running and bool(self._loss_groups))
         same_device = (b.backend for b in self.buckets if b.device == tuner.device)
         name = backends.resolve(options.backend, tuner.device.type)
         self._tuner_backend = next(same_device, backends.load(name))
@@ -413,7 +414,8 @@ class StepPlan:
         unscale = 1.0 if grad_scale is None or self.reads_on_device else 1.0 / float(grad_scale)
         self._hyper_rows, self._live_lr = [], {}
         for number, group in enumerate(self.param_groups):
-            lr, *rest = group.get("lr", 1.0), *(0.0,) * 6
+            lr: Any = group.get("lr", 1.0)
+            rest: Any = (0.0,) * 6
             if self.fused is not None:
                 lr, *rest = self.fused.hyper(group)
             if self.reads_on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
@@ -529,7 +531,7 @@ class StepPlan:
         return self._rows(with_presence, (scales + 1, len(SUMS)))
 
     def step(self) -> None:
-        """Take the sums of the running form, and move the base's state and the weights: x += S·u."""
+        """Take the sums of the running form; move the base's state and the weights: x += S·u."""
         if self.fallback is not None:
             self.fallback.step(self.buckets, self._log_tuner)
             return
@@ -565,7 +567,7 @@ class StepPlan:
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
-        tuner.forget_losses()
+        self.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 
     def log_tune(self, total: Tensor) -> None:
@@ -582,9 +584,19 @@ class StepPlan:
             tuner.losses.copy_(total[scales, LOSS])
         self._tuner_backend.log_tune(total[:scales], tuner)
 
+    def forget_losses(self) -> None:
+        """Drop the losses that were observed for a step that is not taken."""
+        if isinstance(self.tuner, LogTuner):
+            self.tuner.losses.zero_()
+
     @property
     def _log_tuner(self) -> LogTuner:
         assert isinstance(self.tuner, LogTuner)
+        return self.tuner
+
+    @property
+    def _exact_tuner(self) -> Tuner:
+        assert isinstance(self.tuner, Tuner)
         return self.tuner
 
     def _skips(self, absent: Tensor) -> bool:
@@ -618,6 +630,16 @@ class StepPlan:
 
         return self._rows(norms, (3,))
 
+    def start_at_s_init(self, factor: float | Tensor) -> None:
+        """Take the s_init that has just been calibrated.
+
+        Args:
+            factor: lr/(peak lr).
+        """
+        self._exact_tuner.set_options(self.param_groups[0])
+        self._exact_tuner.start_at_s_init()
+        self._exact_tuner.set_annealing_factor(factor)
+
     def tune(self, total: Tensor) -> None:
         """Update s, r, v, m from the sums over all weights of all ranks.
 
@@ -628,13 +650,13 @@ class StepPlan:
             self.run.squared_norm = total[:scales, GG]
         if len(total) > scales and self._skips(total[scales, 0] == 0):
             return
-        self._tuner_backend.tune(total[:scales], self.tuner)
+        self._tuner_backend.tune(total[:scales], self._exact_tuner)
 
     def apply(self) -> None:
         """Write the weights, the last bucket first: its Δ is the likeliest to be in the cache."""
         for bucket in reversed(self.buckets):
             same_device = bucket.device == self.tuner.device
-            tuner = self.tuner if same_device else self.tuner.to(bucket.device)
+            tuner = self._exact_tuner if same_device else self._exact_tuner.to(bucket.device)
             bucket.backend.apply(bucket, tuner)
             bucket.note_versions()
 

@@ -116,9 +116,6 @@ class ScaleRows(ABC):
     def _initial(self, rows: int) -> Tensor:
         """Return the state at the start of a run, on the CPU."""
 
-    def forget_losses(self) -> None:
-        """Drop the losses that were observed for a step that is not taken."""
-
     def set_annealing_factor(self, factor: float | Tensor) -> None:
         """Take lr/(peak lr); writes to the device if it changed."""
         if torch.is_tensor(factor):

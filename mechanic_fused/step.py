@@ -59,7 +59,7 @@ def take_step(plans: Sequence[StepPlan]) -> None:
     if len(plans) > 1:
         check_alike(plans)
     extra_groups = tuple(dict.fromkeys(group for plan in plans for group in plan.extra_groups))
-    shared = len(plans) > 1 or bool(extra_groups) or any([plan.is_sharded for plan in plans])
+    shared = len(plans) > 1 or bool(extra_groups) or any([plan.reduces for plan in plans])
     try:
         for plan in plans:
             plan.collect_gradients()  # every error is raised here, before anything changes
@@ -67,7 +67,7 @@ def take_step(plans: Sequence[StepPlan]) -> None:
         if not active:
             # No gradients, or GradScaler found an overflow: the observed losses go with them.
             for plan in plans:
-                plan.tuner.forget_losses()
+                plan.forget_losses()
             return
         max_grad_norm = plans[0].max_grad_norm
         if not started or max_grad_norm is not None:
@@ -162,9 +162,7 @@ def calibrate_s_init(plans: Sequence[StepPlan], extra_groups: Sequence[Any]) -> 
     factor = annealing_factor([group for plan in plans for group in plan.param_groups])
     for plan in plans:
         calibrate(plan.param_groups, x_norm, d_norm)
-        plan.tuner.set_options(plan.param_groups[0])
-        plan.tuner.start_at_s_init()
-        plan.tuner.set_annealing_factor(factor)
+        plan.start_at_s_init(factor)
 
 
 def check_alike(plans: Sequence[StepPlan]) -> None:

@@ -66,7 +66,8 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip, 
   const StepStreams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset),
       {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset)},
-      at<X>(tensor.x_ref, chunk.offset), at<S>(tensor.state0, chunk.offset),
+      at<X>(tensor.x_ref, chunk.offset),
+      at<S>(tensor.state0, chunk.offset),
       at<S>(tensor.state1, chunk.offset)};
   StepLanes lanes;
   step_chunk<Base>(streams, chunk.length, c, T(scale), lanes);

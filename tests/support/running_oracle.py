@@ -60,7 +60,7 @@ class RunningOracle(Oracle):
         self.learn(sums, lr_factor, loss)
 
     def move(self, gs, lr_factor):
-        """h, ‖g‖², ‖x‖², ‖u‖² at the peak lr and the number of elements, of each scale; x += S·u."""
+        """h, ‖g‖², ‖x‖², ‖u‖² at the peak lr and the size, of each scale; x += S·u."""
         sums = np.zeros((5, len(self.rows)))
         for i, (g, x) in enumerate(zip(gs, self.x, strict=True)):
             if g is None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.cases import EXACT
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,8 +24,6 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from support.cases import EXACT
 
 from mechanic_fused import MechanicAdamW, MechanicLion, MechanicSGD, mechanize
 from mechanic_fused.backends.layout import SUMS
