@@ -343,13 +343,12 @@ def test_schedule_free_renews_the_statistics_of_batch_norm(convergence):
 
 
 def test_precisions_count_their_bytes(convergence):
-    """x, x_ref, Δ, m, v: 20 bytes in float32; 2 + 2 + 4 + 4 + 4 from bfloat16 weights."""
+    """x, x_ref, m, v: 16 bytes in float32; 2 + 2 + 2 (low bits) + 4 + 4 from bfloat16 weights."""
     bytes_of = convergence.precision.bytes_of
-    assert bytes_of("Mechanic AdamW", "float32") == 20
-    assert bytes_of("Mechanic AdamW", "bfloat16 weights") == 16
-    assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ to nearest") == 14
+    assert bytes_of("Mechanic AdamW", "float32") == 16
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights") == 14
+    assert bytes_of("Mechanic AdamW", "bfloat16 weights and state") == 10
     assert bytes_of("Mechanic AdamW", "bfloat16 weights, Δ stochastic") == 14
-    assert bytes_of("Mechanic AdamW", "bfloat16 weights and state, Δ stochastic") == 10
     assert bytes_of("AdamW", "float32") == 12
     assert bytes_of("AdamW", "bfloat16 weights") == 6
 
