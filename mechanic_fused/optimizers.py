@@ -51,7 +51,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
             DTensors and for weights that every rank has whole.
         loss_group: the process group over whose ranks observed losses are averaged; None: those of
-            DTensors' meshes, or ``reduce_group``.
+            DTensors' meshes, or ``reduce_group``. DistributedDataParallel needs it where a loss is
+            given.
         extra_groups: process groups whose ranks hold other weights of the model (pipeline stages).
 
     Raises:
@@ -83,7 +84,8 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit weights
+    their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1711.05101.
 
@@ -156,7 +158,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
 
 @_documented
 class MechanicAdam(Mechanized, torch.optim.Adam):
-    """Adam with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Adam with a learned scale: x += S·u.
 
     u = −lr·m̂/(√v̂ + ε)
 
@@ -173,7 +175,8 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit weights
+    their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1412.6980.
 
@@ -248,7 +251,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
 
 @_documented
 class MechanicSGD(Mechanized, torch.optim.SGD):
-    """SGD with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """SGD with a learned scale: x += S·u.
 
     d = g + weight_decay·x;  buffer = momentum·buffer + (1 − dampening)·d;  u = −lr·buffer, without
     momentum −lr·d, with Nesterov −lr·(d + momentum·buffer).
@@ -265,7 +268,8 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and the momentum buffer.
+    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum buffer, and beside
+    16-bit weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1.
 
@@ -336,7 +340,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
 
 @_documented
 class MechanicLion(Mechanized, Lion):
-    """Lion with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Lion with a learned scale: x += S·u.
 
     u = −lr·(sign(β₁·m + (1−β₁)·g) + weight_decay·x);  m = β₂·m + (1−β₂)·g.
 
@@ -348,7 +352,8 @@ class MechanicLion(Mechanized, Lion):
         maximize: maximize the objective instead of minimizing it.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and m.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m, and beside 16-bit weights their
+    low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 2302.06675, Algorithm 2.
 
@@ -448,9 +453,9 @@ def mechanize(
         log_func: called with {"iter_count": int, "s": float}; None: the module's logger.
         log_every: call ``log_func`` every so many steps, which reads the device; 0: never.
         variant: "running", or an exact form: "optax", "paper" or "pytorch", the published ones, or
-            "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr does not
-            matter, and with s moving by lr/lr₀ of its update, so that the weights come to rest with
-            the schedule. None: "running", or "annealed" where an option that only the exact forms
+            "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's
+            lr does not matter, and with s moving by lr/lr₀ of its update, so that the weights come to
+            rest with the schedule. None: "running", or "annealed" where an option that only the exact forms
             have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".

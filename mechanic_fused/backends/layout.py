@@ -58,7 +58,7 @@ LOG_CONSTANTS = (
     *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
     *("gain", "max_move", "bias", "outlier", "memory", "ceiling"),
 )
-"""The log tuner's constants, float64; see ``formulas.log_tune``."""
+"""The log tuner's constants, float64; see ``formulas.log_tune_row``."""
 
 LOSSES = ("sum", "count")
 """The losses observed since the last step, float64."""
