@@ -1,8 +1,8 @@
 """Gradient release: a weight's part of a step in the backward pass; then its gradient is freed.
 
 In the running form S is known before the step, so a hook takes the whole step of its weight, and
-``step()`` only moves S. In the exact forms the sums need Δ from before the step and the update u needs
-no S, so a hook takes both, and ``step()`` tunes S and writes the weights.
+``step()`` only moves S. In the exact forms the sums need Δ from before the step and the update u
+needs no S, so a hook takes both, and ``step()`` tunes S and writes the weights.
 """
 
 from __future__ import annotations

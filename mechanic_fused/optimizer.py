@@ -156,8 +156,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
         are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
-        above 0, or not finite, says nothing. Once S learns, after the warm-up and ten steps at least,
-        none is needed. The exact forms do without.
+        above 0, or not finite, says nothing. Once S learns, after the warm-up and ten steps at
+        least, none is needed. The exact forms do without.
 
         Args:
             loss: one number; a tensor stays on its device and is not read.

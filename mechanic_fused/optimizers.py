@@ -30,11 +30,12 @@ Log = Callable[[dict[str, Any]], None]
 
 _logger = logging.getLogger(__name__)
 
-_OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'), 0 or more; None: 0.01.
-        tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None: those
-            of the paper's code.
-        s_init: the initial scale, above 0; "auto": from the loss or from norms; None: the variant's
-            own.
+_OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'), 0 or more; None:
+            0.01.
+        tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None:
+            those of the paper's code.
+        s_init: the initial scale, above 0; "auto": from the loss or from norms; None: the
+            variant's own.
         tuner_eps: ε of an exact form's tuner, above 0; None: 1e-8.
         variant: "running", or an exact form x = x_ref + S·Δ: "annealed", or one of the published
             "optax", "paper" and "pytorch", which expect lr = 1; see
@@ -84,8 +85,8 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit weights
-    their low bits; in the exact forms Δ instead of low bits.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1711.05101.
 
@@ -175,8 +176,8 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit weights
-    their low bits; in the exact forms Δ instead of low bits.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1412.6980.
 
@@ -268,8 +269,8 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum buffer, and beside
-    16-bit weights their low bits; in the exact forms Δ instead of low bits.
+    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum buffer, and
+    beside 16-bit weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1.
 
@@ -352,8 +353,8 @@ class MechanicLion(Mechanized, Lion):
         maximize: maximize the objective instead of minimizing it.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, m, and beside 16-bit weights their
-    low bits; in the exact forms Δ instead of low bits.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m, and beside 16-bit weights
+    their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 2302.06675, Algorithm 2.
 
@@ -454,9 +455,9 @@ def mechanize(
         log_every: call ``log_func`` every so many steps, which reads the device; 0: never.
         variant: "running", or an exact form: "optax", "paper" or "pytorch", the published ones, or
             "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's
-            lr does not matter, and with s moving by lr/lr₀ of its update, so that the weights come to
-            rest with the schedule. None: "running", or "annealed" where an option that only the exact forms
-            have is given.
+            lr does not matter, and with s moving by lr/lr₀ of its update, so that the weights come
+            to rest with the schedule. None: "running", or "annealed" where an option that only the
+            exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         tuner_betas, tuner_eps: as ``betas`` and ``eps``, under the constructor's names.

@@ -77,8 +77,8 @@ LOG_TUNING: dict[str, float] = {
     "memory": 4,
     "ceiling": 6.0,
 }
-"""The constants of the log tuner, see ``formulas.log_tune_row``; docs/decisions.md says how they were
-chosen."""
+"""The constants of the log tuner, see ``formulas.log_tune_row``; docs/decisions.md says how they
+were chosen."""
 
 FIRST_UPDATE_NORM = 1e-4
 """With s_init="auto": ‖S·u‖ of the first update at the peak lr, as a fraction of ‖x‖."""

@@ -529,7 +529,7 @@ class StepPlan:
         return self._rows(with_presence, (scales + 1, len(SUMS)))
 
     def step(self) -> None:
-        """Take the sums of the running form, and move the base's state and the weights: x += S·u."""
+        """Take the sums of the running form, and move the base's state and x += S·u."""
         if self.fallback is not None:
             self.fallback.step(self.buckets, self._log_tuner)
             return
