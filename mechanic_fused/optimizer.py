@@ -156,8 +156,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
         are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
-        above 0, or not finite, says nothing. After the first steps none is needed. The exact forms
-        do without.
+        above 0, or not finite, says nothing. Once S learns, after the warm-up and ten steps at
+        least, none is needed. The exact forms do without.
 
         Args:
             loss: one number; a tensor stays on its device and is not read.
@@ -399,7 +399,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @torch.no_grad()
     def reset_scale(self) -> None:
-        """Start a new run from the current weights: S as at the start, Δ = 0, x_ref = x.
+        """Start a new run from the current weights: S as at the start, x_ref = x (and Δ = 0).
 
         The base's own state (momentum) is kept; the count of non-finite steps starts at 0.
         """

@@ -52,7 +52,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
             DTensors and for weights that every rank has whole.
         loss_group: the process group over whose ranks observed losses are averaged; None: those of
-            DTensors' meshes, or ``reduce_group``.
+            DTensors' meshes, or ``reduce_group``. DistributedDataParallel needs it where a loss is
+            given.
         extra_groups: process groups whose ranks hold other weights of the model (pipeline stages).
 
     Raises:
@@ -84,7 +85,8 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1711.05101.
 
@@ -157,7 +159,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
 
 @_documented
 class MechanicAdam(Mechanized, torch.optim.Adam):
-    """Adam with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Adam with a learned scale: x += S·u.
 
     u = −lr·m̂/(√v̂ + ε)
 
@@ -174,7 +176,8 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1412.6980.
 
@@ -249,7 +252,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
 
 @_documented
 class MechanicSGD(Mechanized, torch.optim.SGD):
-    """SGD with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """SGD with a learned scale: x += S·u.
 
     d = g + weight_decay·x;  buffer = momentum·buffer + (1 − dampening)·d;  u = −lr·buffer, without
     momentum −lr·d, with Nesterov −lr·(d + momentum·buffer).
@@ -266,7 +269,8 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and the momentum buffer.
+    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum buffer, and
+    beside 16-bit weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1.
 
@@ -337,7 +341,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
 
 @_documented
 class MechanicLion(Mechanized, Lion):
-    """Lion with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Lion with a learned scale: x += S·u.
 
     u = −lr·(sign(β₁·m + (1−β₁)·g) + weight_decay·x);  m = β₂·m + (1−β₂)·g.
 
@@ -349,7 +353,8 @@ class MechanicLion(Mechanized, Lion):
         maximize: maximize the objective instead of minimizing it.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and m.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m, and beside 16-bit weights
+    their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 2302.06675, Algorithm 2.
 

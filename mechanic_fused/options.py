@@ -1,4 +1,4 @@
-"""The tuner's options: the variants, their defaults, range checks, and names that were renamed."""
+"""The tuners' options: the variants, their defaults, range checks, and names that were renamed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of Mechanic's tuner, as constants.
+    """One exact form of Mechanic, as the constants of its tuner.
 
     Args:
         s_init: the initial scale where the user gives none.

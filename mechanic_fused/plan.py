@@ -479,7 +479,7 @@ class StepPlan:
             self.run.phase = Phase.PREPARED
 
     def clip(self, squared_norm: Tensor, max_norm: float) -> None:
-        """Let ``accumulate`` scale the gradients down where their norm exceeds ``max_norm``."""
+        """Let the step scale the gradients down where their norm exceeds ``max_norm``."""
         clip = torch.stack([squared_norm, squared_norm.new_full((), max_norm)])
         for bucket in self.buckets:
             bucket.clip = clip.to(bucket.device)
@@ -511,7 +511,7 @@ class StepPlan:
             shared: add a row that tells whether this plan has any gradient.
 
         Returns:
-            {process groups: (scales, 4) float64}, of this rank.
+            {process groups: (scales, 6) float64}, of this rank.
         """
         if self.fallback is not None:
             self.fallback.accumulate(self.buckets)

@@ -45,7 +45,7 @@ def step_together(optimizers: Sequence[Mechanized]) -> None:
 
 @torch.no_grad()
 def take_step(plans: Sequence[StepPlan]) -> None:
-    """Take one step of all plans with sums over all of them: Δ += u, then S, then x = x_ref + S·Δ.
+    """Take one step of all plans with sums over all of them, in the running form or an exact one.
 
     Until the first step with a gradient element that is not 0, only state is created.
     """

@@ -27,8 +27,8 @@ and beta2; ``l2`` is added to the gradient, ``decay`` is decoupled; ``gradient``
 gradient: ±1 / GradScaler's scale; ``peak_lr`` is the largest lr of the schedule."""
 
 SUMS = ("gd", "xd", "gg", "xx", "uu", "count")
-"""Columns of a row of the sums, float64: g·Δ (of the running form g·(x − x_ref)), x·Δ, g·g, x·x;
-and of the running form u·u at the peak lr, and the number of elements that have a gradient."""
+"""Columns of a row of the sums, float64: g·Δ (of the running form g·(x − x_ref)), x·Δ, g·g, x·x,
+and of the running form u·u at the peak lr and the number of elements that have a gradient."""
 
 GD, XD, GG, XX, UU, COUNT = range(len(SUMS))
 
@@ -49,16 +49,17 @@ LOG_TUNER = (
     *("update", "loss", "power", "anchors", "ln_anchor", "factor", "peak_rate", "start"),
 )
 """Columns of a row of the log tuner's state, float64: S; the mean square of h and the number of
-moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; moving
-averages of √(u·u), with the sum of their weights, of the loss and of √(g·g)·√(u·u); the number and
-the mean of the logarithms of their ratio; lr/(peak lr) of the last step, the largest S·lr/(peak
-lr), and the S at which learning began where it came from the loss, else 0."""
+moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; the
+sum of the weights of a moving average of √(u·u), and that average; moving averages of the loss and
+of √(g·g)·√(u·u); the number and the mean of the logarithms of their ratio; lr/(peak lr) of the
+last step, the largest S·lr/(peak lr), and the S at which learning began where it came from the
+loss, else 0."""
 
 LOG_CONSTANTS = (
     *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
     *("gain", "max_move", "bias", "outlier", "memory", "ceiling"),
 )
-"""The log tuner's constants, float64; see ``formulas.log_tune``."""
+"""The log tuner's constants, float64; see ``formulas.log_tune_row``."""
 
 LOSSES = ("sum", "count")
 """The losses observed since the last step, float64."""
