@@ -68,6 +68,7 @@ class Bucket:
         delta_is_bfloat16: whether Δ is kept in bfloat16.
         weights, grads, x_ref, delta, x_low, states, steps: tensors (``states``: a tuple of them);
             the running form has no Δ, and low bits beside 16-bit weights.
+        with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
         sizes: numbers of elements.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
@@ -127,6 +128,7 @@ class Bucket:
         self.states = [tuple(local(slot.state[name]) for name in slot.names) for slot in slots]
         self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(slots)
+        self.with_gradient: list[Tensor] = []
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
         self.hyper_rows: list[list[float]] = []
         self.sums = torch.zeros(scales, len(SUMS), dtype=torch.float64, device=self.device)
@@ -170,7 +172,7 @@ class Bucket:
         params = self.parameters
         grads = local_gradients(params) if self.is_sharded else [x.grad for x in params]
         if not fresh and self._are_usable(grads):
-            self.grads = grads
+            self.grads, self.with_gradient = grads, params
             return True
         for i, (g, stride) in enumerate(zip(grads, self._strides, strict=True)):
             if g is None:
@@ -188,7 +190,8 @@ class Bucket:
             if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
                 grads[i] = self._in_weight_layout(g, self.weights[i])
         self.grads = grads
-        return any(g is not None for g in grads)
+        self.with_gradient = [x for x, g in zip(params, grads, strict=True) if g is not None]
+        return bool(self.with_gradient)
 
     def _are_usable(self, grads: list[Tensor | None]) -> bool:
         """Return whether all gradients exist in the weights' dtype and layout.
@@ -245,7 +248,8 @@ class Bucket:
             self.hyper_rows = hyper_rows
             self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
             self.hyper_stale = True
-        self.modified = self.externally_modified()
+        # In the running form a weight is where it is found.
+        self.modified = self.externally_modified() if self.delta else []
 
     def _gradient_address(self, g: Tensor | None) -> int:
         """Return a gradient's address: 0 means absent, so an empty gradient, never read, gets 1."""

@@ -43,6 +43,11 @@ class LogTuner(ScaleRows):
         """Return whether S of each scale started from the loss, (scales,)."""
         return self.state[:, LOG_TUNER.index("anchors")] > 0
 
+    def given(self) -> Tensor:
+        """Return whether S of each scale was there before any estimate, (scales,)."""
+        estimated = self.state[:, LOG_TUNER.index("weight")] > 0
+        return (self.state[:, SCALE] > 0) & ~estimated
+
     def set_options(self, group: dict[str, Any]) -> None:
         """Take the options of a param group; see the base class."""
         now = tuple(group[name] for name in GROUP_OPTIONS)

@@ -27,17 +27,24 @@ def observed(loss: Tensor | float) -> Tensor | float:
     raise ValueError(f"the loss must be one real number, got {given}")
 
 
+def knows_loss_groups(
+    param_groups: list[dict[str, Any]], reduce_group: Any, loss_group: Any
+) -> bool:
+    """Return whether it is known over which ranks to average the losses of each."""
+    distributed = torch.distributed
+    if loss_group is not None or reduce_group is not None:
+        return True
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    weights = [p for group in param_groups for p in group["params"]]
+    return distributed.get_world_size() == 1 or any(isinstance(p, dtensor()) for p in weights)
+
+
 def check_loss_groups(
     param_groups: list[dict[str, Any]], reduce_group: Any, loss_group: Any
 ) -> None:
     """Raise ValueError where ranks have losses of their own and nothing says whose to average."""
-    if loss_group is not None or reduce_group is not None:
-        return
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    weights = [p for group in param_groups for p in group["params"]]
-    if distributed.get_world_size() > 1 and not any(isinstance(p, dtensor()) for p in weights):
+    if not knows_loss_groups(param_groups, reduce_group, loss_group):
         raise ValueError(
             "each rank has a loss of its own: expected loss_group=, the process group over which "
             "to average them (torch.distributed.group.WORLD under DistributedDataParallel), "

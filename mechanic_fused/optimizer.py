@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
 from .log_tuner import LogTuner, in_running_form
-from .loss import check_loss_groups, observed
+from .loss import check_loss_groups, knows_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
     AUTO,
@@ -112,7 +113,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             )
         self.reduce_group, self.loss_group = reduce_group, loss_group
         self.extra_groups = tuple(extra_groups)
-        self._lost_groups = False
+        self._lost_groups = self._warned = False
         self._release: GradientRelease | None = None
         self._run = Run()
         self._drop_derived()
@@ -145,8 +146,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         plan = self.plan_step()
         if loss is not None:
             self.observe(loss)
-        elif returned is not None and self._is_running:
-            self.observe(returned)
+        elif returned is not None:
+            self._observe_closure(returned)
         take_step([plan])
         return returned
 
@@ -181,6 +182,20 @@ class Mechanized(SupportsGradScaler, Optimizer):
             return
         check_loss_groups(self.param_groups, self.reduce_group, self.loss_group)
         tuner.observe(number)
+
+    def _observe_closure(self, loss: Any) -> None:
+        """Observe what a closure has returned, where it is known over which ranks to average."""
+        if not self._is_running:
+            return
+        if knows_loss_groups(self.param_groups, self.reduce_group, self.loss_group):
+            self.observe(loss)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the closure's loss is not observed: each rank has one of its own, and "
+                "loss_group=, the process group over which to average them, is None",
+                stacklevel=3,
+            )
 
     def watch(self, model: torch.nn.Module) -> RemovableHandle:
         """Observe the ``loss`` of what a model returns while it trains, as transformers' models do.
@@ -289,12 +304,17 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def scale_source(self) -> str:
-        """What S started from: "loss", "norms" (no loss was observed), "s_init", or "" before."""
+        """What S started from: "loss", "norms" (no loss was observed) or "s_init"; "" before.
+
+        "s_init" also where it was taken over from a checkpoint of an exact form.
+        """
         tuner = self._current_tuner()
         if self.param_groups[0]["s_init"] != AUTO or not isinstance(tuner, LogTuner):
             return "s_init"
         if not bool((tuner.scale() > 0).all()):
             return ""
+        if bool(tuner.given().any()):
+            return "s_init"
         return "loss" if bool(tuner.anchored().all()) else "norms"
 
     def learned_lr(self) -> list[float]:
@@ -340,6 +360,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         √(g·g) over all weights and ranks. With ``max_grad_norm`` elements that are not finite are
         left out; without it they make the norm NaN or infinite.
         """
+        self._run.settle()
         squared = self._run.squared_norm
         if squared is None:
             return torch.zeros((), dtype=torch.float64, device=self._current_tuner().device)
@@ -585,6 +606,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self._run = Run()
             self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None
+            self._warned = False
         self._drop_derived()
         if vars(self).pop("_prepared", False):
             self._run.phase = Phase.PREPARED

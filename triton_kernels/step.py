@@ -193,4 +193,4 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         S=DTYPES[state],
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
-    increment_version(bucket.parameters)
+    increment_version(bucket.with_gradient)

@@ -58,9 +58,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
     clip = address("clip", bucket.clip, torch.float64)
     _native.cpu.step(bucket.handle, describe_log_tuner(tuner), clip, torch.get_num_threads())
     # Autograd has not seen the writes; a backward through the old weights must raise.
-    increment_version(
-        [x for x, g in zip(bucket.parameters, bucket.grads, strict=True) if g is not None]
-    )
+    increment_version(bucket.with_gradient)
 
 
 def log_tune(sums: Tensor, tuner: LogTuner) -> None:

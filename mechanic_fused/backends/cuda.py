@@ -95,7 +95,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         scalars,
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
-    increment_version(bucket.parameters)
+    increment_version(bucket.with_gradient)
 
 
 def log_tune(sums: Tensor, tuner: LogTuner) -> None:
