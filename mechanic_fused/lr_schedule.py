@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import RUNNING, VARIANTS
+from .options import RUNNING, VARIANTS, number
 
 PEAK = "peak_lr"
 """The entry of a param group that holds the largest lr it has had or a scheduler announces."""
 
 MAX_PEAK = "max_peak_lr"
 """The entry of every param group that holds the largest PEAK of all groups."""
+
+
+def check_lrs(param_groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError for an lr that is not finite; one on a device is not read."""
+    for i, group in enumerate(param_groups):
+        lr = _without_device_read(group.get("lr", 1.0))
+        if not torch.is_tensor(lr):
+            number(f"lr of param group {i}", lr)
 
 
 def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .lr_schedule import annealing_factor, track_peak_lr
+from .lr_schedule import annealing_factor, check_lrs, track_peak_lr
 from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
 from .plan import Pending, StepPlan
 
@@ -127,8 +127,14 @@ def running_form(plans: Sequence[StepPlan], shared: bool, extra_groups: Sequence
 
 
 def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
-    """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor."""
+    """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor.
+
+    Raises:
+        ValueError: in the running form, for an lr that is not finite; nothing has changed then.
+    """
     groups = [group for plan in plans for group in plan.param_groups]
+    if plans[0].options.is_running:
+        check_lrs(groups)
     track_peak_lr(groups, started)
     factor = annealing_factor(groups)
     for plan in plans:

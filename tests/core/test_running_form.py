@@ -309,6 +309,36 @@ def test_a_frozen_scale_stays_and_a_reset_one_starts_anew():
         assert all(torch.equal(one.opt.state[p]["x_ref"], p) is False for p in one.params)
 
 
+@pytest.mark.parametrize("lr", [math.inf, math.nan, torch.tensor(math.inf)])
+def test_an_lr_that_is_not_finite_changes_nothing(implementation, lr):
+    one, other = (Training(implementation, variant=RUNNING, s_init=None) for _ in range(2))
+    one.run(STEPS), other.run(STEPS)
+    before = one.snapshot()
+    usual, one.group["lr"] = one.group["lr"], lr
+    with pytest.raises(ValueError, match="lr of param group 0 must be a finite number, got"):
+        one.run(1)
+    one.group["lr"] = usual
+    assert_same(one.snapshot(), before)
+    one.run(FEW), other.run(FEW)
+    assert_same(one.x, other.x)
+    assert one.opt.scale == other.opt.scale
+
+
+def test_weights_that_are_not_finite_teach_nothing(implementation):
+    one = Training(implementation, "sgd", variant=RUNNING, s_init=None).run(STEPS)
+    scale, grads = one.opt.scale, gradients(one.params, STEPS)
+    with torch.no_grad():
+        one.params[0][0] = math.nan
+    one.step([torch.ones_like(g) for g in grads])
+    assert one.opt.scale == scale
+    assert one.opt.nonfinite_steps == 1
+    with torch.no_grad():
+        one.params[0][0] = 0.0
+    one.step(grads)
+    assert one.opt.scale != scale
+    assert all(p.isfinite().all() for p in one.params)
+
+
 # The loss
 
 
