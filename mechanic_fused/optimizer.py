@@ -151,6 +151,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         take_step([plan])
         return returned
 
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(self, loss: Tensor | float) -> None:
         """Take a loss of the next step, from which S starts: S·‖g‖·‖u‖ = loss/13.
