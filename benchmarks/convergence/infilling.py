@@ -44,7 +44,9 @@ class Infiller(nn.Module):
         self.head = nn.Linear(width, characters, bias=False)
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
-        self.register_buffer("future", torch.ones(PART, PART, dtype=torch.bool).triu(1))
+        future = torch.ones(PART, PART, dtype=torch.bool).triu(1)
+        # DoG's averager averages all of a state dict, and cannot average bits.
+        self.register_buffer("future", future, persistent=False)
 
     def forward(self, windows: Tensor) -> Tensor:
         embedded = self.token(windows) + self.position.weight
