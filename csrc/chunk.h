@@ -74,7 +74,7 @@ struct LogRow {
 // Its constants.
 struct LogConstants {
   double tunes_scale, factor, anchor_share, norm_share, least_rms, average, held;
-  double gain, max_move, bias, outlier, memory, ceiling;
+  double gain, max_move, bias, outlier, memory, ceiling, regrowth;
 };
 
 // The losses observed since the last step.

@@ -309,7 +309,7 @@ MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants&
 // Update one row of the log tuner's state from the sums of its scale; return whether they were
 // finite. While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
 // S lr stays below a multiple of what the loss allowed at the start and, where a schedule rises
-// again, below what it has been before.
+// again, below a multiple of what it has been before.
 MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, LogRow& row,
                                   const LogConstants& c) {
   row.steps += 1;
@@ -318,7 +318,7 @@ MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, L
   if (!finite) return false;
   const bool stays = c.tunes_scale == 0 && row.scale > 0;
   if (stays || !(sums.gg > 0 && sums.uu > 0)) return true;
-  const bool rises = c.factor > row.factor;
+  const bool rises = c.factor > row.factor * (1 + 1e-6);  // and not by a rounding
   row.factor = c.factor;
   row.informed += 1;
   if (row.learns == 0 && (rises || row.informed <= c.held)) {
@@ -327,9 +327,12 @@ MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, L
     row.learns = 1;
     log_tuner_update(sums.gd, row, c);
     if (row.start > 0) row.scale = fmin(row.scale, c.ceiling * row.start / c.factor);
-    if (rises && row.peak_rate > 0) row.scale = fmin(row.scale, row.peak_rate / c.factor);
+    if (rises && row.peak_rate > 0) {
+      row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);
+    }
   }
-  row.peak_rate = fmax(row.peak_rate, row.scale * c.factor);
+  // An estimate is of the S at the peak.
+  row.peak_rate = fmax(row.peak_rate, row.scale * (row.learns != 0 ? c.factor : 1));
   return true;
 }
 

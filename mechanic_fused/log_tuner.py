@@ -60,8 +60,15 @@ class LogTuner(ScaleRows):
             self._numbers = [float(numbers[name]) for name in LOG_CONSTANTS]
         self._send()
 
+    def rescale(self, factor: float) -> None:
+        """Multiply all that is per unit of the peak lr."""
+        for name in ("scale", "start", "peak_rate"):
+            self.state[:, LOG_TUNER.index(name)] *= factor
+
     def observe(self, loss: Tensor | float) -> None:
         """Add a loss to those of the next step."""
+        if torch.is_tensor(loss):
+            loss = loss.to(self.device, non_blocking=True)
         self.losses[0] += loss
         self.losses[1] += 1
 

@@ -25,13 +25,17 @@ def check_lrs(param_groups: list[dict[str, Any]]) -> None:
             number(f"lr of param group {i}", lr)
 
 
-def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
+def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
     """Update each group's peak lr, and store the maximum over all groups in ``max_peak_lr``.
+
+    Returns:
+        By how much the peaks have grown, the least of all groups that had one.
 
     The peak is the lr that a scheduler announces (``max_lr``, ``initial_lr``), or else the lr that
     the group was made with; during a run it only grows. An lr that is a tensor is read before the
     start only.
     """
+    growths = []
     for group in param_groups:
         announced = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
         lrs = [*announced, group.get("lr", 1.0)]
@@ -39,10 +43,13 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
             lrs = [lr for lr in lrs if not torch.is_tensor(lr)]
         if PEAK in group and (started or not announced):
             lrs.append(group[PEAK])
-        group[PEAK] = max(map(float, lrs))
+        before, group[PEAK] = group.get(PEAK, 0.0), max(map(float, lrs))
+        if before > 0:
+            growths.append(group[PEAK] / before)
     largest = max((group[PEAK] for group in param_groups), default=0.0)
     for group in param_groups:
         group[MAX_PEAK] = largest
+    return min(growths, default=1.0)
 
 
 def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:

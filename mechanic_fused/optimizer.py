@@ -16,7 +16,7 @@ from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
 from .log_tuner import LogTuner, in_running_form
-from .loss import check_loss_groups, knows_loss_groups, observed
+from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
     AUTO,
@@ -188,15 +188,13 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Observe what a closure has returned, where it is known over which ranks to average."""
         if not self._is_running:
             return
-        if knows_loss_groups(self.param_groups, self.reduce_group, self.loss_group):
+        try:
             self.observe(loss)
-        elif not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the closure's loss is not observed: each rank has one of its own, and "
-                "loss_group=, the process group over which to average them, is None",
-                stacklevel=3,
-            )
+        except ValueError as error:
+            # 0.1 did not look at what a closure returns.
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"the closure's loss is not observed: {error}", stacklevel=3)
 
     def watch(self, model: torch.nn.Module) -> RemovableHandle:
         """Observe the ``loss`` of what a model returns while it trains, as transformers' models do.
@@ -207,13 +205,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         Returns:
             A handle whose ``remove()`` ends it.
         """
-
-        def take(module: torch.nn.Module, _: Any, output: Any) -> None:
-            loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-            if module.training and torch.is_grad_enabled() and loss is not None:
-                self.observe(loss)
-
-        return model.register_forward_hook(take)
+        return model.register_forward_hook(LossWatcher(self.observe, model))
 
     @torch.no_grad()
     def plan_step(self) -> StepPlan:
@@ -280,7 +272,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         device = torch.device("cpu") if device.type == "meta" else device
         kind = LogTuner if groups and groups[0]["variant"] == RUNNING else Tuner
         if type(self._tuner) is not kind or self._tuner.device != device:
-            self._tuner = kind(scale_keys(groups, self._scale_per), groups[0], device)
+            # Who reads S under inference_mode must not make tensors that no step may write.
+            with torch.inference_mode(False):
+                self._tuner = kind(scale_keys(groups, self._scale_per), groups[0], device)
         self._tuner.follow(groups, self._scale_per)
         self._tuner.set_options(groups[0])
         return self._tuner
@@ -312,20 +306,22 @@ class Mechanized(SupportsGradScaler, Optimizer):
         tuner = self._current_tuner()
         if self.param_groups[0]["s_init"] != AUTO or not isinstance(tuner, LogTuner):
             return "s_init"
-        if not bool((tuner.scale() > 0).all()):
+        known = tuner.scale() > 0
+        if not bool(known.any()):
             return ""
         if bool(tuner.given().any()):
             return "s_init"
-        return "loss" if bool(tuner.anchored().all()) else "norms"
+        return "loss" if bool((tuner.anchored() | ~known).all()) else "norms"
 
     def learned_lr(self) -> list[float]:
         """Return S·lr of each param group, as floats, for logging; reads the device.
 
-        With ``scale_per="parameter"`` it is the mean over the group's weights.
+        With ``scale_per="parameter"`` it is the mean over the group's weights that have a scale.
         """
+        known = [[scale for scale in scales if scale] for scales in self.group_scales()]
         return [
             sum(scales) / len(scales) * float(group.get("lr", 1.0)) if scales else 0.0
-            for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
+            for group, scales in zip(self.param_groups, known, strict=True)
         ]
 
     def group_scales(self) -> list[list[float]]:
@@ -428,13 +424,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
         for bucket in self.plan_step().buckets:
             for delta in bucket.delta:
                 delta.zero_()
-            if self._is_running:
-                for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
-                    x_ref.copy_(x)
-        for entries in self.state.values():
-            # Weights that are frozen now have a Δ as well.
+        # Weights that are frozen now have a Δ and an x_ref as well.
+        for p, entries in self.state.items():
             if isinstance(entries, dict) and "delta" in entries:
                 entries["delta"].zero_()
+            elif isinstance(entries, dict) and "x_ref" in entries:
+                entries["x_ref"].copy_(p)
         for group in self.param_groups:
             group.update({name: self._tuner_options[name] for name in CALIBRATED})
             group.pop(PEAK, None)
@@ -467,9 +462,19 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         A scale for each weight makes a param group for each weight. The state is a copy, in the
         weights' dtype.
+
+        Raises:
+            ValueError: before a scale is known.
         """
         names = None if self.fallback_reason else TABLE[self._base].state_names
-        return state.to_base(self, self._base, self.group_scales(), names)
+        scales = self.group_scales()
+        known = [scale for group in scales for scale in group if scale > 0]
+        if not known:
+            raise ValueError("to_base() needs a learned scale, expected S above 0, got 0")
+        # Weights that have not learned a scale of their own take the others' mean.
+        mean = sum(known) / len(known)
+        scales = [[scale or mean for scale in group] for group in scales]
+        return state.to_base(self, self._base, scales, names)
 
     def refresh_hyperparameters(self) -> None:
         """Send changed hyperparameters to the device, before replaying a captured step.
@@ -506,6 +511,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
             tuner.losses.copy_(losses)
 
     # Being a torch optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also what released ones have left for ``step``."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.end_step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its weights join the run at their current values.

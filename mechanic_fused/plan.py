@@ -570,6 +570,11 @@ class StepPlan:
         self.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 
+    def rescale(self, factor: float) -> None:
+        """Multiply the S of the running form where the lr has risen above its known peak."""
+        if isinstance(self.tuner, LogTuner):
+            self.tuner.rescale(factor)
+
     def log_tune(self, total: Tensor) -> None:
         """Move ln S by the sums over all weights of all ranks.
 

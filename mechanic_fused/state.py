@@ -65,6 +65,8 @@ def ensure_state(
     state.pop("delta", None)
     if x.dtype in HALF_DTYPES:
         state["x_low"] = conform(state.get("x_low"), x, torch.int16)
+    else:
+        state.pop("x_low", None)
 
 
 def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -135,9 +135,11 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
     groups = [group for plan in plans for group in plan.param_groups]
     if plans[0].options.is_running:
         check_lrs(groups)
-    track_peak_lr(groups, started)
+    growth = track_peak_lr(groups, started)
     factor = annealing_factor(groups)
     for plan in plans:
+        if started and growth > 1:
+            plan.rescale(1 / growth)
         plan.tuner.set_options(plan.param_groups[0])
         plan.tuner.set_annealing_factor(factor)
         plan.awaits_calibration = awaits_calibration(plan.param_groups)

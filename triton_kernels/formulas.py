@@ -42,6 +42,7 @@ from .layout import (
     LOG_CONSTANTS_MEMORY,
     LOG_CONSTANTS_NORM_SHARE,
     LOG_CONSTANTS_OUTLIER,
+    LOG_CONSTANTS_REGROWTH,
     LOG_CONSTANTS_TUNES_SCALE,
     LOG_FACTOR,
     LOG_INFORMED,
@@ -438,6 +439,7 @@ class LogConstants(NamedTuple):
     outlier: tl.tensor
     memory: tl.tensor
     ceiling: tl.tensor
+    regrowth: tl.tensor
 
 
 @triton.jit
@@ -457,6 +459,7 @@ def log_constants(constants):
         tl.load(constants + LOG_CONSTANTS_OUTLIER),
         tl.load(constants + LOG_CONSTANTS_MEMORY),
         tl.load(constants + LOG_CONSTANTS_CEILING),
+        tl.load(constants + LOG_CONSTANTS_REGROWTH),
     )
 
 
@@ -532,13 +535,13 @@ def log_tune_row(sums, norms, loss, row, c):
 
     While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
     stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
-    below what it has been before.
+    below a multiple of what it has been before.
     """
     finite = is_finite(sums.gd * sums.gd) & is_finite(sums.gg)
     finite = finite & is_finite(sums.xx) & is_finite(sums.uu)
     stays = tl.where(c.tunes_scale == 0, row.scale, 0.0) > 0
     moves = finite & (sums.gg > 0) & (sums.uu > 0) & (stays == 0)
-    rises = c.factor > row.factor
+    rises = c.factor > row.factor * (1.0 + 1e-6)  # and not by a rounding
     informed = row.informed + 1.0
     estimates = (row.learns == 0) & (rises | (informed <= c.held))
     estimate, start, weight, update, mean, power, anchors, ln_anchor = estimate_scale(
@@ -547,9 +550,10 @@ def log_tune_row(sums, norms, loss, row, c):
     scale, square, count = log_tuner_update(sums.gd, informed, row, c)
     scale = tl.where(row.start > 0, tl.minimum(scale, c.ceiling * row.start / c.factor), scale)
     again = rises & (row.peak_rate > 0)
-    scale = tl.where(again, tl.minimum(scale, row.peak_rate / c.factor), scale)
+    scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
     scale = tl.where(estimates, estimate, scale)
-    peak_rate = tl.maximum(row.peak_rate, scale * c.factor)
+    # An estimate is of the S at the peak.
+    peak_rate = tl.maximum(row.peak_rate, scale * tl.where(estimates, 1.0, c.factor))
     starts, learns = moves & estimates, moves & (estimates == 0)
     new = LogRow(
         tl.where(moves, scale, row.scale),

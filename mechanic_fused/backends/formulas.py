@@ -285,6 +285,7 @@ class LogConstants:
     outlier: float
     memory: float
     ceiling: float
+    regrowth: float
 
 
 @dataclass(frozen=True)
@@ -331,9 +332,9 @@ def estimate_scale(
         row.ln_anchor += (math.log(row.loss / row.power) - row.ln_anchor) / row.anchors
     if row.anchors > 0:
         row.start = row.scale = c.anchor_share * math.exp(row.ln_anchor)
-        return
-    norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
-    row.start, row.scale = 0.0, c.norm_share * norm / (row.update / row.weight)
+    else:
+        norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
+        row.start, row.scale = 0.0, c.norm_share * norm / (row.update / row.weight)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
@@ -359,7 +360,7 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
 
     While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
     stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
-    below what it has been before.
+    below a multiple of what it has been before.
 
     Args:
         power, loss: see :func:`estimate_scale`.
@@ -370,7 +371,7 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
     stays = not c.tunes_scale and row.scale > 0
     if stays or not (sums.gg > 0 and sums.uu > 0):
         return True
-    rises = c.factor > row.factor
+    rises = c.factor > row.factor * (1 + 1e-6)  # and not by a rounding
     row.factor = c.factor
     row.informed += 1
     if not row.learns and (rises or row.informed <= c.held):
@@ -381,8 +382,9 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
         if row.start > 0:
             row.scale = min(row.scale, c.ceiling * row.start / c.factor)
         if rises and row.peak_rate > 0:
-            row.scale = min(row.scale, row.peak_rate / c.factor)
-    row.peak_rate = max(row.peak_rate, row.scale * c.factor)
+            row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
+    # An estimate is of the S at the peak.
+    row.peak_rate = max(row.peak_rate, row.scale * (c.factor if row.learns else 1.0))
     return True
 
 

@@ -57,7 +57,7 @@ loss, else 0."""
 
 LOG_CONSTANTS = (
     *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
-    *("gain", "max_move", "bias", "outlier", "memory", "ceiling"),
+    *("gain", "max_move", "bias", "outlier", "memory", "ceiling", "regrowth"),
 )
 """The log tuner's constants, float64; see ``formulas.log_tune_row``."""
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from support.beside_oracle import Beside, give_arrays, noisy_gradients
@@ -309,6 +310,85 @@ def test_a_frozen_scale_stays_and_a_reset_one_starts_anew():
         assert all(torch.equal(one.opt.state[p]["x_ref"], p) is False for p in one.params)
 
 
+def test_a_group_without_an_lr_has_no_say_in_s(implementation):
+    alone, beside = (make_weights() for _ in range(2))
+    idle = torch.nn.Parameter(torch.full((300, 300), 5.0))
+    one = Training(implementation, "sgd", alone, variant=RUNNING, s_init=None)
+    groups = [{"params": beside}, {"params": [idle], "lr": 0.0}]
+    other = Training(
+        implementation, "sgd", beside, groups=lambda _: groups, variant=RUNNING, s_init=None
+    )
+    for t in range(STEPS):
+        idle.grad = torch.full_like(idle, 7.0)
+        grads = gradients(alone, t)
+        one.step(grads)
+        other.step([g.clone() for g in grads])
+        assert torch.equal(one.opt.scale, other.opt.scale)
+    assert_same(one.x, other.x)
+    assert (idle == 5.0).all()
+
+
+def test_a_warm_up_by_epochs_does_not_pin_s():
+    """Its lr stands still for longer than S is held, at a thousandth of its peak."""
+    params = make_weights()
+    opt = MechanicSGD(params, lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        opt, lambda t: 1e-3 if t < 20 else min(1.0, t // 20 / 5)
+    )
+    for t in range(120):
+        give(params, gradients(params, t))
+        opt.step()
+        if t == 12:
+            early = opt.scale
+        schedule.step()
+    assert opt.scale > early / 4
+
+
+def test_s_shrinks_as_the_lr_rises_above_its_known_peak():
+    params = make_weights()
+    opt = MechanicSGD(params, lr=1e-6)
+    rates = []
+    for t in range(STEPS):
+        opt.param_groups[0]["lr"] = 1e-6 * 2**t
+        give(params, gradients(params, t))
+        opt.step()
+        rates.append(opt.learned_lr()[0])
+    assert max(rates[2:]) < 4 * min(rates[2:])
+
+
+def test_a_checkpoint_of_bfloat16_weights_fits_float32_ones(implementation):
+    low = Training(implementation, dtype=torch.bfloat16, variant=RUNNING).run(FEW)
+    wide = Training(implementation, variant=RUNNING)
+    wide.opt.load_state_dict(copy.deepcopy(low.opt.state_dict()))
+    wide.group["lr"] = 0.0
+    before = wide.x
+    wide.run(1)
+    assert_same(wide.x, before)
+    assert all("x_low" not in wide.opt.state[p] for p in wide.params)
+
+
+def test_a_reset_takes_frozen_weights_along():
+    one = Training("reference", variant=RUNNING).run(STEPS)
+    one.params[0].requires_grad_(False)
+    one.opt.reset_scale()
+    assert all(torch.equal(one.opt.state[p]["x_ref"], p) for p in one.params)
+
+
+def test_a_plain_optimizer_needs_a_learned_scale():
+    params = make_weights()
+    opt = MechanicAdamW(params, lr=1.0, scale_per="parameter")
+    with pytest.raises(ValueError, match="needs a learned scale"):
+        opt.to_base()
+    params[0].requires_grad_(False)
+    for t in range(FEW):
+        give(params[1:], gradients(params[1:], t))
+        opt.step()
+    assert opt.scale_source == "norms"
+    rates = [group["lr"] for group in opt.to_base().param_groups]
+    assert rates[0] == pytest.approx(sum(rates[1:]) / 2)
+    assert opt.learned_lr()[0] == pytest.approx(sum(rates) / 3)
+
+
 @pytest.mark.parametrize("lr", [math.inf, math.nan, torch.tensor(math.inf)])
 def test_an_lr_that_is_not_finite_changes_nothing(implementation, lr):
     one, other = (Training(implementation, variant=RUNNING, s_init=None) for _ in range(2))
@@ -412,7 +492,36 @@ def test_losses_between_two_steps_are_averaged():
     assert halves.scale == whole.scale > 0
 
 
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.empty(0), "1", None, torch.ones(1) * 1j])
+def test_a_closure_may_return_what_is_no_loss():
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = MechanicSGD([weight], lr=1.0)
+    weight.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match="the closure's loss is not observed: the loss must be"):
+        assert opt.step(lambda: (1, 2)) == (1, 2)
+    assert opt.scale_source == "norms"
+
+
+def test_a_copy_of_a_watched_model_is_not_watched():
+    model = Wrapped(as_dict=False)
+    opt = MechanicAdamW(model.parameters(), lr=1.0)
+    opt.watch(model)
+    copied = copy.deepcopy(model)
+    for other in (copied, pickle.loads(pickle.dumps(model))):
+        other(*batch(0)).loss.backward()
+    assert opt.run_state()[2].tolist() == [0.0, 0.0]
+    model(*batch(0)).loss.backward()
+    assert opt.run_state()[2][1] == 1
+    opt.load_state_dict(opt.state_dict())
+    with torch.inference_mode():
+        opt.learned_lr()
+    opt.step(loss=numpy.float32(2.0))
+    assert opt.scale_source == "loss"
+
+
+BAD = (torch.ones(2), torch.empty(0), "1", None, torch.ones(1) * 1j, True, torch.tensor(True))
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_loss_that_is_not_a_number_changes_nothing(bad):
     one = Training("reference", variant=RUNNING).run(FEW)
     give(one.params, gradients(one.params, FEW))

@@ -9,7 +9,7 @@ from support.oracle import Oracle
 SHARE_OF_LOSS, SHARE_OF_NORM, LEAST_RMS = 1 / 13, 1e-2, 0.02
 HELD = MEMORY_OF_START = 10
 GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
-OUTLIER, CEILING = 10.0, 6.0
+OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
 
 
 class Scale:
@@ -69,7 +69,8 @@ class RunningOracle(Oracle):
             u = self.base(np.where(np.isfinite(g), g, 0.0), x, self.state[i], **options)
             uu = self.dot(u, u) / lr_factor**2 if lr_factor else 0.0
             found = self.dot(g, x - self.start[i]), self.dot(g, g), self.dot(x, x), uu, x.size
-            sums[:, self.row[i]] += found
+            if options["lr"]:
+                sums[:, self.row[i]] += found
             self.x[i] = self.round_x(x + self.rows[self.row[i]].s * u)
         return sums
 
@@ -81,9 +82,10 @@ class RunningOracle(Oracle):
             if not known or gg == 0 or uu == 0:
                 continue
             row.steps += 1
-            rises, row.last_factor = lr_factor > row.last_factor, lr_factor
+            rises, row.last_factor = lr_factor > 1.000001 * row.last_factor, lr_factor
             if not row.learning and (rises or row.steps <= HELD):
                 self.estimate(row, loss, power, np.sqrt(uu), np.sqrt(xx), np.sqrt(size))
+                row.largest = max(row.largest, row.s)
             else:
                 row.learning = True
                 self.follow(row, h, lr_factor, rises)
@@ -121,4 +123,4 @@ class RunningOracle(Oracle):
         if row.anchor:
             row.s = min(row.s, CEILING * row.anchor / lr_factor)
         if rises and row.largest:
-            row.s = min(row.s, row.largest / lr_factor)
+            row.s = min(row.s, REGROWTH * row.largest / lr_factor)
