@@ -24,7 +24,6 @@ from .formulas import (
 )
 from .layout import (
     HYPER_COLUMNS,
-    HYPER_LR,
     LOG_COLUMNS,
     LOG_SCALE,
     SUMS_COUNT,
@@ -167,15 +166,7 @@ def step_kernel(
         totals = chunk_loop(step_block, KIND, T, streams, length, aligned, 4, "sum", BLOCK, TAIL)
         to_peak = peak_ratio(h)
         uu = totals[3] * (to_peak * to_peak)
-        # A weight whose lr is 0 has no say in S; 0 times a sum that is not finite would be NaN.
-        moves = tl.load(h + HYPER_LR) != 0
-        totals = (
-            tl.where(moves, totals[0], 0.0),
-            tl.where(moves, totals[1], 0.0),
-            tl.where(moves, totals[2], 0.0),
-            uu,
-            tl.where(moves, length, 0).to(tl.float64),
-        )
+        totals = (totals[0], totals[1], totals[2], uu, length.to(tl.float64))
         last = reduce_chunk(program, row, totals, partials, spans, tickets, COLUMNS)
     else:
         row = (program - chunk_count).to(tl.int64)

@@ -71,7 +71,6 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip, 
       at<S>(tensor.state1, chunk.offset)};
   StepLanes lanes;
   step_chunk<Base>(streams, chunk.length, c, T(scale), lanes);
-  if (hyper.lr == 0) return;  // a weight that stays has no say in S
   partial.gd = reduce_lanes(lanes.gradient.ab);
   partial.gg = reduce_lanes(lanes.gradient.aa);
   partial.xx = reduce_lanes(lanes.update.ab);

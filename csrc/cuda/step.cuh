@@ -157,13 +157,9 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Base, X>)
   if (tensor.gradient != 0) {
     const double scale = tuner.rows[tensor.scale].scale;
     const StepSums sum = block_total(step_chunk<Base, X, S>(bucket, tensor, chunk, scale, scalars));
-    const Hyper& hyper = bucket.tables.hyper[tensor.group];
-    const double to_peak = peak_ratio(hyper);
-    // A weight that stays has no say in S.
-    if (hyper.lr != 0) {
-      total = {sum.of[0], sum.of[1], sum.of[2], sum.of[3] * (to_peak * to_peak),
-               double(chunk.length)};
-    }
+    const double to_peak = peak_ratio(bucket.tables.hyper[tensor.group]);
+    total = {sum.of[0], sum.of[1], sum.of[2], sum.of[3] * (to_peak * to_peak),
+             double(chunk.length)};
   }
   if (Columns::reduce_chunk(bucket, reduction, blockIdx.x, tensor.scale, total)) {
     advance_steps(bucket, reduction.spans[tensor.scale], threadIdx.x, kThreads);

@@ -117,12 +117,7 @@ def read_weight(bucket: Bucket, i: int) -> Tensor:
 
 
 def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
-    """Add g·(x − x_ref), g·g and x·x of weight i, including elements that are not finite.
-
-    A weight whose lr is 0 has no say in S.
-    """
-    if bucket.hyper_rows[bucket.groups[i]][0] == 0:
-        return
+    """Add g·(x − x_ref), g·g and x·x of weight i, including elements that are not finite."""
     wide_g, wide_x = g.double(), x.double()
     displacement = (x - bucket.x_ref[i].to(x.dtype)).double()
     row = bucket.sums[bucket.rows[i]]

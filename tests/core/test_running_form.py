@@ -310,24 +310,6 @@ def test_a_frozen_scale_stays_and_a_reset_one_starts_anew():
         assert all(torch.equal(one.opt.state[p]["x_ref"], p) is False for p in one.params)
 
 
-def test_a_group_without_an_lr_has_no_say_in_s(implementation):
-    alone, beside = (make_weights() for _ in range(2))
-    idle = torch.nn.Parameter(torch.full((300, 300), 5.0))
-    one = Training(implementation, "sgd", alone, variant=RUNNING, s_init=None)
-    groups = [{"params": beside}, {"params": [idle], "lr": 0.0}]
-    other = Training(
-        implementation, "sgd", beside, groups=lambda _: groups, variant=RUNNING, s_init=None
-    )
-    for t in range(STEPS):
-        idle.grad = torch.full_like(idle, 7.0)
-        grads = gradients(alone, t)
-        one.step(grads)
-        other.step([g.clone() for g in grads])
-        assert torch.equal(one.opt.scale, other.opt.scale)
-    assert_same(one.x, other.x)
-    assert (idle == 5.0).all()
-
-
 def test_a_warm_up_by_epochs_does_not_pin_s():
     """Its lr stands still for longer than S is held, at a thousandth of its peak."""
     params = make_weights()

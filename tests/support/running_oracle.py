@@ -69,8 +69,7 @@ class RunningOracle(Oracle):
             u = self.base(np.where(np.isfinite(g), g, 0.0), x, self.state[i], **options)
             uu = self.dot(u, u) / lr_factor**2 if lr_factor else 0.0
             found = self.dot(g, x - self.start[i]), self.dot(g, g), self.dot(x, x), uu, x.size
-            if options["lr"]:
-                sums[:, self.row[i]] += found
+            sums[:, self.row[i]] += found
             self.x[i] = self.round_x(x + self.rows[self.row[i]].s * u)
         return sums
 
