@@ -78,8 +78,7 @@ constexpr Column kLogConstantColumns[] = {
     MECHANIC_COLUMN(LogConstants, held),         MECHANIC_COLUMN(LogConstants, gain),
     MECHANIC_COLUMN(LogConstants, max_move),     MECHANIC_COLUMN(LogConstants, bias),
     MECHANIC_COLUMN(LogConstants, outlier),      MECHANIC_COLUMN(LogConstants, memory),
-    MECHANIC_COLUMN(LogConstants, ceiling),
-                                          MECHANIC_COLUMN(LogConstants, regrowth)};
+    MECHANIC_COLUMN(LogConstants, ceiling),      MECHANIC_COLUMN(LogConstants, regrowth)};
 static_assert(covers<LogConstants>(kLogConstantColumns),
               "the names must be those of LogConstants, in order");
 
