@@ -55,6 +55,9 @@ py::dict layout() {
   found["TUNER"] = names(kTunerColumns);
   found["COUNTERS"] = names(kCounterColumns);
   found["CONSTANTS"] = names(kConstantColumns);
+  found["LOG_TUNER"] = names(kLogTunerColumns);
+  found["LOG_CONSTANTS"] = names(kLogConstantColumns);
+  found["LOSSES"] = names(kLossesColumns);
   found["KINDS"] = names(kKinds);
   found["KERNEL_DTYPES"] = names(kDTypes);
   return found;
@@ -103,6 +106,19 @@ void define_cuda(py::module_ m) {
       py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
       py::arg("stream"), released);
   m.def(
+      "step",
+      [](const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
+         const StepScalars& scalars,
+         int64_t stream) { step(bucket, reduction, tuner, scalars, pointer<CUstream_st>(stream)); },
+      py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
+      py::arg("stream"), released);
+  m.def(
+      "log_tune",
+      [](int64_t sums, const LogTuner& tuner, const StepScalars& scalars, int64_t stream) {
+        log_tune(pointer<const Sums>(sums), tuner, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("sums"), py::arg("tuner"), py::arg("scalars"), py::arg("stream"), released);
+  m.def(
       "measure",
       [](const Bucket& bucket, const Reduction& reduction, int64_t stream) {
         measure(bucket, reduction, pointer<CUstream_st>(stream));
@@ -138,6 +154,13 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Tuner>(m, "Tuner")
       .def(py::init(&make_tuner), py::kw_only(), py::arg("state"), py::arg("constants"),
            py::arg("scales"), py::arg("betas"));
+  py::class_<LogTuner>(m, "LogTuner")
+      .def(py::init([](int64_t rows, int64_t constants, int64_t losses, int64_t scales) {
+             return LogTuner{pointer<LogRow>(rows), pointer<const LogConstants>(constants),
+                             pointer<Losses>(losses), scales};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("constants"), py::arg("losses"),
+           py::arg("scales"));
   py::class_<Vectors>(m, "Vectors")
       .def(py::init(&make_vectors), py::kw_only(), py::arg("streams"), py::arg("chunks"),
            py::arg("partials"), py::arg("chunk_count"), py::arg("elements"), py::arg("dtype"));
@@ -157,6 +180,16 @@ PYBIND11_MODULE(_native, m) {
                         threads);
       },
       py::arg("bucket"), py::arg("clip"), py::arg("step_count"), py::arg("threads"), released);
+  cpu.def(
+      "step",
+      [](const Bucket& bucket, const LogTuner& tuner, int64_t clip, int threads) {
+        cpu::step(bucket, tuner, pointer<const double>(clip), threads);
+      },
+      py::arg("bucket"), py::arg("tuner"), py::arg("clip"), py::arg("threads"), released);
+  cpu.def(
+      "log_tune",
+      [](int64_t sums, const LogTuner& tuner) { cpu::log_tune(pointer<const Sums>(sums), tuner); },
+      py::arg("sums"), py::arg("tuner"), released);
   cpu.def("norm", &cpu::norm, py::arg("bucket"), py::arg("threads"), released);
   cpu.def("apply", &cpu::apply, py::arg("bucket"), py::arg("tuner"), py::arg("threads"), released);
   cpu.def("measure", &cpu::measure, py::arg("bucket"), py::arg("threads"), released);

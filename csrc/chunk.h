@@ -15,7 +15,7 @@ namespace mechanic {
 
 // A row of the tensor table. An address of 0: the weight has no such array.
 struct Tensor {
-  int64_t gradient, weight, x_ref, delta, state0, state1, step;
+  int64_t gradient, weight, x_low, x_ref, delta, state0, state1, step;
   int64_t scale;   // the weight's row of the sums and of the tuner's state
   int64_t group;   // its row of the hyperparameters
   int64_t number;  // its number in the optimizer
@@ -32,14 +32,17 @@ struct Span {
 };
 
 // A row of the hyperparameters. SGD's momentum and dampening are stored as beta1 and beta2; l2 is
-// added to the gradient, decay is decoupled; gradient multiplies every gradient.
+// added to the gradient, decay is decoupled; gradient multiplies every gradient; peak_lr is the
+// largest lr of the schedule.
 struct Hyper {
-  double lr, beta1, beta2, eps, l2, decay, nesterov, gradient;
+  double lr, beta1, beta2, eps, l2, decay, nesterov, gradient, peak_lr;
 };
 
-// A row of the sums over one scale, or of the partial sums of one chunk: g.Δ, x.Δ, g.g, x.x.
+// A row of the sums over one scale, or of the partial sums of one chunk: g.Δ (of the running form
+// g.(x - x_ref)), x.Δ, g.g, x.x, and of the running form u.u at the
+// peak lr and the number of elements that have a gradient.
 struct Sums {
-  double gd, xd, gg, xx;
+  double gd, xd, gg, xx, uu, count;
 };
 
 // The blocks of a row of the tuner's state, a number a tuner beta in each; the counters follow.
@@ -60,6 +63,31 @@ enum Constant {
   kTunesScale,
   kAnnealingFactor,
   kBetas
+};
+
+// A row of the log tuner's state, see LOG_TUNER in backends/layout.py.
+struct LogRow {
+  double scale, mean_square, moves, steps, nonfinite, informed, learns, weight;
+  double update, loss, power, anchors, ln_anchor, factor, peak_rate, start;
+};
+
+// Its constants.
+struct LogConstants {
+  double tunes_scale, factor, anchor_share, norm_share, least_rms, average, held;
+  double gain, max_move, bias, outlier, memory, ceiling, regrowth;
+};
+
+// The losses observed since the last step.
+struct Losses {
+  double sum, count;
+};
+
+// The log tuner of a bucket's scales.
+struct LogTuner {
+  LogRow* rows;
+  const LogConstants* constants;
+  Losses* losses;
+  int64_t scales;
 };
 
 // A base's update; for_kind in formulas.h calls a function with its formula.

@@ -31,10 +31,11 @@ constexpr bool covers(const Column (&columns)[kCount]) {
 
 constexpr Column kTensorColumns[] = {
     MECHANIC_COLUMN(Tensor, gradient), MECHANIC_COLUMN(Tensor, weight),
-    MECHANIC_COLUMN(Tensor, x_ref),    MECHANIC_COLUMN(Tensor, delta),
-    MECHANIC_COLUMN(Tensor, state0),   MECHANIC_COLUMN(Tensor, state1),
-    MECHANIC_COLUMN(Tensor, step),     MECHANIC_COLUMN(Tensor, scale),
-    MECHANIC_COLUMN(Tensor, group),    MECHANIC_COLUMN(Tensor, number)};
+    MECHANIC_COLUMN(Tensor, x_low),    MECHANIC_COLUMN(Tensor, x_ref),
+    MECHANIC_COLUMN(Tensor, delta),    MECHANIC_COLUMN(Tensor, state0),
+    MECHANIC_COLUMN(Tensor, state1),   MECHANIC_COLUMN(Tensor, step),
+    MECHANIC_COLUMN(Tensor, scale),    MECHANIC_COLUMN(Tensor, group),
+    MECHANIC_COLUMN(Tensor, number)};
 static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
 
 constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),
@@ -50,12 +51,39 @@ constexpr Column kHyperColumns[] = {
     MECHANIC_COLUMN(Hyper, lr),       MECHANIC_COLUMN(Hyper, beta1),
     MECHANIC_COLUMN(Hyper, beta2),    MECHANIC_COLUMN(Hyper, eps),
     MECHANIC_COLUMN(Hyper, l2),       MECHANIC_COLUMN(Hyper, decay),
-    MECHANIC_COLUMN(Hyper, nesterov), MECHANIC_COLUMN(Hyper, gradient)};
+    MECHANIC_COLUMN(Hyper, nesterov), MECHANIC_COLUMN(Hyper, gradient),
+    MECHANIC_COLUMN(Hyper, peak_lr)};
 static_assert(covers<Hyper>(kHyperColumns), "the names must be those of Hyper, in order");
 
 constexpr Column kSumsColumns[] = {MECHANIC_COLUMN(Sums, gd), MECHANIC_COLUMN(Sums, xd),
-                                   MECHANIC_COLUMN(Sums, gg), MECHANIC_COLUMN(Sums, xx)};
+                                   MECHANIC_COLUMN(Sums, gg), MECHANIC_COLUMN(Sums, xx),
+                                   MECHANIC_COLUMN(Sums, uu), MECHANIC_COLUMN(Sums, count)};
 static_assert(covers<Sums>(kSumsColumns), "the names must be those of Sums, in order");
+
+constexpr Column kLogTunerColumns[] = {
+    MECHANIC_COLUMN(LogRow, scale),     MECHANIC_COLUMN(LogRow, mean_square),
+    MECHANIC_COLUMN(LogRow, moves),     MECHANIC_COLUMN(LogRow, steps),
+    MECHANIC_COLUMN(LogRow, nonfinite), MECHANIC_COLUMN(LogRow, informed),
+    MECHANIC_COLUMN(LogRow, learns),    MECHANIC_COLUMN(LogRow, weight),
+    MECHANIC_COLUMN(LogRow, update),    MECHANIC_COLUMN(LogRow, loss),
+    MECHANIC_COLUMN(LogRow, power),     MECHANIC_COLUMN(LogRow, anchors),
+    MECHANIC_COLUMN(LogRow, ln_anchor), MECHANIC_COLUMN(LogRow, factor),
+    MECHANIC_COLUMN(LogRow, peak_rate), MECHANIC_COLUMN(LogRow, start)};
+static_assert(covers<LogRow>(kLogTunerColumns), "the names must be those of LogRow, in order");
+
+constexpr Column kLogConstantColumns[] = {
+    MECHANIC_COLUMN(LogConstants, tunes_scale),  MECHANIC_COLUMN(LogConstants, factor),
+    MECHANIC_COLUMN(LogConstants, anchor_share), MECHANIC_COLUMN(LogConstants, norm_share),
+    MECHANIC_COLUMN(LogConstants, least_rms),    MECHANIC_COLUMN(LogConstants, average),
+    MECHANIC_COLUMN(LogConstants, held),         MECHANIC_COLUMN(LogConstants, gain),
+    MECHANIC_COLUMN(LogConstants, max_move),     MECHANIC_COLUMN(LogConstants, bias),
+    MECHANIC_COLUMN(LogConstants, outlier),      MECHANIC_COLUMN(LogConstants, memory),
+    MECHANIC_COLUMN(LogConstants, ceiling),      MECHANIC_COLUMN(LogConstants, regrowth)};
+static_assert(covers<LogConstants>(kLogConstantColumns),
+              "the names must be those of LogConstants, in order");
+
+constexpr Column kLossesColumns[] = {MECHANIC_COLUMN(Losses, sum), MECHANIC_COLUMN(Losses, count)};
+static_assert(covers<Losses>(kLossesColumns), "the names must be those of Losses, in order");
 
 #undef MECHANIC_COLUMN
 

@@ -27,6 +27,9 @@ MECHANIC_INLINE double gradient_multiplier(const Hyper& h, const float* grad_sca
   return gradient;
 }
 
+// The peak lr over lr; 0 where lr is 0, so that there is no update to speak of.
+MECHANIC_INLINE double peak_ratio(const Hyper& h) { return h.lr != 0 ? h.peak_lr / h.lr : 0; }
+
 // The scalars of one update: computed in double once a chunk, then rounded to T.
 template <class T>
 struct Coefficients {
@@ -190,6 +193,12 @@ MECHANIC_INLINE T apply_scale(T x_ref, T s, T delta) {
   return x_ref + s * delta;
 }
 
+// x + S u
+template <class T>
+MECHANIC_INLINE T apply_update(T x, T s, T u) {
+  return x + s * u;
+}
+
 // w - c d
 template <class T>
 MECHANIC_INLINE T step_along(T w, T c, T d) {
@@ -253,6 +262,77 @@ MECHANIC_INLINE bool tune_row(const Sums& sums, double* row, const double* c, in
   counters[kSteps] += 1;
   if (!finite || c[kTunesScale] == 0) return finite;
   tuner_update(h, s, r, v, m, c, n);
+  return true;
+}
+
+// 0 where none was observed, which is no loss to learn from.
+MECHANIC_INLINE double mean_loss(const Losses& losses) {
+  return losses.count > 0 ? losses.sum / losses.count : 0;
+}
+
+// The start of the running form: S such that a step lowers the loss by no more than a share of it,
+// by Cauchy and Schwarz, or without a loss moves the weights by a share of their norm. loss and
+// power are moving averages, power that of |g| |u| over all scales. A scale that is there before
+// any estimate is the user's and stays.
+MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
+                                    const LogConstants& c) {
+  if (row.weight == 0 && row.scale > 0) return;
+  const double rate = 1 / c.average;
+  const double update = std::sqrt(sums.uu);
+  row.weight += rate * (1 - row.weight);
+  row.update += rate * (update - row.update);
+  if (loss > 0 && std::isfinite(loss) && std::isfinite(power)) {
+    row.loss += rate * (loss - row.loss);
+    row.power += rate * (power - row.power);
+    row.anchors += 1;
+    row.ln_anchor += (std::log(row.loss / row.power) - row.ln_anchor) / row.anchors;
+  }
+  const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
+  const bool anchored = row.anchors > 0;
+  row.scale = anchored ? c.anchor_share * std::exp(row.ln_anchor)
+                       : c.norm_share * norm / (row.update / row.weight);
+  row.start = anchored ? row.scale : 0;
+}
+
+// z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;
+// ln S += min(max_move, gain / (t + 1)) (z + bias). One h counts at most `outlier` deviations.
+MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants& c) {
+  const double limit = c.outlier * std::sqrt(row.mean_square);
+  if (limit > 0) h = fmax(fmin(h, limit), -limit);
+  row.mean_square += (h * h - row.mean_square) / (1 + row.moves / c.memory);
+  row.moves += 1;
+  if (!(row.mean_square > 0)) return;
+  const double z = fmax(fmin(-h / std::sqrt(row.mean_square), 1.0), -1.0);
+  row.scale *= std::exp(fmin(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias));
+}
+
+// Update one row of the log tuner's state from the sums of its scale; return whether they were
+// finite. While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
+// S lr stays below a multiple of what the loss allowed at the start and, where a schedule rises
+// again, below a multiple of what it has been before.
+MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, LogRow& row,
+                                  const LogConstants& c) {
+  row.steps += 1;
+  const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.gg) && std::isfinite(sums.xx) &&
+                      std::isfinite(sums.uu) && std::isfinite(sums.gd * sums.gd);
+  if (!finite) return false;
+  const bool stays = c.tunes_scale == 0 && row.scale > 0;
+  if (stays || !(sums.gg > 0 && sums.uu > 0)) return true;
+  const bool rises = c.factor > row.factor * (1 + 1e-6);  // and not by a rounding
+  row.factor = c.factor;
+  row.informed += 1;
+  if (row.learns == 0 && (rises || row.informed <= c.held)) {
+    estimate_scale(sums, power, loss, row, c);
+  } else {
+    row.learns = 1;
+    log_tuner_update(sums.gd, row, c);
+    if (row.start > 0) row.scale = fmin(row.scale, c.ceiling * row.start / c.factor);
+    if (rises && row.peak_rate > 0) {
+      row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);
+    }
+  }
+  // An estimate is of the S at the peak.
+  row.peak_rate = fmax(row.peak_rate, row.scale * (row.learns != 0 ? c.factor : 1));
   return true;
 }
 

@@ -104,4 +104,49 @@ MECHANIC_INLINE void narrow(float x, Half& to) {
 #endif
 }
 
+// A float that is kept as the 16-bit number nearest to it and 16 low bits. Whoever writes the
+// 16-bit number alone moves the float by less than half its last place, and a 0 that is written
+// stays 0.
+//
+// A bfloat16 is the upper half of a float. The low bits are the lower half, counted from the
+// bfloat16, which is the nearest one: nothing is lost.
+MECHANIC_INLINE float join(BFloat16 x, int16_t low) {
+  const uint32_t high = uint32_t(x.bits) << 16;
+  const uint32_t magnitude = high & 0x7fffffffu;
+  const bool exact = magnitude == 0 || magnitude >= 0x7f800000u;
+  return bit_cast<float>(exact ? high : high + uint32_t(int32_t(low)));
+}
+
+MECHANIC_INLINE void split(float wide, BFloat16& x, int16_t& low) {
+  const uint32_t bits = bit_cast<uint32_t>(wide);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  x.bits = uint16_t(is_nan ? 0x7fc0u | (bits >> 16) : (bits + 0x8000u) >> 16);
+  low = int16_t(uint16_t(bits));
+}
+
+// The exponent, as a float has it, of 2^-16 of the last place of a half.
+MECHANIC_INLINE uint32_t low_exponent(float x) {
+  const uint32_t exponent = (bit_cast<uint32_t>(x) & 0x7f800000u) >> 23;
+  return (exponent < 113 ? 113 : exponent) - 26;
+}
+
+MECHANIC_INLINE float low_unit(float x) { return bit_cast<float>(low_exponent(x) << 23); }
+
+// A half has fewer exponents than a float, so its low bits count fractions of its last place.
+// Nothing is lost of a float in the range of normal halves.
+MECHANIC_INLINE float join(Half x, int16_t low) {
+  const float high = widen(x);
+  return high + float(low) * low_unit(high);
+}
+
+MECHANIC_INLINE void split(float wide, Half& x, int16_t& low) {
+  narrow(wide, x);
+  const float high = widen(x);
+  // Over the unit: a power of 2, whose reciprocal is exact.
+  const float rest = (wide - high) * bit_cast<float>((254 - low_exponent(high)) << 23);
+  const float limited = rest > 32767.0f ? 32767.0f : (rest < -32767.0f ? -32767.0f : rest);
+  // Of an infinite or NaN x the rest is NaN.
+  low = int16_t(int32_t(limited == limited ? limited + (limited < 0 ? -0.5f : 0.5f) : 0.0f));
+}
+
 }  // namespace mechanic

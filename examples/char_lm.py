@@ -77,7 +77,10 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        if self.lr is None:
+            self.optimizer.step(loss=loss)  # from which the learning rate starts
+        else:
+            self.optimizer.step()
         self.step += 1
         # On a GPU each read would wait for the device, so this only happens every few steps.
         if self.step % max(1, self.steps // 400) == 0:

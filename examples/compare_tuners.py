@@ -62,7 +62,7 @@ def momentum(weights: list) -> Optimizer:
 METHODS = {
     "AdamW 1e-2, cosine": Method(lambda w: AdamW(w, lr=1e-2), cosine),
     "AdamW 1e-2, constant": Method(lambda w: AdamW(w, lr=1e-2), nothing),
-    "Mechanic AdamW, cosine": Method(lambda w: MechanicAdamW(w, lr=1.0), cosine),
+    "Mechanic AdamW, cosine": Method(lambda w: MechanicAdamW(w, lr=1.0), cosine, "closure"),
     # Windows of one step: otherwise a run this short would end before the first drop.
     "AutoDrop on AdamW": Method(
         lambda w: AdamW(w, lr=1e-2), lambda opt, *_: [tuners.AutoDrop(opt, k=1)]

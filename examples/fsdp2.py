@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         loss = run.model.loss(batch)
         run.optimizer.zero_grad()
         loss.backward()
-        run.optimizer.step()
+        run.optimizer.step(loss=loss)
         rate = run.optimizer.learned_lr()[0]  # on a GPU this read waits for the device
         run.scheduler.step()
         run.step += 1

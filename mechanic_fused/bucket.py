@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .backends.layout import CPU_CHUNK, HYPER, STEPPED, SUMS, TENSOR, compute_dtype
+from .backends.layout import (
+    CPU_CHUNK,
+    HYPER,
+    OWN_STATE,
+    STEPPED,
+    SUMS,
+    TENSOR,
+    compute_dtype,
+)
 from .distributed import Groups, local_gradients
 from .param_checks import is_dense
 from .torch_internals import local, local_tensors, read_version
@@ -51,19 +59,21 @@ class ParamSlot(NamedTuple):
 class Bucket:
     """Weights of one device, dtype, update and sharding, which one call of an op works on.
 
-    ``parameters`` and ``own_state`` (x_ref and Δ) are as users see them; all other tensors are
-    plain: of a DTensor, this rank's shard.
+    ``parameters`` and ``own_state`` (x_ref, and Δ or low bits) are as users see them; all other
+    tensors are plain: of a DTensor, this rank's shard.
 
     Attributes that backends read, each list with one entry per weight:
         kind: the update, one of ``layout.KINDS``, or "fallback".
         compute_dtype: the dtype of the arithmetic.
         delta_is_bfloat16: whether Δ is kept in bfloat16.
-        weights, grads, x_ref, delta, states, steps: tensors (``states``: a tuple of them).
+        weights, grads, x_ref, delta, x_low, states, steps: tensors (``states``: a tuple of them);
+            the running form has no Δ, and low bits beside 16-bit weights.
+        with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
         sizes: numbers of elements.
-        hyper: (groups, 8) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
-        sums: (scales, 4) float64, ``layout.SUMS``; ``partials``: (chunks, 4).
-        tensors: (weights, 10) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
+        hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
+        sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
+        tensors: (weights, 11) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
         live_lr: group → an lr on the device that kernels read there.
         grad_scale, found_inf: GradScaler's, or None.
         clip: (2,) float64: N² and max_norm, or None.
@@ -108,13 +118,17 @@ class Bucket:
         self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
         self._dense = all(is_dense(x) for x in self.weights)
-        self.own_state = [{name: slot.state[name] for name in ("x_ref", "delta")} for slot in slots]
-        self.x_ref = [local(own["x_ref"]) for own in self.own_state]
-        self.delta = [local(own["delta"]) for own in self.own_state]
-        self.delta_is_bfloat16 = self.delta[0].dtype is not self.compute_dtype
+        self.own_state = [
+            {name: slot.state[name] for name in OWN_STATE if name in slot.state} for slot in slots
+        ]
+        self.x_ref = self._own("x_ref")
+        self.delta = self._own("delta")
+        self.x_low = self._own("x_low")
+        self.delta_is_bfloat16 = any(t.dtype is not self.compute_dtype for t in self.delta[:1])
         self.states = [tuple(local(slot.state[name]) for name in slot.names) for slot in slots]
         self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(slots)
+        self.with_gradient: list[Tensor] = []
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
         self.hyper_rows: list[list[float]] = []
         self.sums = torch.zeros(scales, len(SUMS), dtype=torch.float64, device=self.device)
@@ -132,8 +146,12 @@ class Bucket:
         self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
-        entries = [(slot.state, name) for slot in slots for name in ("delta", *slot.names[:1])]
+        mine = next(reversed(self.own_state[0]))
+        entries = [(slot.state, name) for slot in slots for name in (mine, *slot.names[:1])]
         self._state_entries = [(state, name, state[name]) for state, name in entries]
+
+    def _own(self, name: str) -> list[Tensor]:
+        return [local(own[name]) for own in self.own_state if name in own]
 
     def single(self, i: int) -> Bucket:
         """Return a bucket of weight i alone, with the same state."""
@@ -154,7 +172,7 @@ class Bucket:
         params = self.parameters
         grads = local_gradients(params) if self.is_sharded else [x.grad for x in params]
         if not fresh and self._are_usable(grads):
-            self.grads = grads
+            self.grads, self.with_gradient = grads, params
             return True
         for i, (g, stride) in enumerate(zip(grads, self._strides, strict=True)):
             if g is None:
@@ -172,7 +190,8 @@ class Bucket:
             if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
                 grads[i] = self._in_weight_layout(g, self.weights[i])
         self.grads = grads
-        return any(g is not None for g in grads)
+        self.with_gradient = [x for x, g in zip(params, grads, strict=True) if g is not None]
+        return bool(self.with_gradient)
 
     def _are_usable(self, grads: list[Tensor | None]) -> bool:
         """Return whether all gradients exist in the weights' dtype and layout.
@@ -229,7 +248,8 @@ class Bucket:
             self.hyper_rows = hyper_rows
             self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
             self.hyper_stale = True
-        self.modified = self.externally_modified()
+        # In the running form a weight is where it is found.
+        self.modified = self.externally_modified() if self.delta else []
 
     def _gradient_address(self, g: Tensor | None) -> int:
         """Return a gradient's address: 0 means absent, so an empty gradient, never read, gets 1."""
@@ -286,8 +306,9 @@ class Bucket:
             row = {
                 "gradient": 0,
                 "weight": x.data_ptr(),
+                "x_low": self.x_low[i].data_ptr() if self.x_low else 0,
                 "x_ref": self.x_ref[i].data_ptr(),
-                "delta": self.delta[i].data_ptr(),
+                "delta": self.delta[i].data_ptr() if self.delta else 0,
                 "state0": state0,
                 "state1": state1,
                 "step": self.steps[i].data_ptr() if self.steps else 0,

@@ -7,7 +7,7 @@ the rows are added. All ranks get the same bits, so their scales cannot diverge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,14 @@ def shards(weight: Tensor, reduce_group: Any) -> Groups:
     )
 
 
+def mesh_groups(weight: Tensor) -> Groups:
+    """Return the process groups of a DTensor's mesh, replicas included; none for a plain tensor."""
+    if not isinstance(weight, dtensor()):
+        return ()
+    mesh: Any = weight.device_mesh
+    return tuple(mesh.get_group(i) for i in range(mesh.ndim) if mesh.size(i) > 1)
+
+
 def shard_index(groups: Groups) -> int:
     """Return this rank's index among the ranks that hold different shards of a weight."""
     index = 0
@@ -117,28 +125,61 @@ def merge(rows_of_each: Iterable[Rows]) -> Rows:
     return merged
 
 
-def all_reduce(rows_of_each: Sequence[Rows], extra_groups: Sequence[Any] = ()) -> Tensor:
-    """Return the sum over all ranks: one all-reduce for each process group that shards weights.
+class Reduction:
+    """The sum over all ranks: one all-reduce for each process group that shards weights.
 
-    The rows are not changed. Every rank must call it, also with sums of 0.
+    The last of them runs while the caller goes on. Every rank must make it, also with sums of 0.
 
     Args:
         rows_of_each: this rank's rows, of each optimizer that steps; all of one shape, with the
-            same process groups in the same order on every rank of a group.
+            same process groups in the same order on every rank of a group. They are not changed.
         extra_groups: process groups whose ranks hold other weights of the model: pipeline stages.
     """
-    rows = rows_of_each[0] if len(rows_of_each) == 1 else merge(rows_of_each)
-    parts = list(rows.values())
-    if any(rows) or extra_groups:
-        parts = [part.clone() for part in parts]
-    for group in dict.fromkeys(group for groups in rows for group in groups):
-        chosen = [i for i, groups in enumerate(rows) if group in groups]
+
+    def __init__(self, rows_of_each: Sequence[Rows], extra_groups: Sequence[Any] = ()) -> None:
+        rows = rows_of_each[0] if len(rows_of_each) == 1 else merge(rows_of_each)
+        self._parts = list(rows.values())
+        if any(rows) or extra_groups:
+            self._parts = [part.clone() for part in self._parts]
+        self._work: Any = None
+        self._finish: Callable[[], None] | None = None
+        for group in dict.fromkeys(group for groups in rows for group in groups):
+            self._wait()
+            self._start(group, [i for i, groups in enumerate(rows) if group in groups])
+        for group in extra_groups:
+            self._wait()
+            self._parts = [self._total()]
+            self._start(group, [0])
+
+    def wait(self) -> Tensor:
+        """Return the sum; on a GPU the current stream waits, not the host."""
+        self._wait()
+        return self._total()
+
+    def _total(self) -> Tensor:
+        return self._parts[0] if len(self._parts) == 1 else torch.stack(self._parts).sum(0)
+
+    def _start(self, group: Any, chosen: list[int]) -> None:
+        """All-reduce some of the parts over a group."""
         # Stacked and unbound, because an index tensor would have to be uploaded.
-        stacked = torch.stack([parts[i] for i in chosen])
-        torch.distributed.all_reduce(stacked, group=group)
-        for i, part in zip(chosen, stacked.unbind(), strict=True):
-            parts[i] = part
-    total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    for group in extra_groups:
-        torch.distributed.all_reduce(total, group=group)
-    return total
+        stacked = torch.stack([self._parts[i] for i in chosen])
+        self._work = torch.distributed.all_reduce(stacked, group=group, async_op=True)
+
+        def finish() -> None:
+            for i, part in zip(chosen, stacked.unbind(), strict=True):
+                self._parts[i] = part
+
+        self._finish = finish
+
+    def _wait(self) -> None:
+        work, finish = self._work, self._finish
+        self._work = self._finish = None
+        if work is not None:
+            work.wait()
+        if finish is not None:
+            finish()
+
+
+def all_reduce(rows_of_each: Sequence[Rows], extra_groups: Sequence[Any] = ()) -> Tensor:
+    """Return the sum over all ranks at once; see :class:`Reduction`."""
+    return Reduction(rows_of_each, extra_groups).wait()

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backends import formulas, reference
+from .backends.layout import OWN_STATE
 from .bucket import Bucket
 from .distributed import wrap
-from .state import OWN_STATE
+from .log_tuner import LogTuner
 from .torch_internals import local, unhooked_step
 
 FALLBACK = "fallback"
@@ -58,6 +59,24 @@ class Fallback:
                 if bucket.grads[i] is not None:
                     u = of_bucket[i] - x.to(bucket.compute_dtype)
                     reference.add_to_delta(bucket, i, u)
+
+    def step(self, buckets: list[Bucket], tuner: LogTuner) -> None:
+        """Take the sums of the running form, let the base step on copies, and x += S·u.
+
+        u = x' − x, where x' is a copy of x that the base has updated, as for ``accumulate``.
+        """
+        with self._float32_copies(buckets) as copies:
+            self._step(self.optimizer)
+            updated = [[local(p.detach()) for p in of_bucket] for of_bucket in copies]
+        for bucket, of_bucket in zip(buckets, updated, strict=True):
+            bucket.sums.zero_()
+            factors = reference.gradient_multipliers(bucket)
+            for i, g in enumerate(bucket.grads):
+                if g is not None:
+                    x = reference.read_weight(bucket, i)
+                    g = g.to(bucket.compute_dtype) * factors[i]
+                    reference.add_gradient_sums(bucket, i, g, x)
+                    reference.move_weight(bucket, i, x, of_bucket[i] - x, tuner)
 
     def dry_run(self, buckets: list[Bucket]) -> None:
         """Let the base step on copies that are discarded, so that it creates its state.
@@ -106,7 +125,7 @@ class Fallback:
                 for i, p in enumerate(bucket.parameters):
                     for name in OWN_STATE:
                         optimizer.state.get(p, {}).pop(name, None)
-                    x = bucket.weights[i].to(bucket.compute_dtype, copy=True)
+                    x = reference.read_weight(bucket, i).to(bucket.compute_dtype, copy=True)
                     g = _finite_gradient(bucket, i, factors[i])
                     if bucket.is_sharded or x.dtype is not p.dtype:
                         substitutes[p] = torch.nn.Parameter(wrap(x, p))

@@ -1,7 +1,8 @@
 """Gradient release: a weight's part of a step in the backward pass; then its gradient is freed.
 
-The sums need Δ from before the step and the update u needs no S, so both are available as soon as a
-gradient is complete; ``step()`` then only tunes S and writes the weights.
+In the running form S is known before the step, so a hook takes the whole step of its weight, and
+``step()`` only moves S. In the exact forms the sums need Δ from before the step and the update u
+needs no S, so a hook takes both, and ``step()`` tunes S and writes the weights.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.layout import GD, GG
 from .bucket import Bucket
-from .plan import Phase, Run, StepPlan
+from .plan import Run, StepPlan
+from .step import follow_settings
 from .torch_internals import dtensor
-
-GRADIENT_COLUMNS = slice(GD, GG + 1, GG - GD)
 
 
 class GradientRelease:
     """Hooks on the weights of a mechanized optimizer.
 
-    A hook runs ``accumulate`` over a bucket of its weight alone, which shares its state with the
-    plan's bucket. Until the run has started gradients are kept, and ``step()`` is the ordinary one.
+    A hook runs ``step`` or ``accumulate`` over a bucket of its weight alone, which shares its state
+    with the plan's bucket. In the exact forms gradients are kept until the run has started, and
+    ``step()`` is the ordinary one.
 
     Args:
         plan_step: the optimizer's method; referenced weakly.
@@ -60,9 +60,9 @@ class GradientRelease:
 
     @torch.no_grad()
     def _take(self, weight: Tensor) -> None:
-        """Take the sums of a complete gradient, update its state and Δ, and free it."""
+        """Take what a complete gradient allows of its weight's step, and free it."""
         plan_step = self._plan_step()
-        if plan_step is None or self._run.phase in (Phase.FRESH, Phase.PREPARED):
+        if plan_step is None:
             return
         if weight in self.taken:
             raise RuntimeError(
@@ -79,7 +79,12 @@ class GradientRelease:
         single.write_tables(bucket.hyper_rows, bucket.live_lr, None, None, bucket.step_count)
         if single.handle is None or single.backend.COPIES_TABLES:
             single.backend.prepare(single)
-        single.backend.accumulate(single)
+        plan = self._plan
+        assert plan is not None
+        if plan.options.is_running:
+            plan.step_bucket(single)
+        else:
+            single.backend.accumulate(single)
         single.grads = [None]
         weight.grad = None
         self.taken.add(weight)
@@ -90,7 +95,14 @@ class GradientRelease:
 
     def _begin_backward(self, plan: StepPlan) -> bool:
         """Prepare for the first gradient of a backward pass; return whether the run has started."""
-        if not plan.has_started():
+        if plan.options.is_running:
+            self._run.settle()
+            started = plan.has_started()
+            if plan.settings_changed or not started:
+                follow_settings([plan], started)
+            if not started:
+                plan.start()
+        elif not plan.has_started():
             return False
         # Options may have changed since the hooks were registered.
         reason = plan.fallback.reason if plan.fallback else None
@@ -101,7 +113,8 @@ class GradientRelease:
         for bucket in plan.buckets:
             bucket.grads = [None] * len(bucket.weights)
         plan.write_tables(None, None)
-        plan.reconcile()
+        if not plan.options.is_running:
+            plan.reconcile()
         return True
 
     def check(self, plan: StepPlan, has_grad_scaler: bool) -> None:
@@ -122,22 +135,25 @@ class GradientRelease:
         """Raise RuntimeError where something has changed since the first gradient was taken."""
         if not self.taken:
             return
-        if plan is not self._plan or any(b.externally_modified() for b in plan.buckets):
+        modified = not plan.options.is_running and any(
+            bucket.externally_modified() for bucket in plan.buckets
+        )
+        if plan is not self._plan or modified:
             self.taken.clear()
             raise RuntimeError(
                 "weights, groups and state must not change between backward() and step() where "
                 "gradients are released: this step's gradients are lost"
             )
 
-    def add_sums(self, bucket: Bucket) -> None:
-        """Add the sums of the weights taken during the backward pass to their bucket's."""
+    def add_sums(self, bucket: Bucket, columns: slice) -> None:
+        """Add columns of the sums of weights taken during the backward pass to their bucket's."""
         sums = [self._singles[p].sums for p in bucket.parameters if p in self.taken]
         for stream, event in self._streams.items():
             if stream.device == bucket.device:
                 torch.cuda.current_stream(bucket.device).wait_event(event)
         if sums:
             total = torch.stack(sums).sum(0)
-            bucket.sums[:, GRADIENT_COLUMNS] += total[:, GRADIENT_COLUMNS]
+            bucket.sums[:, columns] += total[:, columns]
 
     def end_step(self) -> None:
         """Prepare for the next backward pass."""

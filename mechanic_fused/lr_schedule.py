@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import VARIANTS
+from .options import RUNNING, VARIANTS, number
 
 PEAK = "peak_lr"
 """The entry of a param group that holds the largest lr it has had or a scheduler announces."""
@@ -17,13 +17,25 @@ MAX_PEAK = "max_peak_lr"
 """The entry of every param group that holds the largest PEAK of all groups."""
 
 
-def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
+def check_lrs(param_groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError for an lr that is not finite; one on a device is not read."""
+    for i, group in enumerate(param_groups):
+        lr = _without_device_read(group.get("lr", 1.0))
+        if not torch.is_tensor(lr):
+            number(f"lr of param group {i}", lr)
+
+
+def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
     """Update each group's peak lr, and store the maximum over all groups in ``max_peak_lr``.
+
+    Returns:
+        By how much the peaks have grown, the least of all groups that had one.
 
     The peak is the lr that a scheduler announces (``max_lr``, ``initial_lr``), or else the lr that
     the group was made with; during a run it only grows. An lr that is a tensor is read before the
     start only.
     """
+    growths = []
     for group in param_groups:
         announced = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
         lrs = [*announced, group.get("lr", 1.0)]
@@ -31,18 +43,22 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> None:
             lrs = [lr for lr in lrs if not torch.is_tensor(lr)]
         if PEAK in group and (started or not announced):
             lrs.append(group[PEAK])
-        group[PEAK] = max(map(float, lrs))
+        before, group[PEAK] = group.get(PEAK, 0.0), max(map(float, lrs))
+        if before > 0:
+            growths.append(group[PEAK] / before)
     largest = max((group[PEAK] for group in param_groups), default=0.0)
     for group in param_groups:
         group[MAX_PEAK] = largest
+    return min(growths, default=1.0)
 
 
 def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:
     """Return lr/(peak lr) in [0, 1], of the group that is nearest to its peak.
 
-    1 for the variants that do not anneal S.
+    1 for the variants that do not look at it.
     """
-    if not VARIANTS[param_groups[0]["variant"]].anneals:
+    variant = param_groups[0]["variant"]
+    if variant != RUNNING and not VARIANTS[variant].anneals:
         return 1.0
     factors = [
         _without_device_read(group.get("lr", 1.0)) / group[PEAK]

@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import backends, state
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
+from .log_tuner import LogTuner, in_running_form
+from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
-    BETAS,
+    AUTO,
     CALIBRATED,
     DELTA_DTYPES,
+    RUNNING,
     SCALE_PER,
     STATE_DTYPES,
     USER_OPTIONS,
     accepts_old_names,
     max_norm,
     one_of,
+    resolve_variant,
     tuner_options,
     warn_renamed,
     with_new_group_keys,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan
+from .scale_rows import KEY, ScaleRows, check_saved, scale_keys
 from .step import take_step
 from .torch_internals import SupportsGradScaler, mute_capturable_warning
-from .tuner import KEY, Tuner, check_saved, scale_keys
+from .tuner import Tuner
 
 DEFAULTS: dict[str, Any] = {
-    "s_decay": 0.01,
-    "tuner_betas": BETAS,
+    "s_decay": None,
+    "tuner_betas": None,
     "s_init": None,
-    "tuner_eps": 1e-8,
-    "variant": "annealed",
+    "tuner_eps": None,
+    "variant": None,
     "scale_per": "model",
     "backend": "auto",
     "log_func": None,
@@ -48,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Mechanized(SupportsGradScaler, Optimizer):
-    """What :func:`mechanic_fused.mechanize` puts in front of a base: x = x_ref + S·Δ.
+    """What :func:`mechanic_fused.mechanize` puts in front of a base: x += S·u.
 
     Do not instantiate this class: use a subclass, which names its base.
     """
@@ -56,7 +63,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     _base: type[Optimizer]
     _class_options: dict[str, Any] = DEFAULTS
     _plan: StepPlan | None
-    _tuner: Tuner | None
+    _tuner: ScaleRows | None
 
     @accepts_old_names
     def __init__(
@@ -74,6 +81,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
         **base_options: Any,
     ) -> None:
@@ -89,6 +97,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
             "backend": backend,
         }
         chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
+        exact = (chosen["s_decay"], chosen["tuner_betas"], chosen["tuner_eps"], delta_dtype)
+        chosen["variant"] = resolve_variant(chosen["variant"], *exact)
         self._tuner_options = tuner_options(**{k: chosen[k] for k in USER_OPTIONS})
         self._scale_per = one_of("scale_per", chosen["scale_per"], SCALE_PER)
         self._backend = chosen["backend"]
@@ -96,9 +106,14 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._state_dtype = one_of("state_dtype", state_dtype, STATE_DTYPES)
         self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
         self.max_grad_norm = max_norm(max_grad_norm)
-        self.reduce_group = reduce_group
+        if delta_dtype is not None and chosen["variant"] == RUNNING:
+            raise ValueError(
+                "delta_dtype must be None with variant='running', which keeps no Δ, "
+                f"got {delta_dtype}"
+            )
+        self.reduce_group, self.loss_group = reduce_group, loss_group
         self.extra_groups = tuple(extra_groups)
-        self._lost_groups = False
+        self._lost_groups = self._warned = False
         self._release: GradientRelease | None = None
         self._run = Run()
         self._drop_derived()
@@ -107,24 +122,90 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._current_tuner()
 
     @torch.compiler.disable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step: g → Δ, then S, then x = x_ref + S·Δ.
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
+        """Take one step: x += S·u, then S moves; or one of the exact form that was chosen.
 
         Until the first step with a gradient element that is not 0, only state is created. Where
         weights are sharded, every rank must call it.
 
         Args:
-            closure: reevaluates the model and returns the loss, which ``step`` returns.
+            closure: reevaluates the model and returns the loss, which ``step`` returns; it is
+                observed, see :meth:`observe`.
+            loss: the loss whose gradients these are, to be observed.
 
         Raises:
-            ValueError: for gradients or weights that cannot be used; nothing has changed then.
+            ValueError: for gradients, weights or a loss that cannot be used; nothing has changed
+                then.
         """
-        loss = None
+        returned = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        take_step([self.plan_step()])
-        return loss
+                returned = closure()
+        plan = self.plan_step()
+        if loss is not None:
+            self.observe(loss)
+        elif returned is not None:
+            self._observe_closure(returned)
+        take_step([plan])
+        return returned
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def observe(self, loss: Tensor | float) -> None:
+        """Take a loss of the next step, from which S starts: S·‖g‖·‖u‖ = loss/13.
+
+        For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
+        are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
+        above 0, or not finite, says nothing. Once S learns, after the warm-up and ten steps at
+        least, none is needed. The exact forms do without.
+
+        Args:
+            loss: one number; a tensor stays on its device and is not read.
+
+        Raises:
+            ValueError: for more than one number, or losses of several ranks where nothing tells
+                over which of them to average.
+
+        Example:
+            >>> from mechanic_fused import MechanicSGD
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> opt = MechanicSGD([weight], lr=1.0)
+            >>> loss = (weight**2).sum()
+            >>> loss.backward()
+            >>> opt.observe(loss)
+            >>> opt.step()
+        """
+        number = observed(loss)
+        tuner = self._current_tuner()
+        if not isinstance(tuner, LogTuner):
+            return
+        check_loss_groups(self.param_groups, self.reduce_group, self.loss_group)
+        tuner.observe(number)
+
+    def _observe_closure(self, loss: Any) -> None:
+        """Observe what a closure has returned, where it is known over which ranks to average."""
+        if not self._is_running:
+            return
+        try:
+            self.observe(loss)
+        except ValueError as error:
+            # 0.1 did not look at what a closure returns.
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"the closure's loss is not observed: {error}", stacklevel=3)
+
+    def watch(self, model: torch.nn.Module) -> RemovableHandle:
+        """Observe the ``loss`` of what a model returns while it trains, as transformers' models do.
+
+        Args:
+            model: its outputs have an attribute or an entry ``loss``, or are left alone.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        return model.register_forward_hook(LossWatcher(self.observe, model))
 
     @torch.no_grad()
     def plan_step(self) -> StepPlan:
@@ -146,19 +227,31 @@ class Mechanized(SupportsGradScaler, Optimizer):
         return plan
 
     def _fitting_plan(self) -> StepPlan:
-        if self._lost_groups and self.reduce_group is None and not self.extra_groups:
+        groups = (self.reduce_group, self.loss_group, *self.extra_groups)
+        if self._lost_groups and all(group is None for group in groups):
             raise RuntimeError(
-                "process groups cannot be copied or pickled: set reduce_group or extra_groups of "
-                "the copy to what the original had"
+                "process groups cannot be copied or pickled: set reduce_group, loss_group or "
+                "extra_groups of the copy to what the original had"
             )
         reason = self.fallback_reason
         fused = None if reason else TABLE[self._base]
         tuner = self._current_tuner()
         plan = self._plan
-        if plan is not None and plan.fits(self.param_groups, fused, self.reduce_group):
+        if (
+            plan is not None
+            and plan.tuner is tuner
+            and plan.options.loss_group is self.loss_group
+            and plan.fits(self.param_groups, fused, self.reduce_group)
+        ):
             return plan
         options = PlanOptions(
-            self._backend, self._scale_per, self._state_dtype, self._delta_dtype, self.reduce_group
+            self._backend,
+            self._scale_per,
+            self._state_dtype,
+            self._delta_dtype,
+            self.reduce_group,
+            self.loss_group,
+            self._is_running,
         )
         fallback = Fallback(self, self._base, reason) if reason else None
         plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
@@ -167,19 +260,28 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._plan = plan
         return plan
 
-    def _current_tuner(self) -> Tuner:
+    @property
+    def _is_running(self) -> bool:
+        return bool(self.param_groups) and self.param_groups[0]["variant"] == RUNNING
+
+    def _current_tuner(self) -> ScaleRows:
+        self._run.settle()
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         # Weights on the meta device get their storage, and their device, later.
         device = torch.device("cpu") if device.type == "meta" else device
-        if self._tuner is None or self._tuner.device != device:
-            self._tuner = Tuner(scale_keys(groups, self._scale_per), groups[0], device)
+        kind = LogTuner if groups and groups[0]["variant"] == RUNNING else Tuner
+        if type(self._tuner) is not kind or self._tuner.device != device:
+            # Who reads S under inference_mode must not make tensors that no step may write.
+            with torch.inference_mode(False):
+                self._tuner = kind(scale_keys(groups, self._scale_per), groups[0], device)
         self._tuner.follow(groups, self._scale_per)
         self._tuner.set_options(groups[0])
         return self._tuner
 
     def _drop_derived(self) -> None:
         """Drop everything that can be derived from param_groups and state."""
+        self._run.settle()
         self._plan, self._tuner = None, None
         self._run.phase = self._run.squared_norm = None
 
@@ -192,17 +294,34 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def scale(self) -> Tensor:
-        """S = Σ s: a new float64 tensor (scales,) on the weights' device."""
+        """S: a new float64 tensor (scales,) on the weights' device."""
         return self._current_tuner().scale()
+
+    @property
+    def scale_source(self) -> str:
+        """What S started from: "loss", "norms" (no loss was observed) or "s_init"; "" before.
+
+        "s_init" also where it was taken over from a checkpoint of an exact form.
+        """
+        tuner = self._current_tuner()
+        if self.param_groups[0]["s_init"] != AUTO or not isinstance(tuner, LogTuner):
+            return "s_init"
+        known = tuner.scale() > 0
+        if not bool(known.any()):
+            return ""
+        if bool(tuner.given().any()):
+            return "s_init"
+        return "loss" if bool((tuner.anchored() | ~known).all()) else "norms"
 
     def learned_lr(self) -> list[float]:
         """Return S·lr of each param group, as floats, for logging; reads the device.
 
-        With ``scale_per="parameter"`` it is the mean over the group's weights.
+        With ``scale_per="parameter"`` it is the mean over the group's weights that have a scale.
         """
+        known = [[scale for scale in scales if scale] for scales in self.group_scales()]
         return [
             sum(scales) / len(scales) * float(group.get("lr", 1.0)) if scales else 0.0
-            for group, scales in zip(self.param_groups, self.group_scales(), strict=True)
+            for group, scales in zip(self.param_groups, known, strict=True)
         ]
 
     def group_scales(self) -> list[list[float]]:
@@ -238,6 +357,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         √(g·g) over all weights and ranks. With ``max_grad_norm`` elements that are not finite are
         left out; without it they make the norm NaN or infinite.
         """
+        self._run.settle()
         squared = self._run.squared_norm
         if squared is None:
             return torch.zeros((), dtype=torch.float64, device=self._current_tuner().device)
@@ -276,10 +396,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def shift_reference(self) -> None:
         """Accept weights written by others: x_ref shifts by what was written since the last step.
 
-        Needed only after writes that torch cannot see (through ``.data`` or numpy); all others are
-        detected.
+        Needed only in the exact forms, after writes that torch cannot see (through ``.data`` or
+        numpy); all others are detected.
         """
-        if not self._run.has_started(self._current_tuner()):
+        if self._is_running or not self._run.has_started(self._current_tuner()):
             return
         plan = self.plan_step()
         if self._release is not None and self._release.taken:
@@ -297,17 +417,19 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @torch.no_grad()
     def reset_scale(self) -> None:
-        """Start a new run from the current weights: S as at the start, Δ = 0, x_ref = x.
+        """Start a new run from the current weights: S as at the start, x_ref = x (and Δ = 0).
 
         The base's own state (momentum) is kept; the count of non-finite steps starts at 0.
         """
         for bucket in self.plan_step().buckets:
             for delta in bucket.delta:
                 delta.zero_()
-        for entries in self.state.values():
-            # Weights that are frozen now have a Δ as well.
+        # Weights that are frozen now have a Δ and an x_ref as well.
+        for p, entries in self.state.items():
             if isinstance(entries, dict) and "delta" in entries:
                 entries["delta"].zero_()
+            elif isinstance(entries, dict) and "x_ref" in entries:
+                entries["x_ref"].copy_(p)
         for group in self.param_groups:
             group.update({name: self._tuner_options[name] for name in CALIBRATED})
             group.pop(PEAK, None)
@@ -317,9 +439,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def release_gradients(self, reduced: bool = False) -> None:
         """Take each weight's part of a step during the backward pass, and free its gradient there.
 
-        Only one gradient or a few are then in memory at a time; ``step()`` tunes S and writes the
-        weights. The results are those of the ordinary step up to the order of the sums. It takes
-        effect from the second informative step; calling it again changes nothing.
+        Only one gradient or a few are then in memory at a time. The results are those of the
+        ordinary step up to the order of the sums. In the running form the weights are written there
+        too, from the first step on; in the exact forms it takes effect from the second informative
+        step, and ``step()`` writes the weights. Calling it again changes nothing.
 
         Args:
             reduced: whether gradients of plain weights need no reduction over ranks after the
@@ -339,9 +462,19 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         A scale for each weight makes a param group for each weight. The state is a copy, in the
         weights' dtype.
+
+        Raises:
+            ValueError: before a scale is known.
         """
         names = None if self.fallback_reason else TABLE[self._base].state_names
-        return state.to_base(self, self._base, self.group_scales(), names)
+        scales = self.group_scales()
+        known = [scale for group in scales for scale in group if scale > 0]
+        if not known:
+            raise ValueError("to_base() needs a learned scale, expected S above 0, got 0")
+        # Weights that have not learned a scale of their own take the others' mean.
+        mean = sum(known) / len(known)
+        scales = [[scale or mean for scale in group] for group in scales]
+        return state.to_base(self, self._base, scales, names)
 
     def refresh_hyperparameters(self) -> None:
         """Send changed hyperparameters to the device, before replaying a captured step.
@@ -360,16 +493,30 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Whether :meth:`release_gradients` has been called."""
         return self._release is not None
 
-    def run_state(self) -> tuple[Phase | None, Tensor | None]:
-        """Return what is in neither param_groups nor state: the phase and last squared norm."""
-        return self._run.phase, self._run.squared_norm
+    def run_state(self) -> tuple[Phase | None, Tensor | None, Tensor | None]:
+        """Return what is in neither param_groups nor state.
 
-    def restore_run_state(self, saved: tuple[Phase | None, Tensor | None]) -> None:
+        The phase, the last squared norm and the losses observed for the next step.
+        """
+        tuner = self._current_tuner()
+        losses = tuner.losses.clone() if isinstance(tuner, LogTuner) else None
+        return self._run.phase, self._run.squared_norm, losses
+
+    def restore_run_state(self, saved: tuple[Phase | None, Tensor | None, Tensor | None]) -> None:
         """Restore :meth:`run_state`, after param_groups and state have been restored."""
         self._drop_derived()
-        self._run.phase, self._run.squared_norm = saved
+        self._run.phase, self._run.squared_norm, losses = saved
+        tuner = self._current_tuner()
+        if losses is not None and isinstance(tuner, LogTuner):
+            tuner.losses.copy_(losses)
 
     # Being a torch optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also what released ones have left for ``step``."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.end_step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its weights join the run at their current values.
@@ -409,16 +556,33 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 raise
             self._release.watch(self.param_groups[-1]["params"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups, after the reduction of the last step has ended."""
+        self._run.settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
 
         As with every torch optimizer the saved hyperparameters come along: after loading a plain
         base's checkpoint set ``lr`` (and a scheduler's ``initial_lr``) of each group back to 1.
 
+        A checkpoint of an exact form goes on in the running form with the S that it had learned.
+
         Raises:
-            ValueError: for a checkpoint with scales for other parts of the model, or other groups.
+            ValueError: for a checkpoint with scales for other parts of the model, or other groups,
+                or one of the running form in an exact one.
         """
         groups = [with_new_group_keys(group) for group in state_dict["param_groups"]]
+        if self._is_running:
+            if not any(group.get("variant") == RUNNING for group in groups):
+                groups = in_running_form(groups)
+        elif any(group.get("variant") == RUNNING for group in groups):
+            raise ValueError(
+                "a checkpoint of the running form has neither Δ nor a bettor's state: expected "
+                f"an optimizer with variant='running', got {self.param_groups[0]['variant']!r}; or "
+                "load what to_base() gives"
+            )
         state_dict = {**state_dict, "param_groups": groups}
         check_saved(groups, self.param_groups, self._scale_per)
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
@@ -429,7 +593,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
             *("_state_dtype", "_delta_dtype"),
         )
-        lost = self._lost_groups or self.reduce_group is not None or bool(self.extra_groups)
+        self._run.settle()
+        groups = (self.reduce_group, self.loss_group, *self.extra_groups)
+        lost = self._lost_groups or any(group is not None for group in groups)
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in kept},
@@ -450,8 +616,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         mute_capturable_warning(self)
         if "_run" not in vars(self):
             self._run = Run()
-            self.reduce_group, self.extra_groups = None, ()
+            self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None
+            self._warned = False
         self._drop_derived()
         if vars(self).pop("_prepared", False):
             self._run.phase = Phase.PREPARED

@@ -16,7 +16,6 @@ from . import backends
 from .lion import Lion
 from .optimizer import DEFAULTS, Mechanized
 from .options import (
-    BETAS,
     RENAMED_VARIANTS,
     SCALE_PER,
     USER_OPTIONS,
@@ -31,23 +30,30 @@ Log = Callable[[dict[str, Any]], None]
 
 _logger = logging.getLogger(__name__)
 
-_OWN_ARGS = """s_decay: λ, the tuner's decay (not the weights'), 0 or more.
-        tuner_betas: the tuner's betas (not the base's), each in (0, 1).
-        s_init: the initial scale, above 0; "auto": c·‖x‖/‖lr₀·d₁‖ with c = 1e-4, the base's first
-            direction d₁ and the peak lr lr₀; None: the variant's own.
-        tuner_eps: the tuner's ε, above 0.
-        variant: "annealed", or one of the published forms "optax", "paper" and "pytorch", which
-            expect lr = 1: see :func:`mechanic_fused.mechanize`.
+_OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'), 0 or more;
+            None: 0.01.
+        tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None:
+            those of the paper's code.
+        s_init: the initial scale, above 0; "auto": from the loss or from norms; None: the variant's
+            own.
+        tuner_eps: ε of an exact form's tuner, above 0; None: 1e-8.
+        variant: "running", or an exact form x = x_ref + S·Δ: "annealed", or one of the published
+            "optax", "paper" and "pytorch", which expect lr = 1; see
+            :func:`mechanic_fused.mechanize`. None: "running", or "annealed" where an option that
+            only the exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         state_dtype: None keeps the base's state in float32 (float64 beside float64 weights),
             "param" in the weights' dtype.
-        delta_dtype: None keeps Δ in float32 (float64 beside float64 weights), torch.bfloat16 in
-            bfloat16 with stochastic rounding (not beside float64 weights).
+        delta_dtype: of the exact forms: None keeps Δ in float32 (float64 beside float64 weights),
+            torch.bfloat16 in bfloat16 with stochastic rounding (not beside float64 weights).
         max_grad_norm: clip the gradients of all weights and ranks to this norm, above 0, within the
             step; None: no clipping.
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
             DTensors and for weights that every rank has whole.
+        loss_group: the process group over whose ranks observed losses are averaged; None: those of
+            DTensors' meshes, or ``reduce_group``. DistributedDataParallel needs it where a loss is
+            given.
         extra_groups: process groups whose ranks hold other weights of the model (pipeline stages).
 
     Raises:
@@ -63,13 +69,13 @@ def _documented(cls: T) -> T:
 
 @_documented
 class MechanicAdamW(Mechanized, torch.optim.AdamW):
-    """AdamW with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """AdamW with a learned scale: x += S·u.
 
     u = −lr·(m̂/(√v̂ + ε) + weight_decay·x)
 
     Args:
         params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
-        lr: the peak of your schedule; with "annealed" its size does not matter.
+        lr: the peak of your schedule; its size does not matter, but for the published forms.
         betas: (β₁, β₂), each in [0, 1).
         eps: the base's ε, 0 or more.
         weight_decay: decoupled, 0 or more; the effective decay is S·lr·weight_decay.
@@ -79,7 +85,8 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1711.05101.
 
@@ -108,17 +115,18 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        s_decay: float = 0.01,
-        tuner_betas: Sequence[float] = BETAS,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
-        tuner_eps: float = 1e-8,
-        variant: str = "annealed",
+        tuner_eps: float | None = None,
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
     ) -> None:
         super().__init__(
@@ -144,19 +152,20 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             delta_dtype=delta_dtype,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
+            loss_group=loss_group,
             extra_groups=extra_groups,
         )
 
 
 @_documented
 class MechanicAdam(Mechanized, torch.optim.Adam):
-    """Adam with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Adam with a learned scale: x += S·u.
 
     u = −lr·m̂/(√v̂ + ε)
 
     Args:
         params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
-        lr: the peak of your schedule; with "annealed" its size does not matter.
+        lr: the peak of your schedule; its size does not matter, but for the published forms.
         betas: (β₁, β₂), each in [0, 1).
         eps: the base's ε, 0 or more.
         weight_decay: added to the gradient (L2), 0 or more.
@@ -167,7 +176,8 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, m and v.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m and v, and beside 16-bit
+    weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 1412.6980.
 
@@ -197,17 +207,18 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        s_decay: float = 0.01,
-        tuner_betas: Sequence[float] = BETAS,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
-        tuner_eps: float = 1e-8,
-        variant: str = "annealed",
+        tuner_eps: float | None = None,
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
     ) -> None:
         super().__init__(
@@ -234,20 +245,21 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             delta_dtype=delta_dtype,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
+            loss_group=loss_group,
             extra_groups=extra_groups,
         )
 
 
 @_documented
 class MechanicSGD(Mechanized, torch.optim.SGD):
-    """SGD with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """SGD with a learned scale: x += S·u.
 
     d = g + weight_decay·x;  buffer = momentum·buffer + (1 − dampening)·d;  u = −lr·buffer, without
     momentum −lr·d, with Nesterov −lr·(d + momentum·buffer).
 
     Args:
         params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
-        lr: the peak of your schedule; with "annealed" its size does not matter.
+        lr: the peak of your schedule; its size does not matter, but for the published forms.
         momentum: μ, 0 or more.
         dampening: dampening of the momentum.
         weight_decay: added to the gradient (L2), 0 or more.
@@ -257,7 +269,8 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             read GradScaler's numbers on the device, differentiable must be False.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and the momentum buffer.
+    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum buffer, and
+    beside 16-bit weights their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1.
 
@@ -285,17 +298,18 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        s_decay: float = 0.01,
-        tuner_betas: Sequence[float] = BETAS,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
-        tuner_eps: float = 1e-8,
-        variant: str = "annealed",
+        tuner_eps: float | None = None,
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
     ) -> None:
         super().__init__(
@@ -320,25 +334,27 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             delta_dtype=delta_dtype,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
+            loss_group=loss_group,
             extra_groups=extra_groups,
         )
 
 
 @_documented
 class MechanicLion(Mechanized, Lion):
-    """Lion with a learned scale: x = x_ref + S·Δ, Δ += u.
+    """Lion with a learned scale: x += S·u.
 
     u = −lr·(sign(β₁·m + (1−β₁)·g) + weight_decay·x);  m = β₂·m + (1−β₂)·g.
 
     Args:
         params: weights or param groups, of float32, bfloat16, float16 or float64, of any shape.
-        lr: the peak of your schedule; with "annealed" its size does not matter.
+        lr: the peak of your schedule; its size does not matter, but for the published forms.
         betas: (β₁, β₂), each in [0, 1).
         weight_decay: decoupled, 0 or more; the effective decay is S·lr·weight_decay.
         maximize: maximize the objective instead of minimizing it.
         %(own)s
 
-    Memory beside weights and gradients: x_ref in the weights' dtype, Δ, and m.
+    Memory beside weights and gradients: x_ref in the weights' dtype, m, and beside 16-bit weights
+    their low bits; in the exact forms Δ instead of low bits.
 
     Source: arXiv 2306.00144, Algorithm 1; arXiv 2302.06675, Algorithm 2.
 
@@ -361,17 +377,18 @@ class MechanicLion(Mechanized, Lion):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        s_decay: float = 0.01,
-        tuner_betas: Sequence[float] = BETAS,
+        s_decay: float | None = None,
+        tuner_betas: Sequence[float] | None = None,
         s_init: float | str | None = None,
-        tuner_eps: float = 1e-8,
-        variant: str = "annealed",
+        tuner_eps: float | None = None,
+        variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
+        loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
     ) -> None:
         super().__init__(
@@ -391,6 +408,7 @@ class MechanicLion(Mechanized, Lion):
             delta_dtype=delta_dtype,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
+            loss_group=loss_group,
             extra_groups=extra_groups,
         )
 
@@ -402,15 +420,15 @@ _made: dict[Any, type[Any]] = {}
 @accepts_old_names
 def mechanize(
     Base: type[Optimizer],
-    s_decay: float = 0.01,
-    betas: Sequence[float] = BETAS,
+    s_decay: float | None = None,
+    betas: Sequence[float] | None = None,
     s_init: float | str | None = None,
-    eps: float = 1e-8,
+    eps: float | None = None,
     store_delta: bool = True,
     log_func: Log | None = None,
     log_every: int = 0,
     *,
-    variant: str = "annealed",
+    variant: str | None = None,
     scale_per: str = "model",
     backend: str = "auto",
     tuner_betas: Sequence[float] | None = None,
@@ -418,24 +436,28 @@ def mechanize(
 ) -> type[Any]:
     """Return a class of optimizers that learn the scale of Base's updates.
 
-    x = x_ref + S·Δ, where Δ is the sum of Base's updates and S = Σ s is learned from
-    h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
+    x += S·u, where u is Base's update. S starts from the loss, S·‖g‖·‖u‖ = loss/13, or from norms
+    where no loss is observed, S·‖u‖ = ‖x‖/100, and then ln S moves by h = ⟨g, x − x_ref⟩ over its
+    root mean square. In the exact forms x = x_ref + S·Δ, where Δ is the sum of Base's updates, and
+    S = Σ s is learned from h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
 
     Args:
         Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
-        s_decay: λ, 0 or more.
-        betas: the tuner's betas (not Base's), each in (0, 1); mechanic_pytorch's name for
-            ``tuner_betas``.
-        s_init: the initial scale, above 0; None: the variant's own. "auto": c·‖x‖/‖lr₀·d₁‖ with
-            c = 1e-4, the base's first direction d₁ and the schedule's peak lr₀.
-        eps: the tuner's ε, above 0; mechanic_pytorch's name for ``tuner_eps``.
-        store_delta: accepted for mechanic_pytorch's sake; Δ is always stored.
+        s_decay: λ of the exact forms, 0 or more; None: 0.01.
+        betas: the betas of an exact form's tuner (not Base's), each in (0, 1); mechanic_pytorch's
+            name for ``tuner_betas``.
+        s_init: the initial scale, above 0; None: the variant's own. "auto": as above; in an exact
+            form c·‖x‖/‖lr₀·d₁‖ with c = 1e-4, the base's first direction d₁ and the schedule's peak
+            lr₀.
+        eps: ε of an exact form's tuner, above 0; mechanic_pytorch's name for ``tuner_eps``.
+        store_delta: accepted for mechanic_pytorch's sake; the exact forms always store Δ.
         log_func: called with {"iter_count": int, "s": float}; None: the module's logger.
         log_every: call ``log_func`` every so many steps, which reads the device; 0: never.
-        variant: "optax", "paper" or "pytorch", the published forms of the tuner, or "annealed":
-            optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's lr does not
-            matter, and with s moving by lr/lr₀ of its update, so that the weights come to rest with
-            the schedule.
+        variant: "running", or an exact form: "optax", "paper" or "pytorch", the published ones, or
+            "annealed": optax's with s_init="auto", with λ and ε per unit of lr₀, so that the base's
+            lr does not matter, and with s moving by lr/lr₀ of its update, so that the weights come
+            to rest with the schedule. None: "running", or "annealed" where an option that only the
+            exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         tuner_betas, tuner_eps: as ``betas`` and ``eps``, under the constructor's names.
@@ -453,7 +475,7 @@ def mechanize(
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> opt = mechanize(torch.optim.RAdam, s_decay=0.0)([weight], lr=1.0)
+        >>> opt = mechanize(torch.optim.RAdam)([weight], lr=1.0)
         >>> (weight ** 2).sum().backward()
         >>> opt.step()
     """

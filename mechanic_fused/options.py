@@ -1,4 +1,4 @@
-"""The tuner's options: the variants, their defaults, range checks, and names that were renamed."""
+"""The tuners' options: the variants, their defaults, range checks, and names that were renamed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
+S_DECAY, TUNER_EPS = 0.01, 1e-8
+
 SCALE_PER = ("model", "group", "parameter")
 
 P = ParamSpec("P")
@@ -21,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Variant:
-    """One form of Mechanic's tuner, as constants.
+    """One exact form of Mechanic, as the constants of its tuner.
 
     Args:
         s_init: the initial scale where the user gives none.
@@ -48,13 +50,36 @@ class Variant:
 AUTO = "auto"
 """The s_init that is calibrated from norms at the first step that changes Δ."""
 
+ANNEALED = "annealed"
+"""The default of 0.1."""
+
 VARIANTS = {
     "optax": Variant(1e-6, True, 0.0, True, True, False),
     "paper": Variant(1e-8, False, 0.0, False, False, True),
     "pytorch": Variant(1e-8, False, 1e-6, False, False, True),
     # optax's constants, independent of the unit of lr, with S annealed by the schedule.
-    "annealed": Variant(AUTO, True, 0.0, True, True, False, per_peak_lr=True, anneals=True),
+    ANNEALED: Variant(AUTO, True, 0.0, True, True, False, per_peak_lr=True, anneals=True),
 }
+
+RUNNING = "running"
+"""The variant without a bettor: x ← x + S·u, with ln S moved by the log tuner."""
+
+LOG_TUNING: dict[str, float] = {
+    "anchor_share": 1 / 13,
+    "norm_share": 1e-2,
+    "least_rms": 0.02,
+    "average": 10,
+    "held": 10,
+    "gain": 3.0,
+    "max_move": 0.03,
+    "bias": 0.25,
+    "outlier": 10.0,
+    "memory": 4,
+    "ceiling": 6.0,
+    "regrowth": 2.0,
+}
+"""The constants of the log tuner, see ``formulas.log_tune_row``; docs/decisions.md says how they
+were chosen."""
 
 FIRST_UPDATE_NORM = 1e-4
 """With s_init="auto": ‖S·u‖ of the first update at the peak lr, as a fraction of ‖x‖."""
@@ -135,26 +160,46 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     return value
 
 
+def resolve_variant(variant: str | None, *exact_options: Any) -> str:
+    """Return the variant that None stands for: the running form, or 0.1's where it is meant.
+
+    Args:
+        exact_options: what was given for options that only the exact forms have.
+    """
+    if variant is not None:
+        return variant
+    return RUNNING if all(option is None for option in exact_options) else ANNEALED
+
+
 def tuner_options(
-    variant: str,
-    s_init: float | str | None,
-    s_decay: float,
-    tuner_betas: Sequence[float],
-    tuner_eps: float,
+    variant: str | None,
+    s_init: float | str | None = None,
+    s_decay: float | None = None,
+    tuner_betas: Sequence[float] | None = None,
+    tuner_eps: float | None = None,
 ) -> dict[str, Any]:
-    """Return the entries that the tuner adds to a param group.
+    """Return the entries that the tuner adds to a param group; None: the variant's own.
 
     Raises:
-        ValueError: for the first option that is out of range.
+        ValueError: for the first option that is out of range, or that the variant does not have.
     """
-    one_of("variant", variant, tuple(VARIANTS))
-    s_init = VARIANTS[variant].s_init if s_init is None else s_init
-    try:
-        betas = tuple(float(beta) for beta in tuner_betas)
-    except (TypeError, ValueError):
-        betas = ()
-    if not betas or not all(0 < beta < 1 for beta in betas):
-        raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {tuner_betas!r}")
+    variant = resolve_variant(variant, s_decay, tuner_betas, tuner_eps)
+    one_of("variant", variant, (*VARIANTS, RUNNING))
+    if variant == RUNNING:
+        given = {"s_decay": s_decay, "tuner_betas": tuner_betas, "tuner_eps": tuner_eps}
+        for name, value in given.items():
+            if value is not None:
+                exact = ", ".join(map(repr, VARIANTS))
+                raise ValueError(
+                    f"{name} belongs to the exact forms: expected None with variant={variant!r}, "
+                    f"or a variant out of {exact}, got {value!r}"
+                )
+    else:
+        s_decay = S_DECAY if s_decay is None else s_decay
+        tuner_betas = BETAS if tuner_betas is None else tuner_betas
+        tuner_eps = TUNER_EPS if tuner_eps is None else tuner_eps
+    if s_init is None:
+        s_init = AUTO if variant == RUNNING else VARIANTS[variant].s_init
     if s_init != AUTO:
         try:
             s_init = number("s_init", s_init, 0, above=True)
@@ -165,12 +210,24 @@ def tuner_options(
     return {
         "variant": variant,
         "s_init": s_init,
-        "s_decay": number("s_decay", s_decay, 0),
-        "tuner_betas": betas,
-        "tuner_eps": number("tuner_eps", tuner_eps, 0, above=True),
+        "s_decay": s_decay if s_decay is None else number("s_decay", s_decay, 0),
+        "tuner_betas": tuner_betas if tuner_betas is None else _betas(tuner_betas),
+        "tuner_eps": tuner_eps
+        if tuner_eps is None
+        else number("tuner_eps", tuner_eps, 0, above=True),
         "tune_scale": True,
         "max_peak_lr": 0.0,
     }
+
+
+def _betas(given: Sequence[float]) -> tuple[float, ...]:
+    try:
+        betas = tuple(float(beta) for beta in given)
+    except (TypeError, ValueError):
+        betas = ()
+    if not betas or not all(0 < beta < 1 for beta in betas):
+        raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {given!r}")
+    return betas
 
 
 def max_norm(value: float | None) -> float | None:
@@ -187,8 +244,8 @@ def max_norm(value: float | None) -> float | None:
 
 
 def awaits_calibration(param_groups: list[dict[str, Any]]) -> bool:
-    """Return whether s_init is "auto" and no step has changed Δ so far."""
-    return any(group["s_init"] == AUTO for group in param_groups)
+    """Return whether s_init is "auto", in an exact form, and no step has changed Δ so far."""
+    return any(g["s_init"] == AUTO and g["variant"] != RUNNING for g in param_groups)
 
 
 def calibrate(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) -> None:

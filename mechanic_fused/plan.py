@@ -13,19 +13,27 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import reference
-from .backends.layout import GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .backends.layout import GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
-from .distributed import Groups, Rows, shard_index, shards
+from .distributed import Groups, Reduction, Rows, mesh_groups, shard_index, shards
 from .fallback import FALLBACK, Fallback
 from .fused_bases import FusedBase, Group
+from .log_tuner import LogTuner
 from .lr_schedule import PEAK
 from .param_checks import check_weights, is_dense
+from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .torch_internals import local
-from .tuner import KEY, Tuner
+from .tuner import Tuner
 
 if TYPE_CHECKING:
     from .gradient_release import GradientRelease
+
+ALL_COLUMNS, GRADIENT_COLUMNS = slice(None), slice(GD, GG + 1, GG - GD)
+"""Columns of the sums that a step of the running form takes, and those of ``accumulate``."""
+
+LOSS = slice(1, 3)
+"""Columns of the row beside the sums that is reduced with them: the sum and number of losses."""
 
 SHARD_BITS = 16
 """Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
@@ -42,6 +50,27 @@ class Phase(Enum):
     RUNNING = "an informative step has been taken"
 
 
+class Pending:
+    """What is left of a step of the running form: its sums are reduced while the caller goes on.
+
+    Args:
+        reduction: of the sums of all plans.
+        plans: whose tuners wait for it.
+    """
+
+    def __init__(self, reduction: Reduction, plans: Sequence[StepPlan]) -> None:
+        self._reduction, self._plans = reduction, plans
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for the sums and tune, once."""
+        plans, self._plans = self._plans, ()
+        if plans:
+            total = self._reduction.wait()
+            for plan in plans:
+                plan.log_tune(total)
+
+
 @dataclass
 class Run:
     """The state of a run that is in neither param groups nor state; the optimizer's plans share it.
@@ -49,12 +78,20 @@ class Run:
     Attributes:
         phase: None until it has been read from the tuner's counters.
         squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
+        pending: the reduction that the last step of the running form has left under way, or None.
     """
 
     phase: Phase | None = None
     squared_norm: Tensor | None = None
+    pending: Pending | None = None
 
-    def has_started(self, tuner: Tuner) -> bool:
+    def settle(self) -> None:
+        """Finish the step whose sums are still being reduced, if there is one."""
+        if self.pending is not None:
+            self.pending.settle()
+            self.pending = None
+
+    def has_started(self, tuner: ScaleRows) -> bool:
         """Return whether an informative step has been taken; reads the device once in a run."""
         if self.phase is None:
             any_steps = bool(tuner.counters[:, 0].any())
@@ -73,6 +110,9 @@ class PlanOptions:
         delta_dtype: torch.bfloat16 to keep Δ in bfloat16; None: float32. float64 weights keep
             float64.
         reduce_group: the process group over which plain weights are sharded, or None.
+        loss_group: the process group over whose ranks observed losses are averaged; None: those of
+            the meshes of the weights, and ``reduce_group``.
+        is_running: the running form; its state has no Δ.
     """
 
     backend: str
@@ -80,13 +120,17 @@ class PlanOptions:
     state_dtype: str | None = None
     delta_dtype: torch.dtype | None = None
     reduce_group: Any = None
+    loss_group: Any = None
+    is_running: bool = False
 
     def dtype_of_state(self, weight: torch.dtype) -> torch.dtype:
         """Return the dtype of the base's state beside weights of a dtype."""
         return weight if self.state_dtype == "param" else compute_dtype(weight)
 
-    def dtype_of_delta(self, weight: torch.dtype) -> torch.dtype:
-        """Return the dtype of Δ beside weights of a dtype."""
+    def dtype_of_delta(self, weight: torch.dtype) -> torch.dtype | None:
+        """Return the dtype of Δ beside weights of a dtype; None where there is none."""
+        if self.is_running:
+            return None
         wide = compute_dtype(weight)
         return self.delta_dtype if self.delta_dtype and wide is torch.float32 else wide
 
@@ -135,7 +179,7 @@ class StepPlan:
         param_groups: list[Group],
         states: Mapping[Tensor, dict[str, Any]],
         options: PlanOptions,
-        tuner: Tuner,
+        tuner: ScaleRows,
         run: Run,
         fused: FusedBase | None,
         fallback: Fallback | None,
@@ -162,9 +206,10 @@ class StepPlan:
         group_sets = {key.shards: None for key in slots}
         if options.reduce_group is not None:
             group_sets[(options.reduce_group,)] = None
+        self._loss_groups = self._groups_of_loss()
         # A stage that trains nothing contributes zeros, or the other ranks would wait for it.
         self._group_sets = group_sets or {(): None}
-        self.is_sharded = any(self._group_sets)
+        self.reduces = any(self._group_sets) or (options.is_running and bool(self._loss_groups))
         same_device = (b.backend for b in self.buckets if b.device == tuner.device)
         name = backends.resolve(options.backend, tuner.device.type)
         self._tuner_backend = next(same_device, backends.load(name))
@@ -207,6 +252,16 @@ class StepPlan:
                 count += 1
         return slots
 
+    def _groups_of_loss(self) -> Groups:
+        """Return the process groups over whose ranks observed losses are averaged."""
+        options = self.options
+        if options.loss_group is not None:
+            return (options.loss_group,)
+        groups = {} if options.reduce_group is None else {options.reduce_group: None}
+        for p in self._members:
+            groups.update(dict.fromkeys(mesh_groups(p)))
+        return tuple(groups)
+
     def _bucket_key(self, p: Tensor, kind: str) -> BucketKey:
         name = backends.resolve(self.options.backend, p.device.type)
         # Kernels read flat storage, which a weight with gaps has not, and know four dtypes.
@@ -224,8 +279,11 @@ class StepPlan:
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
             return state
-        self.states[p].update(state)
-        return self.states[p]
+        entries = self.states[p]
+        entries.update(state)
+        for name in entries.keys() - state.keys():
+            del entries[name]
+        return entries
 
     def _reads_on_device(self) -> bool:
         """Return whether kernels read GradScaler's numbers and a tensor lr on the device."""
@@ -356,11 +414,15 @@ class StepPlan:
         unscale = 1.0 if grad_scale is None or self.reads_on_device else 1.0 / float(grad_scale)
         self._hyper_rows, self._live_lr = [], {}
         for number, group in enumerate(self.param_groups):
-            lr, *rest = (0.0,) * 7 if self.fused is None else self.fused.hyper(group)
+            lr: Any = group.get("lr", 1.0)
+            rest: Any = (0.0,) * 6
+            if self.fused is not None:
+                lr, *rest = self.fused.hyper(group)
             if self.reads_on_device and torch.is_tensor(lr) and lr.device.type != "cpu":
                 self._live_lr[number], lr = lr, 0.0
             sign = -unscale if group.get("maximize") else unscale
-            self._hyper_rows.append([float(lr), *map(float, rest), sign])
+            peak = float(group.get(PEAK, lr))
+            self._hyper_rows.append([float(lr), *map(float, rest), sign, peak])
 
     def gradient_norms(self, started: bool) -> Rows:
         """Return (2,): whether any gradient element is not 0, and N² = Σ g·g of finite elements.
@@ -417,7 +479,7 @@ class StepPlan:
             self.run.phase = Phase.PREPARED
 
     def clip(self, squared_norm: Tensor, max_norm: float) -> None:
-        """Let ``accumulate`` scale the gradients down where their norm exceeds ``max_norm``."""
+        """Let the step scale the gradients down where their norm exceeds ``max_norm``."""
         clip = torch.stack([squared_norm, squared_norm.new_full((), max_norm)])
         for bucket in self.buckets:
             bucket.clip = clip.to(bucket.device)
@@ -449,7 +511,7 @@ class StepPlan:
             shared: add a row that tells whether this plan has any gradient.
 
         Returns:
-            {process groups: (scales, 4) float64}, of this rank.
+            {process groups: (scales, 6) float64}, of this rank.
         """
         if self.fallback is not None:
             self.fallback.accumulate(self.buckets)
@@ -457,7 +519,7 @@ class StepPlan:
             for bucket in self.buckets:
                 bucket.backend.accumulate(bucket)
                 if self.release:
-                    self.release.add_sums(bucket)
+                    self.release.add_sums(bucket, GRADIENT_COLUMNS)
         scales = len(self.tuner.keys)
         if not shared:
             return self._rows(lambda bucket: bucket.sums, (scales, len(SUMS)))
@@ -467,6 +529,88 @@ class StepPlan:
             return torch.cat([bucket.sums, present])
 
         return self._rows(with_presence, (scales + 1, len(SUMS)))
+
+    def step(self) -> None:
+        """Take the sums of the running form; move the base's state and the weights: x += S·u."""
+        if self.fallback is not None:
+            self.fallback.step(self.buckets, self._log_tuner)
+            return
+        for bucket in self.buckets:
+            self.step_bucket(bucket)
+            if self.release:
+                self.release.add_sums(bucket, ALL_COLUMNS)
+
+    def step_bucket(self, bucket: Bucket) -> None:
+        """Take the step of one bucket, with the S that is known."""
+        tuner = self._log_tuner
+        near = tuner if bucket.device == tuner.device else tuner.to(bucket.device)
+        bucket.backend.step(bucket, near)
+
+    def sums(self) -> Tensor:
+        """Return the sums of the last step, (scales, 6), where nothing has to be reduced."""
+        return next(iter(self._rows(lambda b: b.sums, (len(self.tuner.keys), len(SUMS))).values()))
+
+    def rows_to_reduce(self) -> Rows:
+        """Return the sums of the last step with a row for what ranks may disagree about.
+
+        The row: whether this rank has a gradient, and the sum and the number of its losses, which
+        are forgotten here.
+        """
+        tuner = self._log_tuner
+        shape = (len(tuner.keys) + 1, len(SUMS))
+
+        def with_presence(bucket: Bucket) -> Tensor:
+            present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
+            present[:, LOSS] = 0.0
+            return torch.cat([bucket.sums, present])
+
+        rows = self._rows(with_presence, shape)
+        losses = tuner.losses.new_zeros(shape)
+        losses[-1, LOSS] = tuner.losses
+        self.forget_losses()
+        return distributed.merge([rows, {self._loss_groups: losses}])
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the S of the running form where the lr has risen above its known peak."""
+        if isinstance(self.tuner, LogTuner):
+            self.tuner.rescale(factor)
+
+    def log_tune(self, total: Tensor) -> None:
+        """Move ln S by the sums over all weights of all ranks.
+
+        If no rank has a gradient, nothing is tuned, as in a single process.
+        """
+        tuner, scales = self._log_tuner, len(self.tuner.keys)
+        if self.max_grad_norm is None:
+            self.run.squared_norm = total[:scales, GG]
+        if len(total) > scales:
+            if self._skips(total[scales, 0] == 0):
+                return
+            tuner.losses.copy_(total[scales, LOSS])
+        self._tuner_backend.log_tune(total[:scales], tuner)
+
+    def forget_losses(self) -> None:
+        """Drop the losses that were observed for a step that is not taken."""
+        if isinstance(self.tuner, LogTuner):
+            self.tuner.losses.zero_()
+
+    @property
+    def _log_tuner(self) -> LogTuner:
+        assert isinstance(self.tuner, LogTuner)
+        return self.tuner
+
+    @property
+    def _exact_tuner(self) -> Tuner:
+        assert isinstance(self.tuner, Tuner)
+        return self.tuner
+
+    def _skips(self, absent: Tensor) -> bool:
+        """Return whether nothing is to be tuned; where kernels read scalars, they are told."""
+        if not self.reads_on_device:
+            return bool(absent)
+        found, skip = self.tuner.found_inf, absent.to(torch.float32)
+        self.tuner.found_inf = skip if found is None else torch.maximum(skip, found)
+        return False
 
     def calibration_norms(self) -> Rows:
         """Return (3,): x·x, d·d and the number of weights after the first update.
@@ -491,6 +635,16 @@ class StepPlan:
 
         return self._rows(norms, (3,))
 
+    def start_at_s_init(self, factor: float | Tensor) -> None:
+        """Take the s_init that has just been calibrated.
+
+        Args:
+            factor: lr/(peak lr).
+        """
+        self._exact_tuner.set_options(self.param_groups[0])
+        self._exact_tuner.start_at_s_init()
+        self._exact_tuner.set_annealing_factor(factor)
+
     def tune(self, total: Tensor) -> None:
         """Update s, r, v, m from the sums over all weights of all ranks.
 
@@ -499,22 +653,15 @@ class StepPlan:
         scales = len(self.tuner.keys)
         if self.max_grad_norm is None:
             self.run.squared_norm = total[:scales, GG]
-        if len(total) > scales:
-            absent = total[scales, 0] == 0
-            if not self.reads_on_device:
-                if absent:
-                    return
-            else:
-                found = self.tuner.found_inf
-                skip = absent.to(torch.float32)
-                self.tuner.found_inf = skip if found is None else torch.maximum(skip, found)
-        self._tuner_backend.tune(total[:scales], self.tuner)
+        if len(total) > scales and self._skips(total[scales, 0] == 0):
+            return
+        self._tuner_backend.tune(total[:scales], self._exact_tuner)
 
     def apply(self) -> None:
         """Write the weights, the last bucket first: its Δ is the likeliest to be in the cache."""
         for bucket in reversed(self.buckets):
             same_device = bucket.device == self.tuner.device
-            tuner = self.tuner if same_device else self.tuner.to(bucket.device)
+            tuner = self._exact_tuner if same_device else self._exact_tuner.to(bucket.device)
             bucket.backend.apply(bucket, tuner)
             bucket.note_versions()
 

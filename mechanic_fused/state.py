@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.layout import STATES, STEPPED, compute_dtype
+from .backends.layout import HALF_DTYPES, OWN_STATE, STATES, STEPPED, compute_dtype
 from .distributed import like
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS
 from .param_checks import is_dense
+from .scale_rows import KEY
 from .torch_internals import dtensor, local
-from .tuner import KEY
-
-OWN_STATE = ("x_ref", "delta")
-"""The entries that Mechanic adds to a parameter's state."""
 
 
 def ensure_state(
-    state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype, delta_dtype: torch.dtype
+    state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype, delta_dtype: torch.dtype | None
 ) -> None:
     """Create the missing entries of a weight's state, and bring the others to its layout.
 
@@ -34,7 +31,8 @@ def ensure_state(
         kind: its update, which names the base's own entries; the base of the fallback creates its
             own.
         dtype: the dtype of the base's entries.
-        delta_dtype: the dtype of Δ.
+        delta_dtype: the dtype of Δ; None in the running form, which has none, and has low bits
+            beside 16-bit weights.
 
     Raises:
         ValueError: for an entry of another shape.
@@ -61,7 +59,14 @@ def ensure_state(
         if "x_ref" in state
         else x.detach().clone(memory_format=torch.preserve_format)
     )
-    state["delta"] = conform(state.get("delta"), x, delta_dtype)
+    if delta_dtype is not None:
+        state["delta"] = conform(state.get("delta"), x, delta_dtype)
+        return
+    state.pop("delta", None)
+    if x.dtype in HALF_DTYPES:
+        state["x_low"] = conform(state.get("x_low"), x, torch.int16)
+    else:
+        state.pop("x_low", None)
 
 
 def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,8 +100,8 @@ def load_keeping_dtypes(
 ) -> None:
     """Load as torch does, but give every state tensor the dtype in which it was saved.
 
-    Torch casts floating-point state to the weight's dtype, which would round a float32 Δ to
-    bfloat16. Our hooks see the state dict as the user's own hooks have left it, and run before the
+    Torch casts state to the weight's dtype, which would round a float32 Δ to bfloat16 and destroy
+    low bits. Our hooks see the state dict as the user's own hooks have left it, and run before the
     user's post hooks do.
     """
     seen: dict[str, Any] = {}
@@ -109,7 +114,7 @@ def load_keeping_dtypes(
         weights = [p for group in loading.param_groups for p in group["params"]]
         for key, p in zip(keys, weights, strict=True):
             for name, value in (seen["state"].get(key) or {}).items():
-                if torch.is_tensor(value) and value.is_floating_point():
+                if torch.is_tensor(value):
                     loading.state[p][name] = value.detach().clone().to(p.device)
 
     hooks = [

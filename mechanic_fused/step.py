@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .lr_schedule import annealing_factor, track_peak_lr
+from .lr_schedule import annealing_factor, check_lrs, track_peak_lr
 from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
-from .plan import StepPlan
+from .plan import Pending, StepPlan
 
 if TYPE_CHECKING:
     from .optimizer import Mechanized
@@ -45,24 +45,30 @@ def step_together(optimizers: Sequence[Mechanized]) -> None:
 
 @torch.no_grad()
 def take_step(plans: Sequence[StepPlan]) -> None:
-    """Take one step of all plans with sums over all of them: Δ += u, then S, then x = x_ref + S·Δ.
+    """Take one step of all plans with sums over all of them, in the running form or an exact one.
 
     Until the first step with a gradient element that is not 0, only state is created.
     """
+    for plan in plans:
+        plan.run.settle()
     # Lists, not generators: they are faster, and every plan is asked.
     started = any([plan.has_started() for plan in plans])
-    if started and any([plan.settings_changed for plan in plans]):
+    is_running = plans[0].options.is_running
+    if (started or is_running) and any([plan.settings_changed for plan in plans]):
         follow_settings(plans, started)
     if len(plans) > 1:
         check_alike(plans)
     extra_groups = tuple(dict.fromkeys(group for plan in plans for group in plan.extra_groups))
-    shared = len(plans) > 1 or bool(extra_groups) or any([plan.is_sharded for plan in plans])
+    shared = len(plans) > 1 or bool(extra_groups) or any([plan.reduces for plan in plans])
     try:
         for plan in plans:
             plan.collect_gradients()  # every error is raised here, before anything changes
         active = [plan for plan in plans if plan.load(shared)]
         if not active:
-            return  # no gradients, or GradScaler found an overflow
+            # No gradients, or GradScaler found an overflow: the observed losses go with them.
+            for plan in plans:
+                plan.forget_losses()
+            return
         max_grad_norm = plans[0].max_grad_norm
         if not started or max_grad_norm is not None:
             norms = [plan.gradient_norms(started) for plan in active]
@@ -72,20 +78,10 @@ def take_step(plans: Sequence[StepPlan]) -> None:
             if max_grad_norm is not None:
                 for plan in active:
                     plan.clip(squared_norm, max_grad_norm)
-        for plan in active:
-            plan.reconcile()  # with what others have written to the weights
-        sums = [plan.accumulate(shared) for plan in active]  # g·Δ, g·g; base state, Δ += u
-        if not started:
-            follow_settings(active, started)
-        if any([plan.awaits_calibration for plan in active]):
-            calibrate_s_init(active, extra_groups)
-        total = next(iter(sums[0].values()))
-        if shared:
-            total = distributed.all_reduce(sums, extra_groups)
-        for plan in active:
-            plan.tune(total)  # h → s, r, v, m
-        for plan in active:
-            plan.apply()  # x = x_ref + S·Δ; x·Δ, x·x for the next step
+        if is_running:
+            running_form(active, shared, extra_groups)
+        else:
+            exact_form(active, started, shared, extra_groups)
     finally:
         for plan in plans:
             plan.finish()
@@ -94,12 +90,56 @@ def take_step(plans: Sequence[StepPlan]) -> None:
             plan.on_step()
 
 
+def exact_form(
+    plans: Sequence[StepPlan], started: bool, shared: bool, extra_groups: Sequence[Any]
+) -> None:
+    """Δ += u, then S, then x = x_ref + S·Δ."""
+    for plan in plans:
+        plan.reconcile()  # with what others have written to the weights
+    sums = [plan.accumulate(shared) for plan in plans]  # g·Δ, g·g; base state, Δ += u
+    if not started:
+        follow_settings(plans, started)
+    if any([plan.awaits_calibration for plan in plans]):
+        calibrate_s_init(plans, extra_groups)
+    total = next(iter(sums[0].values()))
+    if shared:
+        total = distributed.all_reduce(sums, extra_groups)
+    for plan in plans:
+        plan.tune(total)  # h → s, r, v, m
+    for plan in plans:
+        plan.apply()  # x = x_ref + S·Δ; x·Δ, x·x for the next step
+
+
+def running_form(plans: Sequence[StepPlan], shared: bool, extra_groups: Sequence[Any]) -> None:
+    """x += S·u with the S that the steps before have learned, and the sums for the next S.
+
+    Where the sums have to be reduced over ranks, that runs on until the next step begins.
+    """
+    for plan in plans:
+        plan.step()  # g·(x − x_ref), g·g, x·x, u·u; base state, x += S·u
+    if not shared:
+        plans[0].log_tune(plans[0].sums())
+        return
+    rows = [plan.rows_to_reduce() for plan in plans]
+    pending = Pending(distributed.Reduction(rows, extra_groups), plans)
+    for plan in plans:
+        plan.run.pending = pending
+
+
 def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
-    """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor."""
+    """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor.
+
+    Raises:
+        ValueError: in the running form, for an lr that is not finite; nothing has changed then.
+    """
     groups = [group for plan in plans for group in plan.param_groups]
-    track_peak_lr(groups, started)
+    if plans[0].options.is_running:
+        check_lrs(groups)
+    growth = track_peak_lr(groups, started)
     factor = annealing_factor(groups)
     for plan in plans:
+        if started and growth > 1:
+            plan.rescale(1 / growth)
         plan.tuner.set_options(plan.param_groups[0])
         plan.tuner.set_annealing_factor(factor)
         plan.awaits_calibration = awaits_calibration(plan.param_groups)
@@ -130,9 +170,7 @@ def calibrate_s_init(plans: Sequence[StepPlan], extra_groups: Sequence[Any]) -> 
     factor = annealing_factor([group for plan in plans for group in plan.param_groups])
     for plan in plans:
         calibrate(plan.param_groups, x_norm, d_norm)
-        plan.tuner.set_options(plan.param_groups[0])
-        plan.tuner.start_at_s_init()
-        plan.tuner.set_annealing_factor(factor)
+        plan.start_at_s_init(factor)
 
 
 def check_alike(plans: Sequence[StepPlan]) -> None:

@@ -8,8 +8,10 @@ from mechanic_fused.bucket import Bucket
 
 from .accumulate import accumulate
 from .apply import apply, measure
+from .log_tune import log_tune
 from .norm import norm
 from .reduce import Tables
+from .step import step
 from .tune import tune
 
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
@@ -17,7 +19,7 @@ CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
 
 COPIES_TABLES = True
 
-__all__ = ["accumulate", "apply", "measure", "norm", "prepare", "tune"]
+__all__ = ["accumulate", "apply", "log_tune", "measure", "norm", "prepare", "step", "tune"]
 
 
 def prepare(bucket: Bucket) -> None:

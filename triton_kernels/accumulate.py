@@ -9,26 +9,20 @@ import triton.language as tl
 
 from mechanic_fused.bucket import Bucket
 
+from .base_update import advance_steps, base_update
 from .chunk_loop import chunk_loop
 from .formulas import (
     Coefficients,
-    adam,
     coefficients,
     finite_or_zero,
-    lion,
-    momentum,
     random_bits16,
     rounding_seed,
-    sgd,
     stochastic_round,
 )
 from .layout import (
     HYPER_COLUMNS,
     HYPER_DECAY,
     HYPER_L2,
-    SPAN_COLUMNS,
-    SPAN_FIRST_TENSOR,
-    SPAN_TENSORS,
     SUMS_GD,
     SUMS_GG,
     TENSOR_COLUMNS,
@@ -42,8 +36,8 @@ from .layout import (
     TENSOR_STEP,
     TENSOR_WEIGHT,
 )
-from .reduce import REDUCE_BLOCK, is_empty, launch, load_chunk, reduce_chunk, reduce_scale
-from .storage import DTYPES, array, at, narrow, read, widen
+from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
+from .storage import DTYPES, array, at, read, widen
 
 
 class AccumulateStreams(NamedTuple):
@@ -68,7 +62,6 @@ def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     The products take g as it is, u takes 0 where it is not finite. With a seed the new Δ is rounded
     to bfloat16 by random bits, which depend on the seed and on each element's index in its chunk.
     """
-    S: tl.constexpr = streams.state0.dtype.element_ty
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
     delta_at = at(streams.delta, streams.offset, i, limit)
@@ -81,40 +74,13 @@ def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     delta = widen(read(delta_at, mask), T)
     wide_g = g.to(tl.float64)
     g = finite_or_zero(g)
-    if KIND == "sgd":
-        u = sgd(g, x, streams.c)
-    elif KIND == "momentum":
-        u, state0 = momentum(g, x, widen(read(state0_at, mask), T), streams.c)
-    elif KIND == "lion":
-        u, state0 = lion(g, x, widen(read(state0_at, mask), T), streams.c)
-    else:
-        u, state0, state1 = adam(
-            g, x, widen(read(state0_at, mask), T), widen(read(state1_at, mask), T), streams.c
-        )
-        tl.store(state1_at, narrow(state1, S), mask=mask)
-    if KIND != "sgd":
-        tl.store(state0_at, narrow(state0, S), mask=mask)
+    u = base_update(KIND, T, g, x, state0_at, state1_at, mask, streams.c)
     if streams.seed is None:
         tl.store(delta_at, delta + u, mask=mask)
     else:
         bits = random_bits16(streams.seed, i.to(tl.uint32))
         tl.store(delta_at, stochastic_round(bits, delta + u), mask=mask)
     return wide_g * delta.to(tl.float64), wide_g * wide_g
-
-
-@triton.jit
-def advance_steps(row, tensors, spans):
-    """step += 1 for the weights of a scale that have a gradient."""
-    first = tl.load(spans + row * SPAN_COLUMNS + SPAN_FIRST_TENSOR)
-    count = tl.load(spans + row * SPAN_COLUMNS + SPAN_TENSORS)
-    start = tl.full((), 0, tl.int64)
-    while start < count:
-        i = start + tl.arange(0, REDUCE_BLOCK)
-        tensor = tensors + (first + i) * TENSOR_COLUMNS
-        present = tl.load(tensor + TENSOR_GRADIENT, mask=i < count, other=0) != 0
-        steps = array(tl.load(tensor + TENSOR_STEP, mask=present, other=0), tl.float32)
-        tl.store(steps, tl.load(steps, mask=present, other=0.0) + 1.0, mask=present)
-        start += REDUCE_BLOCK
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -159,7 +125,6 @@ def accumulate_kernel(
         state0 = tl.load(tensor + TENSOR_STATE0)
         state1 = tl.load(tensor + TENSOR_STATE1)
         step_at = array(tl.load(tensor + TENSOR_STEP), tl.float32)
-        row = tl.load(tensor + TENSOR_SCALE)
         h = hyper + tl.load(tensor + TENSOR_GROUP) * HYPER_COLUMNS
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
@@ -186,6 +151,8 @@ def accumulate_kernel(
         totals = chunk_loop(
             accumulate_block, KIND, T, streams, length, aligned, 2, "sum", BLOCK, TAIL
         )
+        # Not before the loop, which needs the registers.
+        row = tl.load(tensor + TENSOR_SCALE)
         last = reduce_chunk(program, row, totals, partials, spans, tickets, (SUMS_GD, SUMS_GG))
     else:
         row = (program - chunk_count).to(tl.int64)

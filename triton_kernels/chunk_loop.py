@@ -16,20 +16,30 @@ def join(a, b, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def reduce_elements(x, REDUCE: tl.constexpr):
-    """The sum, or the maximum, over the elements of x."""
+def reduce_elements(x, AXIS: tl.constexpr, REDUCE: tl.constexpr):
+    """The sum, or the maximum, over the elements of x along an axis."""
     if REDUCE == "sum":
-        return tl.sum(x, 0)
+        return tl.sum(x, AXIS)
     else:
-        return tl.max(x, 0)
+        return tl.max(x, AXIS)
+
+
+@triton.jit
+def neighbours(x, COUNT: tl.constexpr, REDUCE: tl.constexpr):
+    """The elements of x joined to COUNT, each with its neighbours: those of the same thread."""
+    if x.shape[0] == COUNT:
+        return x
+    else:
+        return reduce_elements(tl.reshape(x, (COUNT, x.shape[0] // COUNT)), 1, REDUCE)
 
 
 @triton.jit
 def add_block(totals, found, REDUCE: tl.constexpr):
-    """The totals with the contributions of one more block."""
+    """The totals with the contributions of one more block, which may have more elements."""
     joined = ()
     for k in tl.static_range(len(totals)):
-        joined = joined + (join(totals[k], found[k], REDUCE),)
+        own = neighbours(found[k], totals[k].shape[0], REDUCE)
+        joined = joined + (join(totals[k], own, REDUCE),)
     return joined
 
 
@@ -61,7 +71,9 @@ def chunk_loop(
     dtype: tl.constexpr = tl.float64 if REDUCE == "sum" else tl.int64
     whole = tl.where(aligned, length // BLOCK, 0)
 
-    totals = (tl.zeros((BLOCK,), dtype=dtype),) * COUNT
+    # More than two totals for each of a thread's elements would take too many registers.
+    WIDTH: tl.constexpr = BLOCK if COUNT <= 2 else TAIL
+    totals = (tl.zeros((WIDTH,), dtype=dtype),) * COUNT
     number = 0
     while number < whole:
         i = number * BLOCK + tl.arange(0, BLOCK)
@@ -69,7 +81,7 @@ def chunk_loop(
         number += 1
     of_blocks = ()
     for k in tl.static_range(COUNT):
-        of_blocks = of_blocks + (reduce_elements(totals[k], REDUCE),)
+        of_blocks = of_blocks + (reduce_elements(totals[k], 0, REDUCE),)
 
     totals = (tl.zeros((TAIL,), dtype=dtype),) * COUNT
     start = whole * BLOCK
@@ -79,6 +91,6 @@ def chunk_loop(
         start += TAIL
     result = ()
     for k in tl.static_range(COUNT):
-        total = reduce_elements(totals[k], REDUCE)
+        total = reduce_elements(totals[k], 0, REDUCE)
         result = result + (join(of_blocks[k], total, REDUCE),)
     return result

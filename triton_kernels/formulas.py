@@ -28,6 +28,39 @@ from .layout import (
     HYPER_L2,
     HYPER_LR,
     HYPER_NESTEROV,
+    HYPER_PEAK_LR,
+    LOG_ANCHORS,
+    LOG_CONSTANTS_ANCHOR_SHARE,
+    LOG_CONSTANTS_AVERAGE,
+    LOG_CONSTANTS_BIAS,
+    LOG_CONSTANTS_CEILING,
+    LOG_CONSTANTS_FACTOR,
+    LOG_CONSTANTS_GAIN,
+    LOG_CONSTANTS_HELD,
+    LOG_CONSTANTS_LEAST_RMS,
+    LOG_CONSTANTS_MAX_MOVE,
+    LOG_CONSTANTS_MEMORY,
+    LOG_CONSTANTS_NORM_SHARE,
+    LOG_CONSTANTS_OUTLIER,
+    LOG_CONSTANTS_REGROWTH,
+    LOG_CONSTANTS_TUNES_SCALE,
+    LOG_FACTOR,
+    LOG_INFORMED,
+    LOG_LEARNS,
+    LOG_LN_ANCHOR,
+    LOG_LOSS,
+    LOG_MEAN_SQUARE,
+    LOG_MOVES,
+    LOG_NONFINITE,
+    LOG_PEAK_RATE,
+    LOG_POWER,
+    LOG_SCALE,
+    LOG_START,
+    LOG_STEPS,
+    LOG_UPDATE,
+    LOG_WEIGHT,
+    LOSSES_COUNT,
+    LOSSES_SUM,
 )
 from .storage import read
 
@@ -57,6 +90,11 @@ def sign(x):
 
 
 @triton.jit
+def is_finite(x):
+    return x - x == 0
+
+
+@triton.jit
 def finite_or_zero(g):
     """g, or 0 where it is NaN or infinite."""
     return tl.where(g - g == 0, g, 0.0)
@@ -76,6 +114,13 @@ def power(base, exponent):
         base = base * base
         left = left // 2
     return result
+
+
+@triton.jit
+def peak_ratio(hyper):
+    """The peak lr over lr of a row of hyperparameters, float64; 0 where lr is 0."""
+    lr = tl.load(hyper + HYPER_LR)
+    return tl.where(lr != 0, tl.load(hyper + HYPER_PEAK_LR) / lr, 0.0)
 
 
 class Coefficients(NamedTuple):
@@ -214,6 +259,61 @@ def lion(g, x, m, c):
 
 
 @triton.jit
+def low_unit(x, SIGN: tl.constexpr):
+    """2⁻¹⁶ of the last place of a float16, float32; with SIGN −1 its reciprocal."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.where(exponent < 113, 113, exponent) - 26
+    if SIGN < 0:
+        exponent = 254 - exponent
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def join(x, low):
+    """The float32 numbers that are kept as 16-bit numbers and 16 low bits, int16, beside them.
+
+    Whoever writes the 16-bit number alone moves the float32 one by less than half its last place,
+    and a 0 that is written stays 0.
+    """
+    if x.dtype == tl.bfloat16:
+        # The low bits are the lower half, counted from the bfloat16, which is the nearest one.
+        high = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        magnitude = high & 0x7FFFFFFF
+        exact = (magnitude == 0) | (magnitude >= 0x7F800000)
+        joined = high + low.to(tl.int32).to(tl.uint32, bitcast=True)
+        return tl.where(exact, high, joined).to(tl.float32, bitcast=True)
+    else:
+        # A half has fewer exponents than a float: they count fractions of its last place.
+        high = x.to(tl.float32)
+        return high + low.to(tl.float32) * low_unit(high, 1)
+
+
+@triton.jit
+def split(wide, dtype: tl.constexpr):
+    """The nearest 16-bit numbers, ties away from 0 for bfloat16, and the low bits, int16."""
+    if dtype == tl.bfloat16:
+        bits = wide.to(tl.uint32, bitcast=True)
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        high = tl.where(is_nan, (bits >> 16) | 0x7FC0, (bits + 0x8000) >> 16)
+        low = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+        return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low
+    else:
+        x = wide.to(dtype)
+        high = x.to(tl.float32)
+        rest = (wide - high) * low_unit(high, -1)
+        rest = tl.where(rest > 32767.0, 32767.0, tl.where(rest < -32767.0, -32767.0, rest))
+        away = tl.where(rest < 0, rest - 0.5, rest + 0.5)
+        # Of an infinite or NaN x the rest is NaN.
+        return x, tl.where(rest == rest, away, 0.0).to(tl.int32).to(tl.int16)
+
+
+@triton.jit
+def apply_update(x, s, u):
+    """x + S·u; ``s`` is S in the dtype of arithmetic."""
+    return x + s * u
+
+
+@triton.jit
 def apply_scale(x_ref, s, delta):
     """x_ref + S·Δ; ``s`` is S in the dtype of arithmetic."""
     return x_ref + s * delta
@@ -277,6 +377,203 @@ def tuner_update(h, s, r, v, m, beta, c):
     s_new = (c.s_init * m + tl.maximum(r, 0.0)) / (tl.sqrt(v) + c.eps)
     s = tl.where(c.annealing_factor < 1, s + c.annealing_factor * (s_new - s), s_new)
     return s, r, v, m
+
+
+class LogRow(NamedTuple):
+    """Rows of the log tuner's state, the columns of ``layout.LOG_TUNER`` in order, float64."""
+
+    scale: tl.tensor
+    mean_square: tl.tensor
+    moves: tl.tensor
+    steps: tl.tensor
+    nonfinite: tl.tensor
+    informed: tl.tensor
+    learns: tl.tensor
+    weight: tl.tensor
+    update: tl.tensor
+    loss: tl.tensor
+    power: tl.tensor
+    anchors: tl.tensor
+    ln_anchor: tl.tensor
+    factor: tl.tensor
+    peak_rate: tl.tensor
+    start: tl.tensor
+
+
+@triton.jit
+def log_rows(at, mask):
+    """The rows of the log tuner's state at these pointers; 0 where the mask is false."""
+    return LogRow(
+        read(at + LOG_SCALE, mask),
+        read(at + LOG_MEAN_SQUARE, mask),
+        read(at + LOG_MOVES, mask),
+        read(at + LOG_STEPS, mask),
+        read(at + LOG_NONFINITE, mask),
+        read(at + LOG_INFORMED, mask),
+        read(at + LOG_LEARNS, mask),
+        read(at + LOG_WEIGHT, mask),
+        read(at + LOG_UPDATE, mask),
+        read(at + LOG_LOSS, mask),
+        read(at + LOG_POWER, mask),
+        read(at + LOG_ANCHORS, mask),
+        read(at + LOG_LN_ANCHOR, mask),
+        read(at + LOG_FACTOR, mask),
+        read(at + LOG_PEAK_RATE, mask),
+        read(at + LOG_START, mask),
+    )
+
+
+class LogConstants(NamedTuple):
+    """The log tuner's constants, float64."""
+
+    tunes_scale: tl.tensor
+    factor: tl.tensor
+    anchor_share: tl.tensor
+    norm_share: tl.tensor
+    least_rms: tl.tensor
+    average: tl.tensor
+    held: tl.tensor
+    gain: tl.tensor
+    max_move: tl.tensor
+    bias: tl.tensor
+    outlier: tl.tensor
+    memory: tl.tensor
+    ceiling: tl.tensor
+    regrowth: tl.tensor
+
+
+@triton.jit
+def log_constants(constants):
+    """The constants of ``layout.LOG_CONSTANTS``."""
+    return LogConstants(
+        tl.load(constants + LOG_CONSTANTS_TUNES_SCALE),
+        tl.load(constants + LOG_CONSTANTS_FACTOR),
+        tl.load(constants + LOG_CONSTANTS_ANCHOR_SHARE),
+        tl.load(constants + LOG_CONSTANTS_NORM_SHARE),
+        tl.load(constants + LOG_CONSTANTS_LEAST_RMS),
+        tl.load(constants + LOG_CONSTANTS_AVERAGE),
+        tl.load(constants + LOG_CONSTANTS_HELD),
+        tl.load(constants + LOG_CONSTANTS_GAIN),
+        tl.load(constants + LOG_CONSTANTS_MAX_MOVE),
+        tl.load(constants + LOG_CONSTANTS_BIAS),
+        tl.load(constants + LOG_CONSTANTS_OUTLIER),
+        tl.load(constants + LOG_CONSTANTS_MEMORY),
+        tl.load(constants + LOG_CONSTANTS_CEILING),
+        tl.load(constants + LOG_CONSTANTS_REGROWTH),
+    )
+
+
+class ScaleSums(NamedTuple):
+    """The columns of ``layout.SUMS`` that the log tuner reads."""
+
+    gd: tl.tensor
+    gg: tl.tensor
+    xx: tl.tensor
+    uu: tl.tensor
+    count: tl.tensor
+
+
+@triton.jit
+def mean_loss(losses):
+    """The mean of the observed losses; 0 where there is none."""
+    count = tl.load(losses + LOSSES_COUNT)
+    return tl.where(count > 0, tl.load(losses + LOSSES_SUM) / count, 0.0)
+
+
+@triton.jit
+def estimate_scale(sums, norms, loss, row, c):
+    """S where a run starts, and the moving averages behind it.
+
+    S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
+    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. A scale that is there before any
+    estimate is the user's and stays, and so do the averages. ``norms`` is ‖g‖·‖u‖ over all scales.
+
+    Returns:
+        The new (scale, start, weight, update, loss, power, anchors, ln_anchor).
+    """
+    given = (row.weight == 0) & (row.scale > 0)
+    rate = tl.where(given, 0.0, 1.0 / c.average)
+    weight = row.weight + rate * (1.0 - row.weight)
+    update = row.update + rate * (tl.sqrt(sums.uu) - row.update)
+    # Numbers, not `&`, where a scalar meets rows: the interpreter cannot broadcast a truth value.
+    has_loss = tl.where((loss > 0) & is_finite(loss) & is_finite(norms), 1.0, 0.0)
+    known = tl.where(given, 0.0, has_loss) > 0
+    mean = tl.where(known, row.loss + rate * (loss - row.loss), row.loss)
+    power = tl.where(known, row.power + rate * (norms - row.power), row.power)
+    anchors = tl.where(known, row.anchors + 1.0, row.anchors)
+    moved = row.ln_anchor + (tl.log(mean / power) - row.ln_anchor) / anchors
+    ln_anchor = tl.where(known, moved, row.ln_anchor)
+    anchored = anchors > 0
+    norm = tl.maximum(tl.sqrt(sums.xx), c.least_rms * tl.sqrt(sums.count))
+    by_norms = c.norm_share * norm / (update / weight)
+    scale = tl.where(anchored, c.anchor_share * tl.exp(ln_anchor), by_norms)
+    start = tl.where(given, row.start, tl.where(anchored, scale, 0.0))
+    scale = tl.where(given, row.scale, scale)
+    return scale, start, weight, update, mean, power, anchors, ln_anchor
+
+
+@triton.jit
+def log_tuner_update(h, informed, row, c):
+    """z = clamp(−h/√v, −1, 1);  ln S += min(max_move, gain/(t + 1))·(z + bias).
+
+    v is a mean square of h over the later steps; one h counts at most ``outlier``·√v.
+
+    Returns:
+        The new (scale, mean_square, moves).
+    """
+    limit = c.outlier * tl.sqrt(row.mean_square)
+    h = tl.where(limit > 0, tl.maximum(tl.minimum(h, limit), -limit), h)
+    square = row.mean_square + (h * h - row.mean_square) / (1.0 + row.moves / c.memory)
+    z = tl.maximum(tl.minimum(-h / tl.sqrt(square), 1.0), -1.0)
+    factor = tl.exp(tl.minimum(c.max_move, c.gain / (informed + 1.0)) * (z + c.bias))
+    return tl.where(square > 0, row.scale * factor, row.scale), square, row.moves + 1.0
+
+
+@triton.jit
+def log_tune_row(sums, norms, loss, row, c):
+    """The new rows of the log tuner's state, and whether their sums were finite.
+
+    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
+    stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
+    below a multiple of what it has been before.
+    """
+    finite = is_finite(sums.gd * sums.gd) & is_finite(sums.gg)
+    finite = finite & is_finite(sums.xx) & is_finite(sums.uu)
+    stays = tl.where(c.tunes_scale == 0, row.scale, 0.0) > 0
+    moves = finite & (sums.gg > 0) & (sums.uu > 0) & (stays == 0)
+    rises = c.factor > row.factor * (1.0 + 1e-6)  # and not by a rounding
+    informed = row.informed + 1.0
+    estimates = (row.learns == 0) & (rises | (informed <= c.held))
+    estimate, start, weight, update, mean, power, anchors, ln_anchor = estimate_scale(
+        sums, norms, loss, row, c
+    )
+    scale, square, count = log_tuner_update(sums.gd, informed, row, c)
+    scale = tl.where(row.start > 0, tl.minimum(scale, c.ceiling * row.start / c.factor), scale)
+    again = rises & (row.peak_rate > 0)
+    scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
+    scale = tl.where(estimates, estimate, scale)
+    # An estimate is of the S at the peak.
+    peak_rate = tl.maximum(row.peak_rate, scale * tl.where(estimates, 1.0, c.factor))
+    starts, learns = moves & estimates, moves & (estimates == 0)
+    new = LogRow(
+        tl.where(moves, scale, row.scale),
+        tl.where(learns, square, row.mean_square),
+        tl.where(learns, count, row.moves),
+        row.steps + 1.0,
+        row.nonfinite,
+        tl.where(moves, informed, row.informed),
+        tl.where(learns, 1.0, row.learns),
+        tl.where(starts, weight, row.weight),
+        tl.where(starts, update, row.update),
+        tl.where(starts, mean, row.loss),
+        tl.where(starts, power, row.power),
+        tl.where(starts, anchors, row.anchors),
+        tl.where(starts, ln_anchor, row.ln_anchor),
+        tl.where(moves, c.factor, row.factor),
+        tl.where(moves, peak_rate, row.peak_rate),
+        tl.where(starts, start, row.start),
+    )
+    return new, finite
 
 
 @triton.jit

@@ -21,6 +21,7 @@ def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
 (
     TENSOR_GRADIENT,
     TENSOR_WEIGHT,
+    TENSOR_X_LOW,
     TENSOR_X_REF,
     TENSOR_DELTA,
     TENSOR_STATE0,
@@ -47,10 +48,11 @@ SPAN_COLUMNS = tl.constexpr(len(layout.SPAN))
     HYPER_DECAY,
     HYPER_NESTEROV,
     HYPER_GRADIENT,
+    HYPER_PEAK_LR,
 ) = columns(layout.HYPER)
 HYPER_COLUMNS = tl.constexpr(len(layout.HYPER))
 
-SUMS_GD, SUMS_XD, SUMS_GG, SUMS_XX = columns(layout.SUMS)
+SUMS_GD, SUMS_XD, SUMS_GG, SUMS_XX, SUMS_UU, SUMS_COUNT = columns(layout.SUMS)
 SUMS_COLUMNS = tl.constexpr(len(layout.SUMS))
 
 # Blocks of a row of the tuner's state, a number a tuner beta in each, then the counters.
@@ -71,6 +73,45 @@ COUNTERS_COLUMNS = tl.constexpr(len(layout.COUNTERS))
 ) = columns(layout.CONSTANTS)
 # The tuner betas follow the other constants.
 CONSTANTS_BETAS = tl.constexpr(len(layout.CONSTANTS))
+
+(
+    LOG_SCALE,
+    LOG_MEAN_SQUARE,
+    LOG_MOVES,
+    LOG_STEPS,
+    LOG_NONFINITE,
+    LOG_INFORMED,
+    LOG_LEARNS,
+    LOG_WEIGHT,
+    LOG_UPDATE,
+    LOG_LOSS,
+    LOG_POWER,
+    LOG_ANCHORS,
+    LOG_LN_ANCHOR,
+    LOG_FACTOR,
+    LOG_PEAK_RATE,
+    LOG_START,
+) = columns(layout.LOG_TUNER)
+LOG_COLUMNS = tl.constexpr(len(layout.LOG_TUNER))
+
+(
+    LOG_CONSTANTS_TUNES_SCALE,
+    LOG_CONSTANTS_FACTOR,
+    LOG_CONSTANTS_ANCHOR_SHARE,
+    LOG_CONSTANTS_NORM_SHARE,
+    LOG_CONSTANTS_LEAST_RMS,
+    LOG_CONSTANTS_AVERAGE,
+    LOG_CONSTANTS_HELD,
+    LOG_CONSTANTS_GAIN,
+    LOG_CONSTANTS_MAX_MOVE,
+    LOG_CONSTANTS_BIAS,
+    LOG_CONSTANTS_OUTLIER,
+    LOG_CONSTANTS_MEMORY,
+    LOG_CONSTANTS_CEILING,
+    LOG_CONSTANTS_REGROWTH,
+) = columns(layout.LOG_CONSTANTS)
+
+LOSSES_SUM, LOSSES_COUNT = columns(layout.LOSSES)
 
 # Of the vector ops, see csrc/vectors.h: addresses a weight, and partial results a chunk.
 STREAM_COLUMNS = tl.constexpr(4)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechanic_fused.tuner import Tuner
 
-from .formulas import total_scale, tuner_constants, tuner_h, tuner_update
+from .formulas import is_finite, total_scale, tuner_constants, tuner_h, tuner_update
 from .layout import (
     CONSTANTS_BETAS,
     COUNTERS_COLUMNS,
@@ -29,11 +29,6 @@ from .storage import on
 
 # Scales in a block; one program takes any number of scales in few rounds.
 ROWS = 32
-
-
-@triton.jit
-def is_finite(x):
-    return x - x == 0
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,7 +89,7 @@ def tune_kernel(
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
-    """Update ``tuner.state`` from the sums, (scales, 4) float64."""
+    """Update ``tuner.state`` from the sums, (scales, 6) float64."""
     n = len(tuner.betas)
     with on(sums.device):
         tune_kernel[(1,)](

@@ -64,15 +64,24 @@ def torch_sgd(form: str) -> OptimizerSpec:
 
 
 def adamw(
-    backend: str = "auto", decay: float = DECAY, delta_dtype: torch.dtype | None = None
+    backend: str = "auto",
+    decay: float = DECAY,
+    delta_dtype: torch.dtype | None = None,
+    variant: str | None = None,
 ) -> OptimizerSpec:
-    """Return our AdamW; the name has the backend unless that is "auto"."""
-    suffix = "" if backend == "auto" else f", {backend}"
+    """Return our AdamW; the name has what is not the default."""
+    suffix = "" if variant is None else f", {variant}"
+    suffix += "" if backend == "auto" else f", {backend}"
     suffix += ", bf16 Δ" if delta_dtype is torch.bfloat16 else ""
     return OptimizerSpec(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
-            weights, lr=1.0, weight_decay=decay, backend=backend, delta_dtype=delta_dtype
+            weights,
+            lr=1.0,
+            weight_decay=decay,
+            backend=backend,
+            variant=variant,
+            delta_dtype=delta_dtype,
         ),
         ours=True,
     )

@@ -91,8 +91,9 @@ GPU = (
 def plan_bytes(optimizer: Any) -> int:
     """Return the bytes that a step of ours must read and write, from the tables of its plan.
 
-    norm reads g, if gradients are clipped. accumulate reads g, Δ, the base's state and, for weight
-    decay, x; it writes Δ and the state. apply reads x_ref and Δ, and writes x.
+    norm reads g, if gradients are clipped. step reads g, x_ref, x with its low bits and the base's
+    state, and writes x and the state. In the exact forms accumulate reads g, Δ, the base's state
+    and, for weight decay, x; it writes Δ and the state. apply reads x_ref and Δ, and writes x.
 
     Args:
         optimizer: must have taken a step.
@@ -102,11 +103,16 @@ def plan_bytes(optimizer: Any) -> int:
     for bucket in optimizer._plan.buckets:
         for i, x in enumerate(bucket.weights):
             hyper = bucket.hyper[bucket.groups[i]]
+            moved = sum(state.nbytes for state in bucket.states[i])
+            clips = optimizer.max_grad_norm is not None
+            if not bucket.delta:
+                moved += x.nbytes + sum(low.nbytes for low in bucket.x_low[i : i + 1])
+                total += bool(bucket.tensors[i, 0]) * ((2 + clips) * x.nbytes + 2 * moved)
+                continue
             delta = bucket.delta[i].nbytes
-            moved = delta + sum(state.nbytes for state in bucket.states[i])
+            moved += delta
             reads_x = bool(hyper[l2] or hyper[decay])
             if bucket.tensors[i, 0]:
-                clips = optimizer.max_grad_norm is not None
                 total += (1 + clips) * x.nbytes + 2 * moved + reads_x * x.nbytes
             total += bucket.x_ref[i].nbytes + delta + x.nbytes
     return total

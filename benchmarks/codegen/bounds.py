@@ -16,8 +16,14 @@ DTYPES = (*MAIN, torch.float16, torch.float64)
 NARROW = (torch.bfloat16, torch.float16)
 """The dtypes in which an option keeps the base's state, too."""
 
-KERNELS = (*KINDS, "apply", "measure", "norm")
-"""Those that walk over chunks; "tune" does not."""
+STEPS = tuple(f"{kind} step" for kind in KINDS)
+"""The running form's kernel for each kind; a kind alone is its accumulate."""
+
+KERNELS = (*KINDS, "apply", "measure", "norm", *STEPS)
+"""Those that walk over chunks."""
+
+TUNERS = ("tune", "log_tune")
+"""Those that do not."""
 
 WITH_DELTA = (*KINDS, "apply", "measure")
 
@@ -55,6 +61,12 @@ class Row(NamedTuple):
     broken: list[str]
 
 
+def kind_of(kernel: str) -> str:
+    """Return the update that a kernel makes, or "" where it makes none."""
+    kind = kernel.removesuffix(" step")
+    return kind if kind in KINDS else ""
+
+
 class Traffic(NamedTuple):
     """Bytes of a block that a thread must load and store, in accesses of 16 bytes."""
 
@@ -70,7 +82,7 @@ def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
 
 def variants(kernel: str, dtype: torch.dtype) -> tuple[bool, ...]:
     """Return whether a kernel's state may be wide, narrow, or both."""
-    return (False, True) if STATES.get(kernel) and dtype in NARROW else (False,)
+    return (False, True) if STATES.get(kind_of(kernel)) and dtype in NARROW else (False,)
 
 
 def traffic(
@@ -87,6 +99,10 @@ def traffic(
         each = 1 if narrow else full
         moved = delta + each * len(STATES[kernel])
         return Traffic(2 + moved, moved)  # g, x, Δ and the states
+    if kernel in STEPS:
+        states = (1 if narrow else full) * len(STATES[kind_of(kernel)])
+        x = 2 if dtype in NARROW else 1  # with its low bits
+        return Traffic(2 + x + states, x + states)  # g, x_ref, x and the states
     if kernel == "apply":
         return Traffic(1 + delta, 1)
     if kernel == "measure":
@@ -108,14 +124,15 @@ def most_registers(
 
     A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
     may take 112 for 104, which leaves an SM the same four programs. In CUDA it is what leaves room
-    for the blocks that accumulate.cuh counts on, and in the other kernels for a thousand threads.
+    for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels for a
+    thousand threads; of log_tune there is only one block.
     """
     if backend == "triton":
         return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
-    if kernel in KINDS:
-        blocks = (3 if kernel == "adam" else 4) + (dtype is torch.float32)
+    if kind := kind_of(kernel):
+        blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32)
         return SM_REGISTERS // (blocks * 256) // 8 * 8
-    return 64
+    return 255 if kernel == "log_tune" else 64
 
 
 def checked(
@@ -146,10 +163,10 @@ def checked(
             broken.append(f"more than {most} registers")
         if code.loads < wanted.loads or code.stores < wanted.stores:
             broken.append(f"fewer than {wanted.loads} + {wanted.stores} accesses of 128 bits")
-        # The tuner works on a few hundred numbers.
-        if in_flight < IN_FLIGHT and kernel != "tune":
+        # A tuner works on a few hundred numbers.
+        if in_flight < IN_FLIGHT and kernel not in TUNERS:
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
-    state = "" if not STATES.get(kernel) else dtype if narrow else compute_dtype(dtype)
+    state = "" if not STATES.get(kind_of(kernel)) else dtype if narrow else compute_dtype(dtype)
     delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""
     return Row(
         backend,

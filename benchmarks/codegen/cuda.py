@@ -20,8 +20,9 @@ NUMBERS = {"f": torch.float32, "d": torch.float64, "BFloat16": torch.bfloat16, "
 
 # Mangled names: f and d are float and double; a later S3_ repeats the type that was named before.
 NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
-ACCUMULATE = re.compile(rf"accumulate_kernelINS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E")
+BASE = re.compile(rf"(accumulate|step)_kernelINS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E")
 NORM = re.compile(rf"norm_kernelI{NUMBER}E")
+TUNER = re.compile(r"\d((?:log_)?tune)_kernelE")
 APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}E")
 
 
@@ -35,15 +36,18 @@ class Kernel(NamedTuple):
 
 def kernel_of(function: str) -> Kernel | None:
     """Return which kernel a mangled name means, or None for a function that is none of ours."""
-    if found := ACCUMULATE.search(function):
-        base, weight, state = found.groups()
+    if found := BASE.search(function):
+        op, base, weight, state = found.groups()
+        name = base.lower() + " step" * (op == "step")
         # float and double are themselves without being narrow.
-        return Kernel(base.lower(), NUMBERS[weight], state.startswith("S"))
+        return Kernel(name, NUMBERS[weight], state.startswith("S"))
     if found := APPLY.search(function):
         return Kernel("apply" if found[1] == "1" else "measure", NUMBERS[found[2]], False)
     if found := NORM.search(function):
         return Kernel("norm", NUMBERS[found[1]], False)
-    return Kernel("tune", torch.float64, False) if "tune_kernel" in function else None
+    if found := TUNER.search(function):
+        return Kernel(found[1], torch.float64, False)
+    return None
 
 
 def absent() -> str:

@@ -13,7 +13,19 @@ import torch
 from mechanic_fused.backends.layout import KINDS, compute_dtype
 
 from . import machine_code
-from .bounds import ARCHITECTURES, DTYPES, KERNELS, WITH_DELTA, Row, checked, delta_dtype, variants
+from .bounds import (
+    ARCHITECTURES,
+    DTYPES,
+    KERNELS,
+    STEPS,
+    TUNERS,
+    WITH_DELTA,
+    Row,
+    checked,
+    delta_dtype,
+    kind_of,
+    variants,
+)
 
 
 def source(
@@ -28,7 +40,8 @@ def source(
     from mechanic_fused.triton_kernels import storage
     from triton.compiler import ASTSource
 
-    op = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate")}.get(kernel, kernel)
+    ops = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate"), **dict.fromkeys(STEPS, "step")}
+    op = ops.get(kernel, kernel)
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
@@ -43,13 +56,21 @@ def source(
             **({} if narrow_delta else {"step_count": None}),
             **storage.sizes(dtype),
         },
+        "step": {
+            "KIND": kind_of(kernel),
+            "X": x,
+            "T": t,
+            "S": x if narrow else t,
+            **storage.sizes(dtype),
+        },
         "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},
         "norm": {"X": x, "T": t, **storage.sizes(dtype)},
         "tune": {"BETAS": 6, "COLUMNS": 8, "ROWS": 32},
+        "log_tune": {"ROWS": 32},
     }[op] | {"grad_scale": None, "found_inf": None, "clip": None}
     if kernel == "measure":
         constants |= {"tuner": None, "BETAS": 0}
-    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "step_count")
+    doubles = ("hyper", "partials", "sums", "tuner", "state", "constants", "losses", "step_count")
     types = {
         **dict.fromkeys(("tensors", "chunks", "spans"), "*i64"),
         **dict.fromkeys(doubles, "*fp64"),
@@ -113,4 +134,5 @@ def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
                     yield row(kernel, dtype, architecture, narrow)
                 if kernel in WITH_DELTA and dtype is not torch.float64:
                     yield row(kernel, dtype, architecture, narrow_delta=True)
-        yield row("tune", torch.float64, architecture)
+        for kernel in TUNERS:
+            yield row(kernel, torch.float64, architecture)

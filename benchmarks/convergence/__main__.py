@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from .._harness import options, records
 from . import __doc__ as explained
-from . import picture, protocol, tables
-from .runs import Spec, run
+from . import picture, protocol, summary, tables
+from .runs import NO_LOSS, Spec, run
 from .store import Store
 from .tasks import TASKS
 
 PARTS: dict[str, Callable[..., list[Spec]]] = {
     "grid": protocol.grid_runs,
     "compare": protocol.comparison_runs,
+    "noloss": protocol.no_loss_runs,
+    "shapes": protocol.shape_runs,
     "ablate": protocol.ablation_runs,
     "precision": protocol.precision_runs,
 }
@@ -93,14 +95,22 @@ def report(store: Store, tasks: list[str], chosen: protocol.Protocol) -> None:
     rows = store.rows()
     tables.check_unique(rows)
     compared = tables.comparisons(rows, tasks, chosen)
+    shaped = tables.comparisons(rows, tasks, chosen, shaped=True)
+    without = tables.comparisons(rows, tasks, chosen, NO_LOSS)
+    ranking = tables.ranking(rows, tasks, chosen)
+    judged = {"the grid": compared, "the grid over shapes": shaped, "the grid, no loss": without}
     for title, table in (
         ("Mechanic beside the best of the grid, on fresh seeds", compared),
-        ("Beside other optimizers without a learning rate", tables.ranking(rows, tasks, chosen)),
+        ("Beside the best of a grid that chose its schedule too", shaped),
+        ("Without the loss, beside the best of the grid", without),
+        ("Beside other optimizers without a learning rate", ranking),
         (
             "Ablations: per cent of loss, or points of accuracy, behind the grid's best",
             tables.ablations(rows, tasks, chosen),
         ),
         ("Low precision, the character model", tables.precisions(rows, chosen)),
+        ("Summary, in per cent of loss or points of accuracy", summary.summary(judged)),
+        ("Mean rank", summary.ranks(ranking)),
     ):
         if len(table):
             print(f"\n{title}\n\n{tables.markdown(table)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,41 +13,35 @@ from .methods import BASES
 Arm = tuple[dict[str, Any], AbstractContextManager[Any]]
 """(options of the optimizer, what else to change while it trains)."""
 
-DEFAULT = "annealed"
-
 
 def _given(**chosen: Any) -> Arm:
     """The default with other options."""
     return chosen, nullcontext()
 
 
-def _constants(**constants: Any) -> Arm:
-    """The default with other constants during a run."""
-    row = replace(options.VARIANTS[DEFAULT], **constants)
-    return {}, patch.dict(options.VARIANTS, {DEFAULT: row})
-
-
-def _start(c: float) -> Arm:
-    """The default with another factor in s_init."""
-    return {}, patch.object(options, "FIRST_UPDATE_NORM", c)
+def _constants(**constants: float) -> Arm:
+    """The default with other constants of the log tuner during a run."""
+    return {}, patch.dict(options.LOG_TUNING, constants)
 
 
 ALL, ONE = tuple(BASES), ("AdamW",)
 
 ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
     "default": (ALL, _given()),
-    "variant optax": (ALL, _given(variant="optax")),
-    "not annealed": (ALL, _constants(anneals=False)),
-    "c=1e-5": (ALL, _start(1e-5)),
-    "c=1e-3": (ALL, _start(1e-3)),
+    "variant annealed": (ALL, _given(variant="annealed")),
+    "variant optax": (ONE, _given(variant="optax")),
     "variant paper": (ONE, _given(variant="paper")),
     "variant pytorch": (ONE, _given(variant="pytorch")),
-    "λ=0": (ONE, _given(s_decay=0.0)),
-    "λ=0.1": (ONE, _given(s_decay=0.1)),
-    "h not clamped": (ONE, _constants(clamps_h=False)),
-    "r floored": (ONE, _constants(floors_r=True)),
-    "3 betas": (ONE, _given(tuner_betas=(0.9, 0.999, 0.99999))),
-    "1 beta": (ONE, _given(tuner_betas=(0.999999,))),
+    "bias 0": (ALL, _constants(bias=0.0)),
+    "bias 0.15": (ALL, _constants(bias=0.15)),
+    "bias 0.35": (ALL, _constants(bias=0.35)),
+    "gain 2": (ALL, _constants(gain=2.0)),
+    "gain 4": (ALL, _constants(gain=4.0)),
+    "max_move 0.05": (ALL, _constants(max_move=0.05)),
+    "anchor 1/26": (ALL, _constants(anchor_share=1 / 26)),
+    "anchor 2/13": (ALL, _constants(anchor_share=2 / 13)),
+    "no ceiling": (ALL, _constants(ceiling=1e9)),
+    "held 1": (ALL, _constants(held=1)),
     "scale a group": (ONE, _given(scale_per="group")),
     "scale a parameter": (ONE, _given(scale_per="parameter")),
 }

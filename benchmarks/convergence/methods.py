@@ -2,7 +2,8 @@
 
 Each package is used as its authors recommend: Prodigy and D-Adaptation with lr=1 and the recipe's
 schedule (Prodigy with safeguard_warmup if there is a warm-up), schedule-free without a schedule but
-with its own warm-up and evaluation mode, DoG without a schedule but with its averager.
+with its own warm-up and evaluation mode, DoG without a schedule but with its averager, and Prodigy
+plus schedule-free with lr=1 and its evaluation mode, without a schedule and without clipping.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Trainer:
 
     Args:
         learned: optimizer → the current learning rate; by default its first group's lr.
+        gives_loss: give the loss to the optimizer's step.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Trainer:
         optimizer: Any,
         scheduler: Any = None,
         learned: Callable[[Any], float] = lambda opt: opt.param_groups[0]["lr"],
+        gives_loss: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.learned = learned
+        self.learned, self.gives_loss = learned, gives_loss
 
     def rate(self) -> float:
         """Return the current learning rate."""
@@ -60,8 +63,9 @@ class Trainer:
         if clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, **given: Tensor) -> None:
+        """Step the optimizer, with what its step is given, and the schedule."""
+        self.optimizer.step(**given)
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -69,7 +73,7 @@ class Trainer:
         """Take one step on a batch; return the loss before it."""
         loss = problem.loss(batch)
         self.backward(loss, clip)
-        self.step()
+        self.step(**({"loss": loss.detach()} if self.gives_loss else {}))
         return loss
 
     @contextmanager
@@ -81,11 +85,27 @@ class Trainer:
 class ScheduleFree(Trainer):
     """Gradients are computed at one point, and the model is evaluated at another."""
 
+    def __init__(self, problem: Problem, *rest: Any) -> None:
+        super().__init__(problem.model, *rest)
+        self.problem = problem
+
     @contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         self.optimizer.eval()
+        if any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules()):
+            # Its running statistics are of the other point.
+            with torch.no_grad():
+                for _ in range(50):
+                    self.problem.loss(self.problem.batch())
         yield self.model
         self.optimizer.train()
+
+
+class Unclipped(ScheduleFree):
+    """Its optimizer bounds its own steps."""
+
+    def backward(self, loss: Tensor, clip: float | None) -> None:
+        super().backward(loss, None)
 
 
 class Averaged(Trainer):
@@ -95,8 +115,8 @@ class Averaged(Trainer):
         super().__init__(*arguments)
         self.averager = importlib.import_module("dog").PolynomialDecayAverager(self.model)
 
-    def step(self) -> None:
-        super().step()
+    def step(self, **given: Tensor) -> None:
+        super().step(**given)
         self.averager.step()
 
     @contextmanager
@@ -121,14 +141,21 @@ def optimizer(base: str, lr: float, problem: Problem, task: Task) -> Any:
     return BASES[base][0](problem.weights(), lr=lr, **fused, **_options(base, task))
 
 
-def plain(base: str, lr: float, problem: Problem, task: Task, steps: int) -> Trainer:
-    """Train with a base optimizer at this learning rate."""
+def plain(
+    base: str, lr: float, problem: Problem, task: Task, steps: int, shape: str = ""
+) -> Trainer:
+    """Train with a base optimizer at this learning rate, of this shape."""
     opt = optimizer(base, lr, problem, task)
-    return Trainer(problem.model, opt, schedule(opt, task, steps))
+    return Trainer(problem.model, opt, schedule(opt, task, steps, shape))
 
 
 def mechanic(
-    base: str, options: dict[str, Any], problem: Problem, task: Task, steps: int
+    base: str,
+    options: dict[str, Any],
+    problem: Problem,
+    task: Task,
+    steps: int,
+    gives_loss: bool = True,
 ) -> Trainer:
     """Train with Mechanic around a base, with these options of its own."""
     weights = problem.weights()
@@ -139,7 +166,11 @@ def mechanic(
         ]
     opt = BASES[base][1](weights, lr=1.0, **_options(base, task), **options)
     return Trainer(
-        problem.model, opt, schedule(opt, task, steps), lambda opt: max(opt.learned_lr())
+        problem.model,
+        opt,
+        schedule(opt, task, steps),
+        learned=lambda opt: max(opt.learned_lr()),
+        gives_loss=gives_loss,
     )
 
 
@@ -170,7 +201,17 @@ def _schedule_free(problem: Problem, task: Task, steps: int) -> Trainer:
         problem.weights(), weight_decay=task.decay, warmup_steps=max(1, steps // 20)
     )
     opt.train()
-    return ScheduleFree(problem.model, opt)
+    return ScheduleFree(problem, opt)
+
+
+def _prodigy_plus(problem: Problem, task: Task, steps: int) -> Trainer:
+    package = importlib.import_module("prodigyplus")
+    # With one group split_groups has no effect, but the package prints that.
+    opt = package.ProdigyPlusScheduleFree(
+        problem.weights(), weight_decay=task.decay, split_groups=False
+    )
+    opt.train()
+    return Unclipped(problem, opt, None, _estimated)
 
 
 def _dog(problem: Problem, task: Task, steps: int) -> Trainer:
@@ -183,5 +224,6 @@ OTHERS: dict[str, Make] = {
     "D-Adapt Adam": _d_adaptation,
     "schedule-free AdamW": _schedule_free,
     "DoG": _dog,
+    "Prodigy + schedule-free": _prodigy_plus,
 }
 """schedule-free has a learning rate, left at the package's default of 0.0025."""

@@ -25,15 +25,15 @@ class Precision:
         autocast: compute matrix products in bfloat16 from wider weights.
         scaled: use a GradScaler; the optimizer's kernels unscale the gradients.
         state: Mechanic's base keeps its state in the weights' dtype, like torch's AdamW.
-        delta: None, or how each step rounds Δ to bfloat16: "stochastic", which is an option of the
-            optimizer, or "nearest", an experiment of this benchmark that the kernels do not offer.
+        delta: whether the exact form with a bfloat16 Δ, rounded stochastically, takes the place of
+            the running one.
     """
 
     weights: torch.dtype = torch.float32
     autocast: bool = False
     scaled: bool = False
     state: bool = False
-    delta: str | None = None
+    delta: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Precision:
         return {
             **({"fused": True} if self.scaled else {}),
             **({"state_dtype": "param"} if self.state else {}),
-            **({"delta_dtype": torch.bfloat16} if self.delta == "stochastic" else {}),
+            **({"delta_dtype": torch.bfloat16} if self.delta else {}),
         }
 
 
@@ -49,30 +49,18 @@ PRECISIONS = {
     "float32": Precision(),
     "bfloat16 products, float32 weights": Precision(autocast=True),
     "bfloat16 weights": Precision(torch.bfloat16),
-    "bfloat16 weights, Δ to nearest": Precision(torch.bfloat16, delta="nearest"),
-    "bfloat16 weights, Δ stochastic": Precision(torch.bfloat16, delta="stochastic"),
-    "bfloat16 weights and state, Δ stochastic": Precision(
-        torch.bfloat16, state=True, delta="stochastic"
-    ),
+    "bfloat16 weights and state": Precision(torch.bfloat16, state=True),
+    "bfloat16 weights, Δ stochastic": Precision(torch.bfloat16, delta=True),
     "float16 weights, GradScaler": Precision(torch.float16, scaled=True),
 }
 
 COMPARED = {
     "Mechanic AdamW": tuple(PRECISIONS),
-    "AdamW": tuple(name for name, p in PRECISIONS.items() if not p.scaled and p.delta is None),
+    "AdamW": tuple(name for name, p in PRECISIONS.items() if not p.scaled and not p.delta),
 }
 """The precisions of each method. GradScaler refuses torch's AdamW with float16 weights."""
 
 TASK = "char"
-
-
-class NearestDelta(Trainer):
-    """Round Δ to the nearest bfloat16 after each step."""
-
-    def step(self) -> None:
-        super().step()
-        for state in self.optimizer.state.values():
-            state["delta"].copy_(state["delta"].bfloat16())
 
 
 class WithGradScaler(Trainer):
@@ -87,8 +75,8 @@ class WithGradScaler(Trainer):
         self.optimizer.max_grad_norm = clip
         self.scaler.scale(loss).backward()
 
-    def step(self) -> None:
-        self.scaler.step(self.optimizer)
+    def step(self, **given: Tensor) -> None:
+        self.scaler.step(self.optimizer, **given)
         self.scaler.update()
         self.scheduler.step()
 
@@ -103,19 +91,15 @@ def in_precision(make: Make, precision: Precision) -> Make:
         # The cross-entropy is computed in float32, as is usual.
         model.forward = lambda x: forward(x).float()
         trainer = make(problem, task, steps)
+        kind = WithGradScaler if precision.scaled else Trainer
         parts = (trainer.model, trainer.optimizer, trainer.scheduler, trainer.learned)
-        if precision.scaled:
-            return WithGradScaler(*parts)
-        return NearestDelta(*parts) if precision.delta == "nearest" else trainer
+        return kind(*parts, trainer.gives_loss)
 
     return made
 
 
 def bytes_of(method: str, name: str) -> float:
-    """Return the bytes per parameter of the weights and the optimizer state, without gradients.
-
-    A Δ that is rounded to nearest counts as bfloat16, although the experiment stores float32.
-    """
+    """Return the bytes per parameter of the weights and the optimizer state, without gradients."""
     precision = PRECISIONS[name]
     base, ours, _ = BASES["AdamW"]
     weight = nn.Parameter(torch.ones(8, 8, dtype=precision.weights))
@@ -125,6 +109,4 @@ def bytes_of(method: str, name: str) -> float:
     optimizer.step()
     kept = {"weight": weight, **optimizer.state[weight]}
     sizes = {k: t.element_size() for k, t in kept.items() if torch.is_tensor(t) and t.dim()}
-    if precision.delta == "nearest":
-        sizes["delta"] = 2
     return sum(sizes.values())

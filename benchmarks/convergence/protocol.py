@@ -14,12 +14,16 @@ import pandas
 from . import precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
-from .runs import Spec
+from .runs import NO_LOSS, Spec
+from .schedules import FALLS
 from .tasks import TASKS
 
 Rows = pandas.DataFrame
 
 KEY = ["task", "horizon", "method", "lr", "arm", "seed"]
+
+FRESH = (3109, 3401, 6371, 6587, 7814)
+"""Drawn after the defaults are fixed, and used once: new defaults need new ones."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,23 @@ class Protocol:
         fresh: the seeds of the comparison.
         points: points of the first grid, in factors of 2; it grows until its best is not at an end.
         points_later: points of the grid of a longer horizon, around the best of the shorter one.
+        points_shaped: points of the grid of another shape, around the best of the cosine.
         widest: the number of points at which a grid stops growing.
         horizons: the longest horizon, in multiples of T.
         shorter: divides the steps of every run.
     """
 
     choosing: tuple[int, ...] = (0, 1)
-    fresh: tuple[int, ...] = (100, 101, 102, 103, 104)
+    fresh: tuple[int, ...] = FRESH
     points: int = 7
     points_later: int = 5
+    points_shaped: int = 3
     widest: int = 15
     horizons: int = 4
     shorter: int = 1
 
 
-QUICK = Protocol(choosing=(0,), fresh=(100, 101), points=5, widest=9, horizons=1, shorter=10)
+QUICK = Protocol(choosing=(0,), fresh=FRESH[:2], points=5, widest=9, horizons=1, shorter=10)
 
 
 def cells(tasks: list[str], protocol: Protocol) -> Iterator[tuple[str, int]]:
@@ -94,6 +100,35 @@ def comparison_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Sp
     return missing(rows, specs)
 
 
+def no_loss_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the missing runs of Mechanic without the loss, on fresh seeds."""
+    specs = [
+        Spec(task, horizon, f"Mechanic {base}", 0.0, NO_LOSS, seed)
+        for task, horizon in cells(tasks, protocol)
+        for base in TASKS[task].bases
+        for seed in protocol.fresh
+    ]
+    return missing(rows, specs)
+
+
+def shape_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the next runs of the grids over shapes, then of each best on fresh seeds."""
+    specs = []
+    for task, horizon in cells(tasks, protocol):
+        for base in TASKS[task].bases:
+            specs += [
+                Spec(task, horizon, base, lr, shape, seed)
+                for shape in shapes(task)
+                for lr in grid(rows, task, horizon, base, protocol, shape)
+                for seed in protocol.choosing
+            ]
+            chosen = best_shape(rows, task, horizon, base, protocol, shapes(task))
+            if chosen is not None:
+                shape, lr = chosen
+                specs += [Spec(task, horizon, base, lr, shape, seed) for seed in protocol.fresh]
+    return missing(rows, specs)
+
+
 def ablation_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
     """Return the missing runs of the ablations, at T and on the seeds of the grid."""
     specs = [
@@ -123,22 +158,32 @@ def precision_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spe
     return missing(rows, specs)
 
 
-def grid(rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> list[float]:
+def shapes(task: str) -> tuple[str, ...]:
+    """Return the shapes that a schedule may have, the task's own first, as arms of a base."""
+    return ("", *FALLS) if TASKS[task].schedule == "cosine" else ("",)
+
+
+def grid(
+    rows: Rows, task: str, horizon: int, base: str, protocol: Protocol, shape: str = ""
+) -> list[float]:
     """Return the learning rates of a grid, which gets one more whenever its best is at an end.
 
-    For a longer horizon it is empty until the best of the shorter one is known.
+    For a longer horizon, or another shape than the task's own, it is empty until the best of the
+    shorter one, or of the task's own, is known.
     """
     middle, half = BASES[base][2] / TASKS[task].smaller_lr, protocol.points // 2
     shorter = [h for h in TASKS[task].horizons if h < horizon]
-    if shorter:
-        rates = grid(rows, task, shorter[-1], base, protocol)
-        found = best(rows, task, shorter[-1], base, rates, protocol) if rates else None
+    if shape or shorter:
+        before = horizon if shape else shorter[-1]
+        rates = grid(rows, task, before, base, protocol)
+        found = best(rows, task, before, base, rates, protocol)
         if found is None:
             return []
-        middle, half = found, protocol.points_later // 2
+        middle = found
+        half = (protocol.points_shaped if shape else protocol.points_later) // 2
     rates = [middle * 2.0**k for k in range(-half, half + 1)]
     while len(rates) < protocol.widest:
-        means = grid_means(rows, task, horizon, base, rates, protocol)
+        means = grid_means(rows, task, horizon, base, rates, protocol, shape)
         if means is None:
             break
         if means.index[0] == rates[0]:
@@ -158,8 +203,28 @@ def best(
     return None if means is None else float(means.index[0])
 
 
+def best_shape(
+    rows: Rows, task: str, horizon: int, base: str, protocol: Protocol, among: tuple[str, ...]
+) -> tuple[str, float] | None:
+    """Return the best (shape, lr) of the grids of these shapes; None while a run is missing."""
+    bests = {}
+    for shape in among:
+        rates = grid(rows, task, horizon, base, protocol, shape)
+        means = grid_means(rows, task, horizon, base, rates, protocol, shape) if rates else None
+        if means is None:
+            return None
+        bests[shape, float(means.index[0])] = means.iloc[0]
+    return _ranked(pandas.DataFrame(bests).T, task).index[0]
+
+
 def grid_means(
-    rows: Rows, task: str, horizon: int, base: str, rates: list[float], protocol: Protocol
+    rows: Rows,
+    task: str,
+    horizon: int,
+    base: str,
+    rates: list[float],
+    protocol: Protocol,
+    shape: str = "",
 ) -> Any:
     """Return the grid's mean scores by learning rate, the best first; None if a run is missing.
 
@@ -171,13 +236,20 @@ def grid_means(
         & (rows.method == base)
         & rows.seed.isin(protocol.choosing)
         & rows.lr.isin(rates)
-        & (rows.arm == "")
+        & (rows.arm == shape)
     ]
     if len(these) < len(rates) * len(protocol.choosing):
         return None
     means = these.groupby("lr")[["train_loss", "validation_loss", "accuracy"]].mean()
+    return _ranked(means, task)
+
+
+def _ranked(means: Rows, task: str) -> Rows:
+    """Return mean scores, the best first."""
     if TASKS[task].metric == "accuracy":
         # Accuracies are counts divided by rows: rounding errors must not break ties.
         means["accuracy"] = means["accuracy"].round(6)
-        return means.sort_values(["accuracy", "validation_loss"], ascending=[False, True])
-    return means.sort_values("validation_loss")
+        order = {"by": ["accuracy", "validation_loss"], "ascending": [False, True]}
+    else:
+        order = {"by": "validation_loss"}
+    return means.sort_values(**order, kind="stable")

@@ -13,8 +13,12 @@ from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
 from .precision import PRECISIONS, in_precision
 from .problem import Problem
+from .schedules import FALLS
 from .tasks import TASKS, Task
 from .tuned import TUNED
+
+NO_LOSS = "no loss"
+"""The arm of Mechanic whose step is not given the loss."""
 
 READS = 50
 """How often the loss and the learning rate are read during a run."""
@@ -29,7 +33,8 @@ class Spec:
         method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
             in TUNED.
         lr: of a plain base, or where a tuner starts; 0 for the rest.
-        arm: a name in ablations.ARMS or in precision.PRECISIONS, or "" for the defaults.
+        arm: "" for the defaults; of Mechanic a name in ablations.ARMS or in precision.PRECISIONS,
+            or NO_LOSS; of a base one in precision.PRECISIONS or in schedules.FALLS.
     """
 
     task: str
@@ -68,7 +73,10 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
     precision = PRECISIONS.get(spec.arm)
     if precision:
         chosen = precision.options
-    make = partial(mechanic, base, chosen) if name else partial(plain, base, spec.lr)
+    if name:
+        make = partial(mechanic, base, chosen, gives_loss=spec.arm != NO_LOSS)
+    else:
+        make = partial(plain, base, spec.lr, shape=spec.arm if spec.arm in FALLS else "")
     return in_precision(make, precision) if precision else make
 
 

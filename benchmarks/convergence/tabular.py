@@ -34,7 +34,7 @@ def _split(name: str, seed: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _pixels(seed: int) -> list[tuple[Tensor, Tensor]]:
+def pixels(seed: int) -> list[tuple[Tensor, Tensor]]:
     """Return (train, validation) of the digits, as grey levels from about -1 to 1."""
     x, y = _rows("digits")
     parts = train_test_split(x / 8 - 1, y, test_size=0.25, stratify=y, random_state=seed)
@@ -57,7 +57,7 @@ def digits_mlp(seed: int) -> Classification:
     model = nn.Sequential(
         nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
     )
-    return Classification(model, seed, *_pixels(seed), size=32)
+    return Classification(model, seed, *pixels(seed), size=32)
 
 
 def digits_conv(seed: int) -> Classification:
@@ -75,4 +75,4 @@ def digits_conv(seed: int) -> Classification:
         nn.Flatten(),
         nn.Linear(32, 10),
     )
-    return Classification(model, seed, *_pixels(seed), size=32)
+    return Classification(model, seed, *pixels(seed), size=32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import large, tabular, text, tokens
+from . import images, infilling, large, tabular, text, tokens
 from .problem import Problem
 
 
@@ -25,6 +25,7 @@ class Task:
         bases: the base optimizers that run on it.
         smaller_lr: divides the middle of each first grid: a large model needs a smaller lr.
         on_request: run only when named, and without the other packages: it needs a GPU.
+        unseen: nothing of Mechanic was chosen on it.
     """
 
     build: Callable[[int], Problem]
@@ -38,6 +39,7 @@ class Task:
     bases: tuple[str, ...] = ("SGD", "AdamW", "Lion")
     smaller_lr: int = 1
     on_request: bool = False
+    unseen: bool = False
 
 
 def _regression(name: str, steps: int, seconds: float) -> Task:
@@ -65,4 +67,8 @@ TASKS = {
         on_request=True,
     ),
     "tokens": Task(tokens.token_types, 600, 5, clip=1.0),
+    "topics": Task(text.wider, 500, 10, metric="loss", decay=0.0, clip=1.0, bases=("AdamW",)),
+    "vit": Task(images.vit, 1000, 8, clip=1.0, unseen=True),
+    "seq2seq": Task(infilling.seq2seq, 600, 8, metric="loss", clip=1.0, unseen=True),
+    "denoise": Task(images.denoise, 1000, 5, metric="loss", unseen=True),
 }

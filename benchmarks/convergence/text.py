@@ -1,10 +1,11 @@
-"""Text that comes with Python: a character model, and its low-rank fine-tuning."""
+"""Text that comes with Python: character models, and the low-rank fine-tuning of one."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 from functools import cache
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -51,12 +52,14 @@ def source() -> tuple[str, str]:
 class Language(Problem):
     """Predict the next character; the losses are over windows that do not overlap."""
 
-    def __init__(self, model: nn.Module, seed: int, train: Tensor, validation: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, seed: int, train: Tensor, validation: Tensor, size: int = BATCH
+    ) -> None:
         super().__init__(model, seed)
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.size = train, validation, size
 
     def batch(self) -> Tensor:
-        return example().random_batch(self.train, BATCH, CONTEXT, self.generator)
+        return example().random_batch(self.train, self.size, CONTEXT, self.generator)
 
     def loss(self, batch: Tensor) -> Tensor:
         return self.model.loss(batch)
@@ -77,6 +80,24 @@ def characters(seed: int) -> Language:
     torch.manual_seed(seed)
     model = example().CharModel(len(text.vocabulary), context=CONTEXT)
     return Language(model, seed, text.train, text.validation)
+
+
+@cache
+def _topics() -> tuple[Tensor, Tensor, int]:
+    """Return the help topics as they are, (train, validation), and the number of characters."""
+    text = "\n".join(topics.values())
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    tokens = torch.tensor([number[character] for character in text])
+    split = len(tokens) * 9 // 10
+    return tokens[:split], tokens[split:], len(number)
+
+
+def wider(seed: int) -> Language:
+    """The character model with width 96, in batches of 16 windows."""
+    train, validation, characters = _topics()
+    torch.manual_seed(seed)
+    model = example().CharModel(characters, width=96, context=CONTEXT)
+    return Language(model, seed, train, validation, size=16)
 
 
 class LowRank(nn.Module):

@@ -70,8 +70,7 @@ def our_backends(device: torch.device) -> list[str]:
 def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
     names = our_backends(device)
     pairs = [(baselines.adamw(name), FUSED) for name in names]
-    if case.dtype is torch.bfloat16:
-        pairs += [(baselines.adamw(name, delta_dtype=torch.bfloat16), FUSED) for name in names]
+    pairs += [(baselines.adamw(name, variant="annealed"), FUSED) for name in names]
     pairs += [(FOREACH, FUSED)]
     if case.name.startswith("1.5B"):
         return pairs  # the other packages' copies would not fit into memory

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../formulas.h"
 #include "../storage.h"
@@ -40,6 +41,11 @@ struct Lanes {
   double ab[kLanes], aa[kLanes];
 };
 
+// Of step: ab is g.(x - x_ref) and aa g.g; ab is x.x and aa u.u.
+struct StepLanes {
+  Lanes gradient, update;
+};
+
 inline double reduce_lanes(const double* lane) {
   double sum[kLanes];
   for (int i = 0; i < kLanes; ++i) sum[i] = lane[i];
@@ -64,20 +70,35 @@ MECHANIC_INLINE bool in_range(const float* sums) {
 // Doubles need no such check.
 MECHANIC_INLINE bool in_range(const double*) { return true; }
 
-// lanes.ab += a.b, lanes.aa += a.a, in double, which is accurate for any floats.
-template <class T>
+// The products that are summed in Lanes::ab: a.b, or b.b.
+struct Dot {
+  template <class T>
+  static MECHANIC_INLINE T of(T a, T b) {
+    return a * b;
+  }
+};
+
+struct Square {
+  template <class T>
+  static MECHANIC_INLINE T of(T, T b) {
+    return b * b;
+  }
+};
+
+// lanes.ab += a.b or b.b, lanes.aa += a.a, in double, which is accurate for any floats.
+template <class Second = Dot, class T>
 MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restrict b, int n,
                                        Lanes& lanes) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      lanes.ab[l] += double(a[i + l]) * double(b[i + l]);
+      lanes.ab[l] += Second::of(double(a[i + l]), double(b[i + l]));
       lanes.aa[l] += double(a[i + l]) * double(a[i + l]);
     }
   }
   for (int l = 0; i + l < n; ++l) {
-    lanes.ab[l] += double(a[i + l]) * double(b[i + l]);
+    lanes.ab[l] += Second::of(double(a[i + l]), double(b[i + l]));
     lanes.aa[l] += double(a[i + l]) * double(a[i + l]);
   }
 }
@@ -85,14 +106,14 @@ MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restric
 // The same for a whole block. First eight float products a lane are summed in float, since
 // converting each would take longer than the memory accesses; a block in which that could overflow
 // or underflow (gradients of 1e20 or 1e-25, or all 0) is summed in double.
-template <class T>
+template <class Second, class T>
 MECHANIC_INLINE void add_block_products(const T* __restrict a, const T* __restrict b,
                                         Lanes& lanes) {
   T ab[kLanes] = {}, aa[kLanes] = {};
   for (int i = 0; i < kBlock; i += kLanes) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      ab[l] += a[i + l] * b[i + l];
+      ab[l] += Second::of(a[i + l], b[i + l]);
       aa[l] += a[i + l] * a[i + l];
     }
   }
@@ -100,16 +121,16 @@ MECHANIC_INLINE void add_block_products(const T* __restrict a, const T* __restri
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
   } else {
-    add_products_wide(a, b, kBlock, lanes);
+    add_products_wide<Second>(a, b, kBlock, lanes);
   }
 }
 
 // The same for any number of elements.
-template <class T>
+template <class Second = Dot, class T>
 MECHANIC_INLINE void add_products(const T* a, const T* b, int n, Lanes& lanes) {
   int i = 0;
-  for (; i + kBlock <= n; i += kBlock) add_block_products(a + i, b + i, lanes);
-  if (i < n) add_products_wide(a + i, b + i, n - i, lanes);
+  for (; i + kBlock <= n; i += kBlock) add_block_products<Second>(a + i, b + i, lanes);
+  if (i < n) add_products_wide<Second>(a + i, b + i, n - i, lanes);
 }
 
 // Δ of a chunk: T or bfloat16; the other pointer is null.
@@ -181,6 +202,86 @@ MECHANIC_CLONES void accumulate_chunk(const AccumulateStreams<X, S>& at, int64_t
     accumulate_block<Base, kReadsX>(at, i, kAccumulateBlock, c, lanes);
   }
   accumulate_block<Base, kReadsX>(at, i, int(n - i), c, lanes);
+  out = lanes;
+}
+
+// The weights of a chunk: in T, or in 16 bits with low bits beside them.
+template <class X>
+struct Weights {
+  X* x;
+  int16_t* low;
+
+  // Return n elements from `start` on: in memory, or joined in scratch.
+  MECHANIC_INLINE opmath_t<X>* read(int64_t start, int n, opmath_t<X>* scratch) const {
+    if constexpr (std::is_same_v<X, opmath_t<X>>) {
+      return x + start;
+    } else {
+      for (int i = 0; i < n; ++i) scratch[i] = join(x[start + i], low[start + i]);
+      return scratch;
+    }
+  }
+
+  // Write the same elements back from scratch.
+  MECHANIC_INLINE void write(int64_t start, int n, const opmath_t<X>* scratch) const {
+    if constexpr (!std::is_same_v<X, opmath_t<X>>) {
+      for (int i = 0; i < n; ++i) split(scratch[i], x[start + i], low[start + i]);
+    }
+  }
+};
+
+// The arrays of one chunk that step works on.
+template <class X, class S>
+struct StepStreams {
+  const X* g;
+  Weights<X> weights;
+  const X* x_ref;
+  S *state0, *state1;
+};
+
+// x += S u, after the sums with the x before it.
+template <class Base, class X, class S>
+MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int n,
+                                const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
+                                StepLanes& lanes) {
+  using T = opmath_t<X>;
+  const X* __restrict g = at.g + start;
+  const X* __restrict x_ref = at.x_ref + start;
+  S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
+  S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
+  alignas(64) T joined[kAccumulateBlock];
+  T* __restrict x = at.weights.read(start, n, joined);
+  alignas(64) T gradient[kAccumulateBlock];
+  alignas(64) T displacement[kAccumulateBlock];
+  alignas(64) T update[kAccumulateBlock];
+  for (int i = 0; i < n; ++i) {
+    gradient[i] = widen(g[i]) * c.gradient;
+    displacement[i] = x[i] - T(widen(x_ref[i]));
+  }
+  add_products(gradient, displacement, n, lanes.gradient);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
+    T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
+    update[i] = Base::update(finite_or_zero(gradient[i]), x[i], a, b, c);
+    if (Base::kStates > 0) narrow(a, state0[i]);
+    if (Base::kStates > 1) narrow(b, state1[i]);
+  }
+  add_products<Square>(update, x, n, lanes.update);
+  for (int i = 0; i < n; ++i) x[i] = apply_update(x[i], scale, update[i]);
+  at.weights.write(start, n, x);
+}
+
+template <class Base, class X, class S>
+MECHANIC_CLONES void step_chunk(const StepStreams<X, S>& at, int64_t n,
+                                const Coefficients<opmath_t<X>>& coefficients, opmath_t<X> scale,
+                                StepLanes& out) {
+  const Coefficients<opmath_t<X>> c = coefficients;
+  StepLanes lanes = {};
+  int64_t i = 0;
+  for (; i + kAccumulateBlock <= n; i += kAccumulateBlock) {
+    step_block<Base>(at, i, kAccumulateBlock, c, scale, lanes);
+  }
+  step_block<Base>(at, i, int(n - i), c, scale, lanes);
   out = lanes;
 }
 

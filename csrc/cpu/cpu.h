@@ -14,6 +14,8 @@ void apply(const Bucket& bucket, const Tuner& tuner, int threads);
 void measure(const Bucket& bucket, int threads);
 void norm(const Bucket& bucket, int threads);
 void tune(const Sums* sums, const Tuner& tuner);
+void step(const Bucket& bucket, const LogTuner& tuner, const double* clip, int threads);
+void log_tune(const Sums* sums, const LogTuner& tuner);
 
 void step_along(const Vectors& vectors, const double* c, int threads);
 void axpby(const Vectors& vectors, double a, double c, int threads);

@@ -52,6 +52,33 @@ void accumulate_partial(const Bucket& bucket, const Chunk& chunk, const double* 
   partial.gg = reduce_lanes(lanes.aa);
 }
 
+template <class Base, class X, class S>
+void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip, double scale,
+                  Sums& partial) {
+  using T = opmath_t<X>;
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  partial = {};
+  if (tensor.gradient == 0) return;
+  const auto* step = at<const float>(tensor.step, 0);
+  Hyper hyper = bucket.tables.hyper[tensor.group];
+  hyper.gradient = gradient_multiplier(hyper, nullptr, clip);
+  const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
+  const StepStreams<X, S> streams = {
+      at<X>(tensor.gradient, chunk.offset),
+      {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset)},
+      at<X>(tensor.x_ref, chunk.offset),
+      at<S>(tensor.state0, chunk.offset),
+      at<S>(tensor.state1, chunk.offset)};
+  StepLanes lanes;
+  step_chunk<Base>(streams, chunk.length, c, T(scale), lanes);
+  partial.gd = reduce_lanes(lanes.gradient.ab);
+  partial.gg = reduce_lanes(lanes.gradient.aa);
+  partial.xx = reduce_lanes(lanes.update.ab);
+  partial.count = double(chunk.length);
+  const double to_peak = peak_ratio(hyper);
+  partial.uu = reduce_lanes(lanes.update.aa) * (to_peak * to_peak);
+}
+
 template <class X>
 void norm_partial(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
@@ -102,6 +129,14 @@ void reduce_partials(const Bucket& bucket, Column... column) {
   }
 }
 
+// Only when no chunk reads the counts any more.
+void advance_steps(const Bucket& bucket) {
+  for (int64_t i = 0; i < bucket.counts.tensors; ++i) {
+    const Tensor& tensor = bucket.tables.tensors[i];
+    if (tensor.gradient != 0 && tensor.step != 0) *at<float>(tensor.step, 0) += 1;
+  }
+}
+
 void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
   const int64_t width = tuner ? tuner_width(tuner->betas) : 0;
   for_dtype(bucket.dtypes.weight, [&](auto weight) {
@@ -136,11 +171,27 @@ void accumulate(const Bucket& bucket, const double* clip, const double* step_cou
     });
   });
   reduce_partials(bucket, &Sums::gd, &Sums::gg);
-  // Only now, when no chunk reads the counts any more.
-  for (int64_t i = 0; i < bucket.counts.tensors; ++i) {
-    const Tensor& tensor = bucket.tables.tensors[i];
-    if (tensor.gradient != 0 && tensor.step != 0) *at<float>(tensor.step, 0) += 1;
-  }
+  advance_steps(bucket);
+}
+
+void step(const Bucket& bucket, const LogTuner& tuner, const double* clip, int threads) {
+  for_kind(bucket.kind, [&](auto base) {
+    for_dtype(bucket.dtypes.weight, [&](auto weight) {
+      using Base = decltype(base);
+      using X = decltype(weight);
+      const bool state_is_weights = bucket.dtypes.state == bucket.dtypes.weight;
+      for_chunks(bucket, threads, false, [&](const Chunk& chunk, Sums& partial) {
+        const double scale = tuner.rows[bucket.tables.tensors[chunk.tensor].scale].scale;
+        if (state_is_weights) {
+          step_partial<Base, X, X>(bucket, chunk, clip, scale, partial);
+        } else {
+          step_partial<Base, X, opmath_t<X>>(bucket, chunk, clip, scale, partial);
+        }
+      });
+    });
+  });
+  reduce_partials(bucket, &Sums::gd, &Sums::gg, &Sums::xx, &Sums::uu, &Sums::count);
+  advance_steps(bucket);
 }
 
 void norm(const Bucket& bucket, int threads) {
@@ -167,6 +218,20 @@ void tune(const Sums* sums, const Tuner& tuner) {
   }
   // The first row counts the steps in which any row was not finite.
   if (!finite) tuner.state[kTunerBlocks * tuner.betas + kNonfinite] += 1;
+}
+
+void log_tune(const Sums* sums, const LogTuner& tuner) {
+  Sums total = {};
+  for (int64_t i = 0; i < tuner.scales; ++i) total.gg += sums[i].gg, total.uu += sums[i].uu;
+  const double power = std::sqrt(total.gg) * std::sqrt(total.uu);
+  const double loss = mean_loss(*tuner.losses);
+  bool finite = true;
+  for (int64_t i = 0; i < tuner.scales; ++i) {
+    finite &= log_tune_row(sums[i], power, loss, tuner.rows[i], *tuner.constants);
+  }
+  // The first row counts the steps in which any row was not finite.
+  if (!finite) tuner.rows[0].nonfinite += 1;
+  *tuner.losses = {};
 }
 
 const char* instruction_set() {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../formulas.h"
+#include "advance_steps.cuh"
 #include "packets.cuh"
 #include "reduce.cuh"
 
@@ -25,7 +26,8 @@ struct AccumulateStreams {
 // N elements from i on in each thread: all loads, then all arithmetic.
 template <int N, class Base, class X, class S>
 __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& at, int i,
-                                                 const Coefficients<opmath_t<X>>& c, Pair& sum) {
+                                                 const Coefficients<opmath_t<X>>& c,
+                                                 Totals<2>& sum) {
   using T = opmath_t<X>;
   T g[N], delta[N], a[N] = {}, b[N] = {}, x[N] = {};
   load<Reuse::kNever>(at.gradient + i, g);
@@ -38,8 +40,8 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
   for (int l = 0; l < N; ++l) {
     const T gradient = g[l] * c.gradient;
     // Products of floats are exact in double, so the fused form rounds no differently.
-    sum.first = fma(double(gradient), double(delta[l]), sum.first);
-    sum.second = fma(double(gradient), double(gradient), sum.second);
+    sum.of[0] = fma(double(gradient), double(delta[l]), sum.of[0]);
+    sum.of[1] = fma(double(gradient), double(gradient), sum.of[1]);
     delta[l] = delta[l] + Base::update(finite_or_zero(gradient), x[l], a[l], b[l], c);
   }
   at.delta.template store<Reuse::kSoon>(i, delta);
@@ -50,9 +52,9 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
 // The elements [begin, end) of the chunk. Not a loop shared with the other kernels: around a lambda
 // the compiler keeps more of the coefficients in shared memory and registers.
 template <int N, class Base, class X, class S>
-__device__ __forceinline__ Pair accumulate_range(const AccumulateStreams<X, S>& at, int begin,
-                                                 int end, const Coefficients<opmath_t<X>>& c,
-                                                 Pair sum) {
+__device__ __forceinline__ Totals<2> accumulate_range(const AccumulateStreams<X, S>& at, int begin,
+                                                      int end, const Coefficients<opmath_t<X>>& c,
+                                                      Totals<2> sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
     accumulate_block<N, Base>(at, i, c, sum);
@@ -61,8 +63,9 @@ __device__ __forceinline__ Pair accumulate_range(const AccumulateStreams<X, S>& 
 }
 
 template <class Base, class X, class S>
-__device__ __forceinline__ Pair accumulate_chunk(const Bucket& bucket, const Tensor& tensor,
-                                                 const Chunk& chunk, const StepScalars& scalars) {
+__device__ __forceinline__ Totals<2> accumulate_chunk(const Bucket& bucket, const Tensor& tensor,
+                                                      const Chunk& chunk,
+                                                      const StepScalars& scalars) {
   using T = opmath_t<X>;
   // The bias corrections take two powers in double: once a chunk, not once a thread.
   __shared__ Coefficients<T> shared;
@@ -85,18 +88,9 @@ __device__ __forceinline__ Pair accumulate_chunk(const Bucket& bucket, const Ten
                                             at.delta.bfloat16, at.state0, at.state1);
   __syncthreads();
   const Coefficients<T> c = shared;
-  Pair sum = {0, 0};
+  Totals<2> sum = {};
   sum = accumulate_range<kLanes<X>, Base>(at, 0, in_packets, c, sum);
   return accumulate_range<1, Base>(at, in_packets, n, c, sum);
-}
-
-// Only when no chunk of the scale reads the counts any more.
-__device__ __forceinline__ void advance_steps(const Bucket& bucket, const Span& span, int first,
-                                              int stride) {
-  for (int64_t i = first; i < span.tensors; i += stride) {
-    const Tensor& tensor = bucket.tables.tensors[span.first_tensor + i];
-    if (tensor.gradient != 0 && tensor.step != 0) *address<float>(tensor.step, 0) += 1;
-  }
 }
 
 // Blocks of a multiprocessor: as many as its registers hold without spills.
@@ -109,13 +103,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::gd, &Sums::gg>;
   for_empty_scales(bucket, reduction, [&](int64_t scale) {
-    Columns::write(bucket.tables.sums + scale, {0, 0});
+    Columns::write(bucket.tables.sums + scale, {});
     advance_steps(bucket, reduction.spans[scale], 0, 1);
   });
   if (blockIdx.x >= bucket.counts.chunks) return;
   const Chunk chunk = bucket.tables.chunks[blockIdx.x];
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
-  Pair sum = {0, 0};
+  Totals<2> sum = {};
   if (tensor.gradient != 0) {
     sum = accumulate_chunk<Base, X, S>(bucket, tensor, chunk, scalars);
     sum = block_total(sum);

@@ -24,7 +24,7 @@ __device__ __forceinline__ opmath_t<X> rounded(opmath_t<X> wide) {
 // N elements from i on in each thread: all loads, then all arithmetic.
 template <int N, bool kWrites, class X>
 __device__ __forceinline__ void apply_block(const ApplyStreams<X>& at, int i, opmath_t<X> scale,
-                                            Pair& sum) {
+                                            Totals<2>& sum) {
   opmath_t<X> delta[N], x[N];
   at.delta.template load<Reuse::kNever>(i, delta);
   if constexpr (kWrites) {
@@ -37,15 +37,15 @@ __device__ __forceinline__ void apply_block(const ApplyStreams<X>& at, int i, op
   }
 #pragma unroll
   for (int l = 0; l < N; ++l) {
-    sum.first = fma(double(x[l]), double(delta[l]), sum.first);
-    sum.second = fma(double(x[l]), double(x[l]), sum.second);
+    sum.of[0] = fma(double(x[l]), double(delta[l]), sum.of[0]);
+    sum.of[1] = fma(double(x[l]), double(x[l]), sum.of[1]);
   }
 }
 
 // The elements [begin, end) of the chunk.
 template <int N, bool kWrites, class X>
-__device__ __forceinline__ Pair apply_range(const ApplyStreams<X>& at, int begin, int end,
-                                            opmath_t<X> scale, Pair sum) {
+__device__ __forceinline__ Totals<2> apply_range(const ApplyStreams<X>& at, int begin, int end,
+                                                 opmath_t<X> scale, Totals<2> sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
     apply_block<N, kWrites>(at, i, scale, sum);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::xd, &Sums::xx>;
   for_empty_scales(bucket, reduction,
-                   [&](int64_t scale) { Columns::write(bucket.tables.sums + scale, {0, 0}); });
+                   [&](int64_t scale) { Columns::write(bucket.tables.sums + scale, {}); });
   if (blockIdx.x >= bucket.counts.chunks) return;
   // Backwards, since accumulate has left the end of Δ in the cache.
   const int64_t number = bucket.counts.chunks - 1 - blockIdx.x;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int n = int(chunk.length);
   // measure must add in the same order as apply, so that their bits agree: x_ref counts in both.
   const int in_packets = packet_elements<X>(n, at.x_ref, at.delta.full, at.delta.bfloat16, at.x);
-  Pair sum = {0, 0};
+  Totals<2> sum = {};
   sum = apply_range<kLanes<X>, kWrites>(at, 0, in_packets, scale, sum);
   sum = apply_range<1, kWrites>(at, in_packets, n, scale, sum);
   Columns::reduce_chunk(bucket, reduction, number, tensor.scale, block_total(sum));

@@ -36,7 +36,11 @@ void norm(const Bucket& bucket, const Reduction& reduction, const StepScalars& s
           CUstream_st* stream);
 void apply(const Bucket& bucket, const Reduction& reduction, const Tuner& tuner,
            const StepScalars& scalars, CUstream_st* stream);
+void step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
+          const StepScalars& scalars, CUstream_st* stream);
 void measure(const Bucket& bucket, const Reduction& reduction, CUstream_st* stream);
 void tune(const Sums* sums, const Tuner& tuner, const StepScalars& scalars, CUstream_st* stream);
+void log_tune(const Sums* sums, const LogTuner& tuner, const StepScalars& scalars,
+              CUstream_st* stream);
 
 }  // namespace mechanic::cuda

@@ -53,15 +53,15 @@ __global__ void __launch_bounds__(kThreads)
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::gg>;
   for_empty_scales(bucket, reduction,
-                   [&](int64_t scale) { Columns::write(bucket.tables.sums + scale, {0, 0}); });
+                   [&](int64_t scale) { Columns::write(bucket.tables.sums + scale, {}); });
   if (blockIdx.x >= bucket.counts.chunks) return;
   // Backwards, since accumulate starts at the end that is then left in the cache.
   const int64_t number = bucket.counts.chunks - 1 - blockIdx.x;
   const Chunk chunk = bucket.tables.chunks[number];
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
-  Pair sum = {0, 0};
+  Totals<1> sum = {};
   if (tensor.gradient != 0) {
-    sum.first = norm_chunk<X>(bucket, tensor, chunk, scalars.grad_scale);
+    sum.of[0] = norm_chunk<X>(bucket, tensor, chunk, scalars.grad_scale);
     sum = block_total(sum);
   }
   Columns::reduce_chunk(bucket, reduction, number, tensor.scale, sum);

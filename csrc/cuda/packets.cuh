@@ -42,10 +42,11 @@ __device__ __forceinline__ void store_packet(B* to, B packet) {
   }
 }
 
-template <Reuse kReuse, int N, class Y>
-__device__ __forceinline__ void load(const Y* from, opmath_t<Y> (&to)[N]) {
+// Call take(l, y) for each of the N elements l, which is y.
+template <Reuse kReuse, int N, class Y, class Take>
+__device__ __forceinline__ void load_each(const Y* from, Take take) {
   if constexpr (N == 1) {
-    to[0] = widen(*from);
+    take(0, *from);
   } else {
     constexpr int kEach = kBytes<N, Y> / sizeof(Y);
 #pragma unroll
@@ -53,9 +54,14 @@ __device__ __forceinline__ void load(const Y* from, opmath_t<Y> (&to)[N]) {
       const auto bits = load_packet<kReuse>(reinterpret_cast<const Bits<N, Y>*>(from + i));
       const auto packet = bit_cast<Packet<N, Y>>(bits);
 #pragma unroll
-      for (int l = 0; l < kEach; ++l) to[i + l] = widen(packet.lane[l]);
+      for (int l = 0; l < kEach; ++l) take(i + l, packet.lane[l]);
     }
   }
+}
+
+template <Reuse kReuse, int N, class Y>
+__device__ __forceinline__ void load(const Y* from, opmath_t<Y> (&to)[N]) {
+  load_each<kReuse, N>(from, [&](int l, Y y) { to[l] = widen(y); });
 }
 
 // Store round(l) for each of the N elements l.

@@ -11,22 +11,30 @@
 
 namespace mechanic::cuda {
 
-struct Pair {
-  double first, second;
+// Sums that are taken at once.
+template <int N>
+struct Totals {
+  double of[N];
 };
 
-__device__ __forceinline__ Pair operator+(Pair a, Pair b) {
-  return {a.first + b.first, a.second + b.second};
+template <int N>
+__device__ __forceinline__ Totals<N> operator+(Totals<N> a, const Totals<N>& b) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) a.of[k] += b.of[k];
+  return a;
 }
 
-// Return the total over the block, in every thread. Contains barriers: every thread must call it.
-__device__ __forceinline__ Pair block_total(Pair sum) {
+// Return the totals over the block, in every thread. Contains barriers: every thread must call it.
+template <int N>
+__device__ __forceinline__ Totals<N> block_total(Totals<N> sum) {
   constexpr int kWarps = kThreads / 32;
-  __shared__ Pair warps[kWarps];
+  __shared__ Totals<N> warps[kWarps];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
-    sum = sum + Pair{__shfl_down_sync(~0u, sum.first, distance),
-                     __shfl_down_sync(~0u, sum.second, distance)};
+    Totals<N> other;
+#pragma unroll
+    for (int k = 0; k < N; ++k) other.of[k] = __shfl_down_sync(~0u, sum.of[k], distance);
+    sum = sum + other;
   }
   __syncthreads();  // the warps' sums of an earlier total may still be read
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
@@ -61,32 +69,31 @@ __device__ __forceinline__ void for_empty_scales(const Bucket& bucket, const Red
   }
 }
 
-// Two columns of the sums, or one: then the second number of a pair means nothing.
-template <double Sums::* kFirst, double Sums::* kSecond = nullptr>
+// Some columns of the sums.
+template <double Sums::*... kColumns>
 struct SumColumns {
-  static __device__ void write(Sums* row, Pair sum) {
-    row->*kFirst = sum.first;
-    if constexpr (kSecond != nullptr) row->*kSecond = sum.second;
+  using Total = Totals<int(sizeof...(kColumns))>;
+
+  static __device__ void write(Sums* row, const Total& sum) {
+    int k = 0;
+    ((row->*kColumns = sum.of[k++]), ...);
   }
 
   // Past the first-level cache, which does not see the writes of other blocks.
-  static __device__ Pair read(const Sums* row) {
-    Pair sum = {__ldcg(&(row->*kFirst)), 0};
-    if constexpr (kSecond != nullptr) sum.second = __ldcg(&(row->*kSecond));
-    return sum;
-  }
+  static __device__ Total read(const Sums* row) { return {__ldcg(&(row->*kColumns))...}; }
 
-  // Return the total of `count` rows that are `stride` apart.
-  static __device__ Pair total(const Sums* rows, int64_t count, int64_t stride) {
-    Pair sum = {0, 0};
+  // Return the totals of `count` rows that are `stride` apart.
+  static __device__ Total total(const Sums* rows, int64_t count, int64_t stride) {
+    Total sum = {};
     for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = sum + read(rows + i * stride);
     return block_total(sum);
   }
 
-  // Store a block's sum as that of one chunk of a scale. Return true in every thread of the scale's
-  // last block: then all its chunks are done and its sums are written.
+  // Store a block's sums, those of its first thread, as those of one chunk of a scale. Return true
+  // in every thread of the scale's last block: then all its chunks are done and its sums are
+  // written.
   static __device__ bool reduce_chunk(const Bucket& bucket, const Reduction& reduction,
-                                      int64_t number, int64_t scale, Pair sum) {
+                                      int64_t number, int64_t scale, Total sum) {
     const Span span = reduction.spans[scale];
     if (span.chunks == 1) {
       if (threadIdx.x == 0) write(bucket.tables.sums + scale, sum);

@@ -11,11 +11,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+    from ..log_tuner import LogTuner
     from ..tuner import Tuner
 
 
 class Backend(Protocol):
     """The ops of a step, each one call for all weights of a bucket.
+
+    Of the exact forms: norm, accumulate, tune, apply, measure; of the running form: norm, step,
+    log_tune.
 
     Backends are modules; ``reference`` defines what each op computes. An op changes only what it
     names.
@@ -39,7 +43,13 @@ class Backend(Protocol):
         """sums[:, GD] = g·Δ, sums[:, GG] = g·g with the old Δ; base state and Δ move by one u."""
 
     def tune(self, sums: Tensor, tuner: Tuner) -> None:
-        """Update ``tuner.state`` from sums (scales, 4) float64 over all weights of each scale."""
+        """Update ``tuner.state`` from sums (scales, 6) float64 over all weights of each scale."""
+
+    def step(self, bucket: Bucket, tuner: LogTuner) -> None:
+        """sums[:, GD] = g·(x − x_ref), GG, XX, UU, COUNT; base state moves by one u; x += S·u."""
+
+    def log_tune(self, sums: Tensor, tuner: LogTuner) -> None:
+        """Update ``tuner.state`` from sums over all weights of each scale and observed losses."""
 
     def apply(self, bucket: Bucket, tuner: Tuner) -> None:
         """x = round(x_ref + S·Δ); sums[:, XD] = x·Δ and sums[:, XX] = x·x for the next step."""

@@ -16,6 +16,7 @@ from .layout import CPU_CHUNK, KERNEL_DTYPES, KINDS
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+    from ..log_tuner import LogTuner
     from ..tuner import Tuner
 
 CHUNK = {"cpu": CPU_CHUNK}
@@ -41,7 +42,7 @@ def norm(bucket: Bucket) -> None:
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
-    """Update ``tuner.state`` from the sums, (scales, 4) float64."""
+    """Update ``tuner.state`` from the sums, (scales, 6) float64."""
     _native.cpu.tune(sums.data_ptr(), describe_tuner(tuner))
 
 
@@ -50,6 +51,19 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
     _native.cpu.apply(bucket.handle, describe_tuner(tuner), torch.get_num_threads())
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.parameters)
+
+
+def step(bucket: Bucket, tuner: LogTuner) -> None:
+    """Take the sums with the x before the step, move the base's state, and x += S·u."""
+    clip = address("clip", bucket.clip, torch.float64)
+    _native.cpu.step(bucket.handle, describe_log_tuner(tuner), clip, torch.get_num_threads())
+    # Autograd has not seen the writes; a backward through the old weights must raise.
+    increment_version(bucket.with_gradient)
+
+
+def log_tune(sums: Tensor, tuner: LogTuner) -> None:
+    """Update ``tuner.state`` from the sums, (scales, 6) float64, and the observed losses."""
+    _native.cpu.log_tune(sums.data_ptr(), describe_log_tuner(tuner))
 
 
 def measure(bucket: Bucket) -> None:
@@ -84,7 +98,9 @@ def describe(bucket: Bucket, tables: Any) -> Any:
         dtypes=_native.DTypes(
             weight=KERNEL_DTYPES.index(bucket.dtype),
             state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
-            delta=KERNEL_DTYPES.index(bucket.delta[0].dtype),
+            delta=KERNEL_DTYPES.index(
+                bucket.delta[0].dtype if bucket.delta else bucket.compute_dtype
+            ),
         ),
     )
 
@@ -96,6 +112,16 @@ def describe_tuner(tuner: Tuner) -> Any:
         constants=tuner.constants.data_ptr(),
         scales=len(tuner.keys),
         betas=len(tuner.betas),
+    )
+
+
+def describe_log_tuner(tuner: LogTuner) -> Any:
+    """Return the compiled module's description of a log tuner."""
+    return _native.LogTuner(
+        rows=tuner.state.data_ptr(),
+        constants=tuner.constants.data_ptr(),
+        losses=tuner.losses.data_ptr(),
+        scales=len(tuner.keys),
     )
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native  # type: ignore[attr-defined]
-from .cpp import address, describe, describe_tuner
+from .cpp import address, describe, describe_log_tuner, describe_tuner
 from .device_tables import DeviceTables
 from .layout import GPU_CHUNK
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+    from ..log_tuner import LogTuner
     from ..tuner import Tuner
 
 CHUNK = {"cuda": GPU_CHUNK}
@@ -63,7 +64,7 @@ def norm(bucket: Bucket) -> None:
 
 
 def tune(sums: Tensor, tuner: Tuner) -> None:
-    """Update ``tuner.state`` from the sums, (scales, 4) float64."""
+    """Update ``tuner.state`` from the sums, (scales, 6) float64."""
     scalars = _scalars(None, tuner.found_inf)
     _launch(_native.cuda.tune, sums.device, sums.data_ptr(), describe_tuner(tuner), scalars)
 
@@ -80,6 +81,27 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.parameters)
+
+
+def step(bucket: Bucket, tuner: LogTuner) -> None:
+    """Take the sums with the x before the step, move the base's state, and x += S·u."""
+    scalars = _scalars(bucket.grad_scale, bucket.found_inf, bucket.clip)
+    _launch(
+        _native.cuda.step,
+        bucket.device,
+        bucket.handle.bucket,
+        bucket.handle.reduction,
+        describe_log_tuner(tuner),
+        scalars,
+    )
+    # Autograd has not seen the writes; a backward through the old weights must raise.
+    increment_version(bucket.with_gradient)
+
+
+def log_tune(sums: Tensor, tuner: LogTuner) -> None:
+    """Update ``tuner.state`` from the sums, (scales, 6) float64, and the observed losses."""
+    scalars = _scalars(None, tuner.found_inf)
+    _launch(_native.cuda.log_tune, sums.device, sums.data_ptr(), describe_log_tuner(tuner), scalars)
 
 
 def measure(bucket: Bucket) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..tuner import STALE_IN_CAPTURE
+from ..scale_rows import STALE_IN_CAPTURE
 
 if TYPE_CHECKING:
     from ..bucket import Bucket

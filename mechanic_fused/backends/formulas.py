@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import XX
+
 UINT32_MAX = 0xFFFFFFFF
 
 
@@ -44,7 +46,7 @@ def coefficients(hyper: Sequence[float], step: float) -> Coefficients:
         hyper: a row of ``layout.HYPER``.
         step: how many updates the weight has had.
     """
-    lr, beta1, beta2, eps, l2, decay, nesterov, _ = hyper
+    lr, beta1, beta2, eps, l2, decay, nesterov, *_ = hyper
     t = step + 1
     return Coefficients(
         lr=lr,
@@ -58,6 +60,12 @@ def coefficients(hyper: Sequence[float], step: float) -> Coefficients:
         correction1=1 - beta1**t,
         correction2=1 / math.sqrt(1 - beta2**t),
     )
+
+
+def peak_ratio(hyper: Sequence[float]) -> float:
+    """Return the peak lr over lr, for a row of ``layout.HYPER``; 0 where lr is 0."""
+    lr, peak_lr = hyper[0], hyper[-1]
+    return peak_lr / lr if lr else 0.0
 
 
 def clip_coefficient(squared_norm: float, max_norm: float) -> float:
@@ -147,6 +155,48 @@ def stochastic_round(bits: Tensor, x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), cut.view(torch.float32), x).to(torch.bfloat16)
 
 
+def join(x: Tensor, low: Tensor) -> Tensor:
+    """Return the float32 numbers that are kept as 16-bit numbers and 16 low bits beside them.
+
+    Whoever writes the 16-bit number alone moves the float32 one by less than half its last place,
+    and a 0 that is written stays 0.
+
+    Args:
+        x: bfloat16, the upper half of a float32, or float16.
+        low: int16: of a bfloat16 the lower half, counted from x, which is the nearest one; of a
+            float16 2⁻¹⁶ths of the last place of x.
+    """
+    wide = x.float()
+    if x.dtype is torch.float16:
+        return wide + low.float() * _low_unit(wide)
+    bits = wide.view(torch.int32)
+    joined = (bits + low.to(torch.int32)).view(torch.float32)
+    return torch.where((wide == 0) | ~wide.isfinite(), wide, joined)
+
+
+def split(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the nearest 16-bit numbers, ties away from 0 for bfloat16, and the low bits."""
+    if dtype is torch.float16:
+        x = wide.to(dtype)
+        rest = ((wide - x.float()) / _low_unit(x.float())).clamp(-32767, 32767)
+        away = torch.where(rest < 0, rest - 0.5, rest + 0.5)
+        return x, torch.where(rest.isnan(), 0.0, away).to(torch.int32).to(torch.int16)
+    bits = wide.view(torch.int32)
+    nearest = torch.where(wide.isnan(), bits | 0x7FC00000, bits + 0x8000) & ~0xFFFF
+    return nearest.view(torch.float32).to(dtype), bits.to(torch.int16)
+
+
+def _low_unit(x: Tensor) -> Tensor:
+    """Return 2⁻¹⁶ of the last place of a float16, float32."""
+    exponent = (x.view(torch.int32) >> 23 & 0xFF).clamp(min=113) - 26
+    return (exponent << 23).to(torch.int32).view(torch.float32)
+
+
+def apply_update(x: Tensor, s: Tensor, u: Tensor) -> Tensor:
+    """Return x + S·u; ``s`` is S in the dtype of arithmetic."""
+    return x + s * u
+
+
 def apply_scale(x_ref: Tensor, s: Tensor, delta: Tensor) -> Tensor:
     """Return round(x_ref + S·Δ) in the weight's dtype; ``s`` is S in the dtype of arithmetic."""
     return (x_ref.to(s.dtype) + s * delta.to(s.dtype)).to(x_ref.dtype)
@@ -161,12 +211,12 @@ def tuner_h(sums: Tensor, scale: Tensor, decay: float, eps: float) -> Tensor:
     """Return h = g·Δ + λ·S·√(g·g)/(√(x·x) + ε)·(x·Δ), (scales,).
 
     Args:
-        sums: (scales, 4) float64, the columns of ``layout.SUMS``.
+        sums: (scales, 6) float64, the columns of ``layout.SUMS``.
         scale: S, (scales,).
         decay: λ.
         eps: ε.
     """
-    gd, xd, gg, xx = sums.unbind(1)
+    gd, xd, gg, xx = sums[:, : XX + 1].unbind(1)
     return gd + decay * scale * gg.sqrt() / (xx.sqrt() + eps) * xd
 
 
@@ -194,6 +244,148 @@ def tuner_update(
     if annealing_factor < 1:
         s_new = s + annealing_factor * (s_new - s)
     return s_new, r_new, v_new, m_new
+
+
+@dataclass
+class LogRow:
+    """A row of the log tuner's state: ``layout.LOG_TUNER``."""
+
+    scale: float
+    mean_square: float
+    moves: float
+    steps: float
+    nonfinite: float
+    informed: float
+    learns: float
+    weight: float
+    update: float
+    loss: float
+    power: float
+    anchors: float
+    ln_anchor: float
+    factor: float
+    peak_rate: float
+    start: float
+
+
+@dataclass(frozen=True)
+class LogConstants:
+    """The log tuner's constants: ``layout.LOG_CONSTANTS``."""
+
+    tunes_scale: float
+    factor: float
+    anchor_share: float
+    norm_share: float
+    least_rms: float
+    average: float
+    held: float
+    gain: float
+    max_move: float
+    bias: float
+    outlier: float
+    memory: float
+    ceiling: float
+    regrowth: float
+
+
+@dataclass(frozen=True)
+class ScaleSums:
+    """A row of the sums: ``layout.SUMS``."""
+
+    gd: float
+    xd: float
+    gg: float
+    xx: float
+    uu: float
+    count: float
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Return the mean of the observed losses, of ``layout.LOSSES``; 0 where there is none."""
+    total, count = losses
+    return total / count if count > 0 else 0.0
+
+
+def estimate_scale(
+    sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants
+) -> None:
+    """Set S where a run starts.
+
+    S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
+    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. Both sides are moving averages, and
+    of the first ratio the geometric mean so far is taken. A scale that is there before any estimate
+    is the user's and stays.
+
+    Args:
+        power: ‖g‖·‖u‖ over all scales.
+        loss: of this step; not above 0 or not finite: unknown.
+    """
+    if row.weight == 0 and row.scale > 0:
+        return
+    rate = 1 / c.average
+    row.weight += rate * (1 - row.weight)
+    row.update += rate * (math.sqrt(sums.uu) - row.update)
+    if loss > 0 and math.isfinite(loss) and math.isfinite(power):
+        row.loss += rate * (loss - row.loss)
+        row.power += rate * (power - row.power)
+        row.anchors += 1
+        row.ln_anchor += (math.log(row.loss / row.power) - row.ln_anchor) / row.anchors
+    if row.anchors > 0:
+        row.start = row.scale = c.anchor_share * math.exp(row.ln_anchor)
+    else:
+        norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
+        row.start, row.scale = 0.0, c.norm_share * norm / (row.update / row.weight)
+
+
+def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
+    """z = clamp(−h/√v, −1, 1);  ln S += min(max_move, gain/(t + 1))·(z + bias).
+
+    v is a mean square of h over the later steps; one h counts at most ``outlier``·√v.
+
+    Args:
+        h: g·(x − x_ref).
+    """
+    limit = c.outlier * math.sqrt(row.mean_square)
+    if limit > 0:
+        h = max(min(h, limit), -limit)
+    row.mean_square += (h * h - row.mean_square) / (1 + row.moves / c.memory)
+    row.moves += 1
+    if row.mean_square > 0:
+        z = max(min(-h / math.sqrt(row.mean_square), 1.0), -1.0)
+        row.scale *= math.exp(min(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias))
+
+
+def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants) -> bool:
+    """Update one row of the log tuner's state; return whether its sums were finite.
+
+    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
+    stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
+    below a multiple of what it has been before.
+
+    Args:
+        power, loss: see :func:`estimate_scale`.
+    """
+    row.steps += 1
+    if not all(map(math.isfinite, (sums.gd * sums.gd, sums.gg, sums.xx, sums.uu))):
+        return False
+    stays = not c.tunes_scale and row.scale > 0
+    if stays or not (sums.gg > 0 and sums.uu > 0):
+        return True
+    rises = c.factor > row.factor * (1 + 1e-6)  # and not by a rounding
+    row.factor = c.factor
+    row.informed += 1
+    if not row.learns and (rises or row.informed <= c.held):
+        estimate_scale(sums, power, loss, row, c)
+    else:
+        row.learns = 1.0
+        log_tuner_update(sums.gd, row, c)
+        if row.start > 0:
+            row.scale = min(row.scale, c.ceiling * row.start / c.factor)
+        if rises and row.peak_rate > 0:
+            row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
+    # An estimate is of the S at the peak.
+    row.peak_rate = max(row.peak_rate, row.scale * (c.factor if row.learns else 1.0))
+    return True
 
 
 def step_along(w: Tensor, c: Tensor, d: Tensor) -> Tensor:

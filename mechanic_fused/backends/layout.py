@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 TENSOR = (
-    *("gradient", "weight", "x_ref", "delta", "state0", "state1", "step"),
+    *("gradient", "weight", "x_low", "x_ref", "delta", "state0", "state1", "step"),
     *("scale", "group", "number"),
 )
-"""Columns of a row of the tensor table, int64: seven addresses (0: absent), the weight's row of
+"""Columns of a row of the tensor table, int64: eight addresses (0: absent), the weight's row of
 the sums, its row of the hyperparameters, and its number in the optimizer."""
 
 CHUNK = ("tensor", "offset", "length")
@@ -21,15 +21,16 @@ CHUNK = ("tensor", "offset", "length")
 SPAN = ("first_chunk", "chunks", "first_tensor", "tensors")
 """Columns of a row of the span table, int64, one row per scale."""
 
-HYPER = ("lr", "beta1", "beta2", "eps", "l2", "decay", "nesterov", "gradient")
+HYPER = ("lr", "beta1", "beta2", "eps", "l2", "decay", "nesterov", "gradient", "peak_lr")
 """Columns of a row of hyperparameters, float64. SGD's momentum and dampening are stored as beta1
 and beta2; ``l2`` is added to the gradient, ``decay`` is decoupled; ``gradient`` multiplies every
-gradient: ±1 / GradScaler's scale."""
+gradient: ±1 / GradScaler's scale; ``peak_lr`` is the largest lr of the schedule."""
 
-SUMS = ("gd", "xd", "gg", "xx")
-"""Columns of a row of the sums, float64: g·Δ, x·Δ, g·g, x·x."""
+SUMS = ("gd", "xd", "gg", "xx", "uu", "count")
+"""Columns of a row of the sums, float64: g·Δ (of the running form g·(x − x_ref)), x·Δ, g·g, x·x,
+and of the running form u·u at the peak lr and the number of elements that have a gradient."""
 
-GD, XD, GG, XX = range(len(SUMS))
+GD, XD, GG, XX, UU, COUNT = range(len(SUMS))
 
 TUNER = ("s", "r", "v", "m")
 """Blocks of a row of the tuner's state, float64, one number per tuner beta; then COUNTERS."""
@@ -43,6 +44,26 @@ CONSTANTS = (
 )
 """The tuner's constants, float64; the tuner betas follow them."""
 
+LOG_TUNER = (
+    *("scale", "mean_square", "moves", "steps", "nonfinite", "informed", "learns", "weight"),
+    *("update", "loss", "power", "anchors", "ln_anchor", "factor", "peak_rate", "start"),
+)
+"""Columns of a row of the log tuner's state, float64: S; the mean square of h and the number of
+moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; the
+sum of the weights of a moving average of √(u·u), and that average; moving averages of the loss and
+of √(g·g)·√(u·u); the number and the mean of the logarithms of their ratio; lr/(peak lr) of the
+last step, the largest S·lr/(peak lr), and the S at which learning began where it came from the
+loss, else 0."""
+
+LOG_CONSTANTS = (
+    *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
+    *("gain", "max_move", "bias", "outlier", "memory", "ceiling", "regrowth"),
+)
+"""The log tuner's constants, float64; see ``formulas.log_tune_row``."""
+
+LOSSES = ("sum", "count")
+"""The losses observed since the last step, float64."""
+
 KINDS = ("sgd", "momentum", "adam", "lion")
 """The fused updates; kernels know each by its index here."""
 
@@ -54,11 +75,18 @@ STATES: dict[str, tuple[str, ...]] = {
 }
 """Update → the names of its state tensors, in the order state0, state1."""
 
+OWN_STATE = ("x_ref", "delta", "x_low")
+"""The entries that Mechanic adds to a parameter's state: x_ref, then Δ in the exact forms, and in
+the running form the low bits of 16-bit weights."""
+
 STEPPED = ("momentum", "adam")
 """The updates that count a weight's steps: Adam's bias corrections, SGD's first momentum."""
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of weights that kernels support; kernels know each by its index here."""
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""The dtypes of weights beside which the running form keeps low bits."""
 
 CPU_CHUNK = 1 << 17
 """Elements of a chunk on a CPU: small enough that threads share a model evenly, large enough that

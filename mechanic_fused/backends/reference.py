@@ -6,16 +6,18 @@ the bit as long as S does; sums are of float64 products.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import formulas
-from .layout import CPU_CHUNK, GD, GG, HYPER, XD, XX
+from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, UU, XD, XX
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
+    from ..log_tuner import LogTuner
     from ..tuner import Tuner
 
 CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
@@ -71,22 +73,76 @@ def accumulate(bucket: Bucket) -> None:
     A weight without a gradient is left unchanged; u takes g = 0 where an element is not finite.
     """
     inner_products(bucket)
-    update = formulas.UPDATES[bucket.kind]
     factors = gradient_multipliers(bucket)
     dtype = bucket.compute_dtype
     for i, g in enumerate(bucket.grads):
-        if g is None:
-            continue
-        g = formulas.finite_or_zero(g.to(dtype) * factors[i])
-        states = bucket.states[i]
-        step = float(bucket.steps[i]) if bucket.steps else 0.0
-        c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], step)
-        u, *moved = update(g, bucket.weights[i].to(dtype), *(s.to(dtype) for s in states), c)
-        for state, new in zip(states, moved, strict=True):
-            state.copy_(new)
-        add_to_delta(bucket, i, u)
-        if bucket.steps:
-            bucket.steps[i].add_(1)
+        if g is not None:
+            u = base_update(bucket, i, g.to(dtype) * factors[i], bucket.weights[i].to(dtype))
+            add_to_delta(bucket, i, u)
+
+
+def base_update(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> Tensor:
+    """Return the base's update u of weight i, and move its state; g is 0 where not finite."""
+    states = bucket.states[i]
+    step = float(bucket.steps[i]) if bucket.steps else 0.0
+    c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], step)
+    update = formulas.UPDATES[bucket.kind]
+    u, *moved = update(formulas.finite_or_zero(g), x, *(s.to(x.dtype) for s in states), c)
+    for state, new in zip(states, moved, strict=True):
+        state.copy_(new)
+    if bucket.steps:
+        bucket.steps[i].add_(1)
+    return u
+
+
+def step(bucket: Bucket, tuner: LogTuner) -> None:
+    """Take the sums with the x before the step, move the base's state, and x += S·u.
+
+    A weight without a gradient is left unchanged; u takes g = 0 where an element is not finite.
+    """
+    bucket.sums.zero_()
+    factors = gradient_multipliers(bucket)
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = g.to(bucket.compute_dtype) * factors[i]
+            x = read_weight(bucket, i)
+            add_gradient_sums(bucket, i, g, x)
+            move_weight(bucket, i, x, base_update(bucket, i, g, x), tuner)
+
+
+def read_weight(bucket: Bucket, i: int) -> Tensor:
+    """Return weight i in the dtype of arithmetic: itself, or a 16-bit one with its low bits."""
+    x = bucket.weights[i]
+    return formulas.join(x, bucket.x_low[i]) if bucket.x_low else x
+
+
+def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
+    """Add g·(x − x_ref), g·g and x·x of weight i, including elements that are not finite."""
+    wide_g, wide_x = g.double(), x.double()
+    displacement = (x - bucket.x_ref[i].to(x.dtype)).double()
+    row = bucket.sums[bucket.rows[i]]
+    row[GD] += (wide_g * displacement).sum()
+    row[GG] += (wide_g * wide_g).sum()
+    row[XX] += (wide_x * wide_x).sum()
+    row[COUNT] += g.numel()
+
+
+def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -> None:
+    """x += S·u for weight i, and add u·u at the peak lr to the sums.
+
+    Args:
+        x: the weight before the step, in the dtype of arithmetic.
+    """
+    row = bucket.rows[i]
+    to_peak = formulas.peak_ratio(bucket.hyper_rows[bucket.groups[i]])
+    bucket.sums[row, UU] += (u.double() * u.double()).sum() * (to_peak * to_peak)
+    moved = formulas.apply_update(x, tuner.scale()[row].to(x), u)
+    if bucket.x_low:
+        nearest, low = formulas.split(moved, bucket.dtype)
+        bucket.weights[i].copy_(nearest)
+        bucket.x_low[i].copy_(low)
+    else:
+        bucket.weights[i].copy_(moved)
 
 
 def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
@@ -108,7 +164,7 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
     A row keeps its state where its sums or h are not finite; the step is counted all the same.
 
     Args:
-        sums: (scales, 4) float64, over all weights of each scale.
+        sums: (scales, 6) float64, over all weights of each scale.
         tuner: its state changes in place.
     """
     constants = tuner.constants[: -len(tuner.betas)].tolist()
@@ -123,6 +179,27 @@ def tune(sums: Tensor, tuner: Tuner) -> None:
             old.copy_(torch.where(finite[:, None], new, old))
     tuner.counters[:, 0] += 1
     tuner.counters[0, 1] += (~finite).any()
+
+
+def log_tune(sums: Tensor, tuner: LogTuner) -> None:
+    """Update every row of the log tuner's state from its sums, and forget the observed losses.
+
+    Args:
+        sums: (scales, 6) float64, over all weights of each scale.
+        tuner: its state changes in place.
+    """
+    constants = formulas.LogConstants(*tuner.constants.tolist())
+    rows = [formulas.LogRow(*row) for row in tuner.state.tolist()]
+    of_scales = [formulas.ScaleSums(*row) for row in sums.tolist()]
+    squares = [math.sqrt(sum(getattr(s, name) for s in of_scales)) for name in ("gg", "uu")]
+    loss = formulas.mean_loss(tuner.losses.tolist())
+    finite = [
+        formulas.log_tune_row(s, squares[0] * squares[1], loss, row, constants)
+        for s, row in zip(of_scales, rows, strict=True)
+    ]
+    rows[0].nonfinite += not all(finite)
+    tuner.state.copy_(torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64))
+    tuner.losses.zero_()
 
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:

@@ -1,7 +1,7 @@
 """Fixtures for the tests of backends."""
 
 import pytest
-from support.cases import skip_unless_available  # noqa: F401
+from support.cases import RUNNING, skip_unless_available  # noqa: F401
 from support.kernels import KERNELS, kernels_of
 from support.lockstep import Lockstep
 
@@ -22,3 +22,9 @@ def any_kernels(request, monkeypatch):
 def lockstep(kernels, monkeypatch):
     """A backend beside the reference: see Lockstep."""
     return Lockstep(kernels, monkeypatch)
+
+
+@pytest.fixture
+def running(kernels, monkeypatch):
+    """A backend beside the reference in the running form: see Lockstep."""
+    return Lockstep(kernels, monkeypatch, RUNNING)

@@ -27,7 +27,7 @@ def slow_but(quick, values):
 
 @compiles
 @pytest.mark.parametrize("architecture", slow_but(90, bounds.ARCHITECTURES))
-@pytest.mark.parametrize("kernel", slow_but("adam", KERNELS))
+@pytest.mark.parametrize("kernel", slow_but("adam step", KERNELS))
 @pytest.mark.parametrize("dtype", slow_but(torch.bfloat16, bounds.DTYPES), ids=str)
 def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
     for narrow in bounds.variants(kernel, dtype):
@@ -48,8 +48,9 @@ def test_a_narrow_delta_keeps_the_bounds(kernel, dtype):
 
 @compiles
 @pytest.mark.parametrize("architecture", slow_but(90, bounds.ARCHITECTURES))
-def test_the_tuner_compiles(architecture):
-    assert codegen.triton.row("tune", torch.float64, architecture).registers > 0
+@pytest.mark.parametrize("kernel", bounds.TUNERS)
+def test_the_tuners_compile(kernel, architecture):
+    assert codegen.triton.row(kernel, torch.float64, architecture).registers > 0
 
 
 @compiles
@@ -57,6 +58,7 @@ def test_the_tuner_compiles(architecture):
     ("kernel", "dtype"),
     [
         ("apply", torch.bfloat16),
+        ("adam step", torch.bfloat16),
         pytest.param("adam", torch.float32, marks=pytest.mark.slow),
         pytest.param("lion", torch.float64, marks=pytest.mark.slow),
     ],
@@ -182,3 +184,8 @@ def test_traffic_is_what_the_step_must_move():
     assert bounds.traffic("apply", torch.bfloat16) == (3, 1)
     assert bounds.traffic("adam", torch.bfloat16, narrow_delta=True) == (7, 5)
     assert bounds.traffic("apply", torch.bfloat16, narrow_delta=True) == (2, 1)
+    # g, x, x_ref, m, v in and x, m, v out; in bf16 also low bits, and m and v are twice as wide.
+    assert bounds.traffic("adam step", torch.float32) == (5, 3)
+    assert bounds.traffic("adam step", torch.bfloat16) == (8, 6)
+    assert bounds.traffic("adam step", torch.bfloat16, narrow=True) == (6, 4)
+    assert bounds.traffic("sgd step", torch.float64) == (3, 1)

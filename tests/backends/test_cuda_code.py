@@ -35,7 +35,7 @@ def test_every_kernel_is_there_for_every_dtype(rows):
     names = [str(dtype).removeprefix("torch.") for _, dtype, _ in expected]
     kernels = [kernel for kernel, _, _ in expected]
     assert sorted((row.kernel, row.dtype) for row in rows) == sorted(
-        [*zip(kernels, names, strict=True), ("tune", "float64")]
+        [*zip(kernels, names, strict=True), *((tuner, "float64") for tuner in bounds.TUNERS)]
     )
 
 
@@ -64,6 +64,11 @@ def test_names_are_read_as_the_compiler_mangles_them():
     assert of("12apply_kernelILb0EdEEv") == ("measure", torch.float64, False)
     assert of("11norm_kernelINS_4HalfEEEv") == ("norm", torch.float16, False)
     assert of("12apply_kernelILb1ENS_8BFloat16EEEv") == ("apply", torch.bfloat16, False)
+    step = part.replace("17accumulate", "11step")
+    assert of(f"{step}4AdamENS_8BFloat16EfEEv") == ("adam step", torch.bfloat16, False)
+    assert of(f"{step}8MomentumENS_4HalfES3_EEv") == ("momentum step", torch.float16, True)
+    assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_11tune_kernelEPKNS_4SumsE")[0] == "tune"
+    assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_15log_tune_kernelEPKNS_4SumsE")[0] == "log_tune"
     assert of("_ZN4none4mineEv") is None
 
 

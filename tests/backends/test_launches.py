@@ -1,11 +1,11 @@
-"""Beside its three ops a step of one bucket runs nothing: on a GPU each operation is a launch.
+"""Beside its ops a step of one bucket runs nothing: on a GPU each operation is a launch.
 
 tests/gpu/test_steps.py counts the launches of the ops themselves.
 """
 
 import pytest
 import torch
-from support.cases import FUSED, OPTIONS
+from support.cases import EXACT, FUSED, OPTIONS, RUNNING
 from support.kernels import INTERPRETED
 from support.lockstep import drawn, give_gradients, optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,11 +37,13 @@ def second_step(kernels, base, **options):
     return recorded.names
 
 
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
 @pytest.mark.parametrize("base", FUSED)
-def test_a_step_of_one_bucket_is_three_ops(kernels, base):
+def test_a_step_of_one_bucket_is_its_ops(kernels, base, variant):
+    """Three of the exact form, two of the running form."""
     if kernels.name == "triton" and INTERPRETED:
         pytest.skip("the interpreter runs kernels by operations of torch")
-    assert second_step(kernels, base, **OPTIONS[base]) == []
+    assert second_step(kernels, base, variant=variant, **OPTIONS[base]) == []
 
 
 def test_what_is_recorded_shows(kernels):

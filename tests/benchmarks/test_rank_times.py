@@ -28,10 +28,10 @@ def counted(rows, suffix):
 
 
 def test_a_step_over_fsdp2_reduces_once_and_once_more_to_clip(distributed, ranks):
-    """One row of sums and one that marks gradients, of 4 float64 each; (2,) to clip."""
+    """One row of sums and one of what ranks disagree about, of 6 float64 each; (2,) to clip."""
     rows = ranks(2).run("benchmark_ranks.measure", "1000x1000", "fsdp2")[0]
-    assert counted(rows, "") == (1, 64)
-    assert counted(rows, ", max_grad_norm=1000") == (2, 64 + 16)
+    assert counted(rows, "") == (1, 96)
+    assert counted(rows, ", max_grad_norm=1000") == (2, 96 + 16)
     assert counted(rows, ", plain local tensors") == (0, 0)
     torchs = next(row for row in rows if row["optimizer"] == "torch AdamW fused, wd=0.01")
     assert torchs["collectives"] == 0
@@ -47,8 +47,8 @@ def test_a_step_over_two_meshes_reduces_once_for_each(run_program, tmp_path):
     options = ["--quick", "--cases", "35M", "--layouts", "fsdp2,fsdp2xtp", "--out", out]
     assert "the figures mean nothing" in run_program("distributed", *options)
     rows = [row for row in Record.load(out).rows if row["layout"] == "fsdp2xtp"]
-    assert counted(rows, "") == (2, 3 * 64)
-    assert counted(rows, ", max_grad_norm=1000") == (4, 3 * (64 + 16))
+    assert counted(rows, "") == (2, 3 * 96)
+    assert counted(rows, ", max_grad_norm=1000") == (4, 3 * (96 + 16))
 
 
 @pytest.mark.parametrize(

@@ -61,4 +61,4 @@ def test_committed_results_give_their_tables(records, capsys, module, result, ce
 
 
 def test_committed_results_are_small(records):
-    assert sum(path.stat().st_size for path in records.RESULTS.iterdir()) < 200_000
+    assert sum(path.stat().st_size for path in records.RESULTS.iterdir()) < 400_000

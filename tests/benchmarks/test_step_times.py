@@ -6,20 +6,21 @@ import torch
 from mechanic_fused import MechanicLion
 
 # Bytes per parameter and step, by hand from what is read and written.
-FLOOR = {"fused": 28, "decayed": 44, "plain": 40, "sgd": 32, "sgd fused": 20}
-BF16_FLOOR = {"fused": 14, "decayed": 36}
+FLOOR = {"fused": 28, "adamw": 32, "sgd": 24, "sgd fused": 20}
+EXACT_FLOOR = {"decayed": 44, "plain": 40}
+BF16_FLOOR = {"fused": 14, "adamw": 28, "exact": 36}
 FLOORS = {
     torch.float32: {
-        "MechanicAdamW wd=0.01": FLOOR["decayed"],
-        "MechanicAdamW wd=0": FLOOR["plain"],
+        "MechanicAdamW wd=0.01": FLOOR["adamw"],
+        "MechanicAdamW wd=0": FLOOR["adamw"],
         "MechanicSGD momentum": FLOOR["sgd"],
-        "MechanicLion wd=0.01": 36,
+        "MechanicLion wd=0.01": FLOOR["sgd"],
     },
     torch.bfloat16: {
-        "MechanicAdamW wd=0.01": BF16_FLOOR["decayed"],
-        "MechanicAdamW wd=0": 34,
-        "MechanicSGD momentum": 26,
-        "MechanicLion wd=0.01": 28,
+        "MechanicAdamW wd=0.01": BF16_FLOOR["adamw"],
+        "MechanicAdamW wd=0": BF16_FLOOR["adamw"],
+        "MechanicSGD momentum": 20,
+        "MechanicLion wd=0.01": 20,
     },
 }
 
@@ -61,8 +62,8 @@ def test_rows_and_requirements(step, tmp_path, capsys):
     assert {row["case"] for row in record.rows} == {"35M", "1000x16"}
     assert all(row["median_s"] > 0 for row in record.rows if "absent" not in row)
     required = [requirement.judge(record.rows, judged=False) for requirement in step.REQUIRED]
-    assert [row["measured"] is None for row in required] == [False] * 5 + [True, False]
-    assert [round(row["floor"], 2) for row in required[:3]] == [1.57, 1.43, 1.60]
+    assert [row["measured"] is None for row in required] == [False] * 6 + [True, False]
+    assert [round(row["floor"], 2) for row in required[:4]] == [1.14, 1.14, 1.20, 1.57]
     printed = capsys.readouterr().out
     assert "| MechanicAdamW wd=0.01 " in printed
     assert "figures mean nothing" in printed and "not judged" in printed
@@ -90,6 +91,9 @@ def test_bad_options_are_refused(step, capsys, option, message):
 
 
 def test_bytes_per_parameter(baselines):
+    def exact(**options):
+        return baselines.adamw("reference", variant="annealed", **options)
+
     for spec, dtype, expected in (
         (baselines.torch_adamw("fused"), torch.float32, FLOOR["fused"]),
         (baselines.torch_adamw("fused"), torch.bfloat16, BF16_FLOOR["fused"]),
@@ -98,9 +102,11 @@ def test_bytes_per_parameter(baselines):
         found = spec.bytes_per_parameter(None, 1, dtype)
         assert found == pytest.approx(expected, rel=1e-3)
     for spec, dtype, expected in (
-        (baselines.adamw("reference"), torch.float32, FLOOR["decayed"]),
-        (baselines.adamw("reference"), torch.bfloat16, BF16_FLOOR["decayed"]),
-        (baselines.adamw("reference", decay=0.0), torch.float32, FLOOR["plain"]),
+        (baselines.adamw("reference"), torch.float32, FLOOR["adamw"]),
+        (baselines.adamw("reference"), torch.bfloat16, BF16_FLOOR["adamw"]),
+        (exact(), torch.float32, EXACT_FLOOR["decayed"]),
+        (exact(), torch.bfloat16, BF16_FLOOR["exact"]),
+        (exact(decay=0.0), torch.float32, EXACT_FLOOR["plain"]),
         (baselines.sgd(), torch.float32, FLOOR["sgd"]),
     ):
         weights = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 0, 65)]

@@ -153,7 +153,7 @@ def test_the_call_of_mechanic_pytorch_works_unchanged():
     theirs = inspect.signature(mechanic_pytorch.mechanize).parameters
     ours = inspect.signature(mechanize).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
-    for name in ("s_decay", "betas", "eps", "log_func", "log_every"):
+    for name in ("log_func", "log_every"):
         assert ours[name].default == theirs[name].default
     positional = (torch.optim.SGD, 0.0, (0.9, 0.99), 1e-3, 1e-6, True, None, 0)
     params = make_weights()

@@ -9,7 +9,7 @@ from support.cases import FEW, STEPS, SUM_RTOL, Training, assert_same, make_weig
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, step_together
 from mechanic_fused.lr_schedule import PEAK
-from mechanic_fused.tuner import ANNEALING_FACTOR
+from mechanic_fused.tuner import Tuner
 
 schedulers = torch.optim.lr_scheduler
 
@@ -130,7 +130,7 @@ def test_the_lr_may_be_a_tensor_of_one_element():
 
 
 def annealing_factor(opt):
-    return float(opt._current_tuner().constants[ANNEALING_FACTOR])
+    return float(opt._current_tuner().constants[Tuner.FACTOR])
 
 
 def test_the_peak_is_what_a_scheduler_announces():
@@ -199,7 +199,7 @@ def test_parts_with_schedules_of_their_own_learn_one_scale():
 
 
 def test_a_number_takes_the_place_of_a_factor_on_the_device():
-    tuner = MechanicAdamW(make_weights())._current_tuner()
+    tuner = MechanicAdamW(make_weights(), variant="annealed")._current_tuner()
     for factor in (1.0, torch.tensor(0.25), 1.0, torch.tensor(0.5)):
         tuner.set_annealing_factor(factor)
-        assert float(tuner.constants[ANNEALING_FACTOR]) == float(factor)
+        assert float(tuner.constants[Tuner.FACTOR]) == float(factor)

@@ -161,7 +161,7 @@ def test_a_compiled_training_step_may_call_it(implementation):
     assert_same(*found)
 
 
-def plain_sgd(params, lr, s_init):
+def plain_sgd(params, lr, **_):
     return torch.optim.SGD(params, lr)
 
 

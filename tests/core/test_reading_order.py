@@ -15,7 +15,7 @@ def test_a_warm_step_is_short_to_read(cpp):
 def test_the_count_sees_the_calls_of_a_step(cpp):
     functions = [function.rpartition(".")[2] for _, function in of_ours()]
     assert functions[0] == "step"
-    assert {"take_step", "accumulate", "tune", "apply"} <= {*functions}
+    assert {"take_step", "step_bucket", "log_tune"} <= {*functions}
     assert figures(of_torch()).calls > 0
 
 

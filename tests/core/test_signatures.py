@@ -7,20 +7,21 @@ import pytest
 import torch
 from support.cases import FEW, FUSED, PLAIN, RADAM, SCALE_PER, Training, make_weights
 
-from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, options
+from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize
 
 OWN = {
-    "s_decay": 0.01,
-    "tuner_betas": options.BETAS,
+    "s_decay": None,
+    "tuner_betas": None,
     "s_init": None,
-    "tuner_eps": 1e-8,
-    "variant": "annealed",
+    "tuner_eps": None,
+    "variant": None,
     "scale_per": "model",
     "backend": "auto",
     "state_dtype": None,
     "delta_dtype": None,
     "max_grad_norm": None,
     "reduce_group": None,
+    "loss_group": None,
     "extra_groups": (),
 }
 """The arguments of all classes beside the base's own, with their defaults."""

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 from support import cases
-from support.cases import QUICK, SUM_RTOL, TINY_EPS, Training, assert_same, make_weights, values
+from support.cases import (
+    EXACT,
+    QUICK,
+    SUM_RTOL,
+    TINY_EPS,
+    Training,
+    assert_same,
+    make_weights,
+    values,
+)
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, step_together
 from mechanic_fused.options import FIRST_UPDATE_NORM, UNCALIBRATED, ZERO_WEIGHT_RMS
@@ -44,7 +53,7 @@ def test_weights_of_zero_have_a_start_too(train):
 def test_groups_count_at_their_own_lr():
     weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
     groups = [{"params": weights[:1]}, {"params": weights[1:], "lr": 0.1}]
-    opt = MechanicSGD(groups, lr=1.0)
+    opt = MechanicSGD(groups, lr=1.0, variant=EXACT)
     cases.give(weights, [torch.full((4,), 2.0), torch.full((4,), 3.0)])
     opt.step()
     expected = FIRST_UPDATE_NORM * math.sqrt(8) / math.sqrt(4 * 2.0**2 + 4 * 0.3**2)
@@ -97,7 +106,10 @@ def test_optimizers_that_step_together_have_one_peak_and_start():
         return [{"params": make_weights(seed=i), "lr": lr} for i, lr in enumerate((1.0, 0.1))]
 
     apart, same = groups(), groups()
-    together, one = [MechanicAdamW([group]) for group in apart], MechanicAdamW(same)
+    together, one = (
+        [MechanicAdamW([group], variant=EXACT) for group in apart],
+        MechanicAdamW(same, variant=EXACT),
+    )
     for t in range(STEPS):
         for group in (*apart, *same):
             cases.set_gradients(group["params"], t)
@@ -114,7 +126,7 @@ def test_a_start_is_saved_and_shared_by_groups_that_join(tmp_path):
     assert isinstance(found, float)
     assert peak == 0.1
     torch.save(one.opt.state_dict(), tmp_path / "state.pt")
-    other = MechanicAdamW(make_weights(), lr=0.1)
+    other = MechanicAdamW(make_weights(), lr=0.1, variant=EXACT)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     one.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     for group in (*one.opt.param_groups, *other.param_groups):

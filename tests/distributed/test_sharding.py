@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import sharding
-from support.cases import skip_unless_available
+from support.cases import RUNNING, skip_unless_available
 from support.sharding import (
     LAYOUTS,
     NORMS_BYTES,
@@ -36,6 +36,28 @@ def test_a_layout_equals_a_single_process(ranks, layout):
     start = sharding.model().named_parameters()
     moved = max((expected["weights"][name] - x).abs().max() for name, x in start)
     assert moved > 1000 * TOLERANCE
+
+
+# The running form: S starts from the losses, of which each rank has one of its own.
+RUNNING_FORM = {"variant": RUNNING, "s_init": None, "steps": LONG}
+
+
+@on(*SHARDED)
+def test_the_running_form_equals_a_single_process(ranks, layout):
+    options = {**RUNNING_FORM, "own_batches": 0 if "tp" in layout else LAYOUTS[layout].ranks}
+    if layout != "fsdp1 flat":
+        _, expected = assert_equals_single_process(ranks, layout, observed=True, **options)
+        assert expected["source"] == "loss"
+    _, expected = assert_equals_single_process(ranks, layout, **options)
+    assert expected["source"] == "norms"
+
+
+@pytest.mark.parametrize("base", ["sgd", "lion", "radam"])
+@pytest.mark.parametrize("change", ["some", "all", "nan"])
+@on("fsdp2 with plain weights", "fsdp2 x tp")
+def test_ranks_agree_in_the_running_form(ranks, layout, base, change):
+    options = {**RUNNING_FORM, "base": base, "change": change, "observed": True}
+    assert_equals_single_process(ranks, layout, **options)
 
 
 @pytest.mark.slow

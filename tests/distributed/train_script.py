@@ -31,7 +31,7 @@ def train(folder, killed_at=None):
     path = folder / "run.pt"
     # A run that resumes starts from other weights: only the checkpoint can put them right.
     model = ChainModel(seed=int(path.exists()))
-    opt = MechanicAdamW(model.parameters(), lr=1.0, s_init=0.01, weight_decay=0.1)
+    opt = MechanicAdamW(model.parameters(), lr=1.0, s_init=0.05, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
     first = 0
     if path.exists():

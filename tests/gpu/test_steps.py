@@ -1,8 +1,19 @@
-"""A step on a GPU: three launches, on the current stream, over weights of several devices."""
+"""A step on a GPU: few launches, on the current stream, over weights of several devices."""
 
 import pytest
 import torch
-from support.cases import FEW, FUSED, QUICK, SIZES, STEPS, SUM_RTOL, assert_same, snapshot
+from support.cases import (
+    EXACT,
+    FEW,
+    FUSED,
+    QUICK,
+    RUNNING,
+    SIZES,
+    STEPS,
+    SUM_RTOL,
+    assert_same,
+    snapshot,
+)
 from support.kernels import FLOAT_SUM_RTOL, READ_ON_DEVICE, gpu_kernels
 from support.lockstep import give_gradients, random_gradient, written
 
@@ -27,7 +38,8 @@ def model(devices, backend, sizes=SIZES, **options):
     places = [devices[i % len(devices)] for i in range(len(sizes))]
     drawn = [torch.randn(n, generator=rng).to(to) for n, to in zip(sizes, places, strict=True)]
     params = [torch.nn.Parameter(x) for x in drawn]
-    return FUSED["adamw"](params, weight_decay=0.1, backend=backend, **QUICK, **options), params
+    options = {"variant": EXACT, **QUICK, **options}
+    return FUSED["adamw"](params, weight_decay=0.1, backend=backend, **options), params
 
 
 def step(opt, params, t):
@@ -53,9 +65,16 @@ def test_the_current_stream_is_used(backend):
         assert_same(snapshot(opt), snapshot(other))
 
 
+LAUNCHES = {
+    EXACT: ["accumulate_kernel", "tune_kernel", "apply_kernel"],
+    RUNNING: ["step_kernel", "log_tune_kernel"],
+}
+
+
 @pytest.mark.filterwarnings("default")
-def test_three_launches_a_step(backend):
-    opt, params = model([GPU], backend, SIZES * 20)
+@pytest.mark.parametrize("variant", LAUNCHES)
+def test_few_launches_a_step(backend, variant):
+    opt, params = model([GPU], backend, SIZES * 20, variant=variant)
     for t in range(2):
         step(opt, params, t)
     torch.cuda.synchronize()
@@ -66,7 +85,7 @@ def test_three_launches_a_step(backend):
     kernels = [name for name in names if not name.lower().startswith(("memcpy", "memset"))]
     if not kernels:
         pytest.skip("the profiler sees no kernels here")
-    ops = ["accumulate_kernel", "tune_kernel", "apply_kernel"]
+    ops = LAUNCHES[variant]
     assert len(kernels) == len(ops), kernels
     assert all(sum(op in kernel for kernel in kernels) == 1 for op in ops), kernels
 

@@ -74,7 +74,8 @@ def at_the_end_of_each_step(act):
 def test_a_callback_of_the_trainer_reads_the_lr_that_all_groups_have_learned(tmp_path):
     learned = []
     read = at_the_end_of_each_step(lambda step, opt: learned.append((opt.scale, opt.learned_lr())))
-    end = hugging_face_trainer(tmp_path, ChainModel(), Recipe(), callbacks=read)
+    recipe = Recipe(options={"lr": 1.0})
+    end = hugging_face_trainer(tmp_path, ChainModel(), recipe, callbacks=read)
     assert len(learned) == STEPS
     for scale, lrs in learned:
         assert len(lrs) == len(end["optimizer"]["param_groups"]) == 2

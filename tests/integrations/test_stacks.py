@@ -4,7 +4,14 @@ import pytest
 import torch
 from support.cases import assert_same, differs
 from support.chain_model import LEARNED, ChainModel, loss_of
-from support.stacks import MARKS, STACKS, Recipe, plain_loop
+from support.stacks import (
+    MARKS,
+    STACKS,
+    Recipe,
+    import_stack,
+    lightning_trainer,
+    plain_loop,
+)
 
 pytestmark = MARKS
 
@@ -56,3 +63,17 @@ def test_every_recipe_leads_to_other_weights(tmp_path):
     """Or the tests above would not show that a stack follows it."""
     ends = [plain_loop(tmp_path, ChainModel(), recipe)["model"] for recipe in RECIPES.values()]
     assert all(differs(one, other) for i, one in enumerate(ends) for other in ends[:i])
+
+
+def test_lightning_gives_the_loss(tmp_path):
+    """It steps with a closure, which returns the loss."""
+    seen = []
+
+    class Read(import_stack("lightning").Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(trainer.optimizers[0].scale_source)
+
+    recipe = Recipe(options={"lr": 1.0})
+    lightning_trainer(tmp_path, ChainModel(), recipe, callbacks=Read())
+    # At first the warm-up has an lr of 0.
+    assert set(seen) == {"", "loss"} and seen[-1] == "loss"

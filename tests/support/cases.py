@@ -88,6 +88,9 @@ LONG = 40  # steps after which most of the loss is gone
 LEARNED = 0.5  # what is left, at most, of a loss that has been learned from
 LOST = 1e-30  # a scale at which S·Δ is lost beside x: the weights stay where they are
 TINY_EPS = 1e-300  # an ε of the tuner that is lost beside everything that it is added to
+# The exact form that is not one of the published packages.
+EXACT = "annealed"
+RUNNING = "running"
 # Nothing; one; less than, across and beyond a vector, a block of 1,024 and a chunk of 16,384.
 SIZES = (0, 1, 3, 63, 1025, 65537)
 SHAPES = ((3,), (5, 13), (1025,))
@@ -102,7 +105,12 @@ def skip_unless_available(name):
 
 
 def build(implementation, base, params, **options):
-    """Return an optimizer of ours: by a backend's name, by the fallback, or of a given class."""
+    """Return an optimizer of ours: by a backend's name, by the fallback, or of a given class.
+
+    It is of the exact form unless the options or the class name a variant.
+    """
+    if getattr(implementation, "_class_options", {}).get("variant") is None:
+        options.setdefault("variant", EXACT)
     if callable(implementation):
         return implementation(params, **options)
     if implementation == "fallback":

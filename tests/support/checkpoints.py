@@ -137,10 +137,13 @@ def build(options, weights):
         if "weight_decay" in known and "weight_decay" not in options["kwargs"]:
             known.pop("weight_decay")
         groups.append({"params": [weights[i] for i in group["weights"]], **known})
+    # The form that 0.1 had where none was named.
+    named = "variant" in (options["mechanize"] or ())
+    own = options["kwargs"] if named else {"variant": "annealed", **options["kwargs"]}
     if options["mechanize"] is None:
-        return getattr(mechanic_fused, options["class"])(groups, **options["kwargs"])
+        return getattr(mechanic_fused, options["class"])(groups, **own)
     base = getattr(torch.optim, options["class"])
-    return mechanize(base, **options["mechanize"])(groups, **options["kwargs"])
+    return mechanize(base, **options["mechanize"])(groups, **own)
 
 
 def take_steps(opt, weights, gradients, lrs):
@@ -232,7 +235,7 @@ def dcp_model(name):
 
 def dcp_optimizer(name, model):
     cls, kwargs = DCP[name]
-    return getattr(mechanic_fused, cls)(model.parameters(), **kwargs)
+    return getattr(mechanic_fused, cls)(model.parameters(), variant="annealed", **kwargs)
 
 
 def make_dcp(where):

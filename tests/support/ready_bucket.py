@@ -2,7 +2,9 @@
 
 import torch
 
-from .cases import FUSED, OPTIONS, QUICK
+from mechanic_fused.backends.layout import HYPER
+
+from .cases import EXACT, FUSED, OPTIONS, QUICK, RUNNING
 from .lockstep import moved, written
 
 CHUNK = 1024
@@ -27,6 +29,8 @@ ABSENT = 2
 def numbers(seed, i, shape, dtype):
     """Random, and far enough from 0 that half of one is a number of every dtype."""
     rng = torch.Generator().manual_seed(100 * seed + i)
+    if dtype is torch.int16:
+        return torch.randint(-(1 << 15), 1 << 15, shape, generator=rng).to(dtype)
     x = torch.randn(shape, generator=rng, dtype=torch.float64)
     return (x + 0.5 * x.sign()).to(dtype)
 
@@ -48,6 +52,12 @@ def bad_elements(i, g):
     return absent_or(i, g)
 
 
+def with_gradient(row, factor):
+    """Return a row of hyperparameters with another factor of the gradients."""
+    column = HYPER.index("gradient")
+    return [*row[:column], factor, *row[column + 1 :]]
+
+
 class ReadyBucket:
     """An optimizer whose only bucket waits for an op, after one step.
 
@@ -66,7 +76,7 @@ class ReadyBucket:
         self.rtol = kernels.sum_rtol(dtype)
         xs = [laid_out(i, dtype, 0) for i in range(len(layouts))]
         self.params = [torch.nn.Parameter(moved(x, device)) for x in xs]
-        options = {**OPTIONS[base], **QUICK, **options}
+        options = {**OPTIONS[base], **QUICK, "variant": EXACT, **options}
         self.opt = FUSED[base](self.params, backend=kernels.name, **options)
         for p in self.params:
             p.grad = torch.ones_like(p)
@@ -75,7 +85,8 @@ class ReadyBucket:
             p.grad = moved(spoil(i, laid_out(i, dtype, 1)), device)
             for seed, (name, value) in enumerate(self.opt.state[p].items(), 2):
                 if name != "step":
-                    value.copy_(numbers(seed, i, value.shape, value.dtype).abs())
+                    drawn = numbers(seed, i, value.shape, value.dtype)
+                    value.copy_(drawn.abs() if value.is_floating_point() else drawn)
         [self.bucket] = self.opt._plan.buckets
         self.tuner = self.opt._tuner
         sign = -1.0 if options.get("maximize") else 1.0
@@ -83,7 +94,7 @@ class ReadyBucket:
         gradient = sign if live else sign / loss_scale
         self.bucket.collect_gradients()
         self.bucket.write_tables(
-            [[*row[:-1], gradient] for row in self.bucket.hyper_rows],
+            [with_gradient(row, gradient) for row in self.bucket.hyper_rows],
             {},
             torch.full((), loss_scale, device=device) if live else None,
             None,
@@ -96,8 +107,11 @@ class ReadyBucket:
         self.sums.copy_(torch.arange(1.0, 1 + self.sums.numel()).view(self.sums.shape))
 
     def accumulated(self):
-        """Accumulate; return what that has written, on the CPU."""
-        self.ops.accumulate(self.bucket)
+        """Accumulate, or step in the running form; return what that has written, on the CPU."""
+        if self.opt.param_groups[0]["variant"] == RUNNING:
+            self.ops.step(self.bucket, self.tuner)
+        else:
+            self.ops.accumulate(self.bucket)
         return self.written()
 
     def written(self):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.cases import EXACT
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechanic_fused import MechanicAdamW, MechanicLion, MechanicSGD, mechanize
+from mechanic_fused.backends.layout import SUMS
 
 TOKENS, WIDTH, LENGTH, BATCH = 7, 8, 4, 4
 
@@ -34,10 +36,10 @@ BASES = {
     "lion": functools.partial(MechanicLion, lr=1.0, weight_decay=0.1),
     "radam": functools.partial(mechanize(torch.optim.RAdam), lr=1.0),
 }
-OPTIONS = {"s_init": 1e-3}
+OPTIONS = {"s_init": 1e-3, "variant": EXACT}
 """A scale that moves the weights of such a small model within a few steps."""
 
-SUMS_BYTES, NORMS_BYTES = 2 * 4 * 8, 2 * 8
+SUMS_BYTES, NORMS_BYTES = 2 * len(SUMS) * 8, 2 * 8
 """What a step all-reduces for one scale: a row of sums and one that tells whether there is any
 gradient; in a clipped or a first step, N² and whether any gradient is not 0."""
 
@@ -268,6 +270,8 @@ class Run:
     ):
         self.layout = layout
         self.net, needed = LAYOUTS[layout].wrap(model(dtype))
+        if layout == "ddp":
+            needed["loss_group"] = distributed.group.WORLD
         self.opt = optimizer(layout, base, self.net.parameters(), **{**needed, **options})
         # The one that ZeroRedundancyOptimizer wraps.
         self.inner = getattr(self.opt, "optim", self.opt)
@@ -278,13 +282,14 @@ class Run:
             state = get_optimizer_state_dict(self.net, self.opt)["state"]
             assert all("exp_avg" in entries for entries in state.values())
 
-    def backward(self, t, own_batches=0, passes=1, scaled=lambda loss: loss):
+    def backward(self, t, own_batches=0, passes=1, scaled=lambda loss: loss, observed=False):
         """Compute the gradients of step t.
 
         Args:
             own_batches: the number of ranks if each trains on its own batches; 0: on the same.
             passes: backward passes; gradients are reduced over ranks after the last.
             scaled: what GradScaler makes of a loss.
+            observed: whether the optimizer observes the losses.
         """
         self.opt.zero_grad()
         streams = range(own_batches or 1)
@@ -299,6 +304,8 @@ class Run:
             with waiting:
                 for rank in streams:
                     loss = loss_of(self.net, batch(passes * t + k, rank))
+                    if observed:
+                        self.inner.observe(loss)
                     scaled(loss / (passes * len(streams))).backward()
         average_plain_gradients(self.net)
 
@@ -330,6 +337,7 @@ class Run:
         return {
             "weights": full_weights(self.net),
             "scale": self.inner.scale,
+            "source": self.inner.scale_source,
             "nonfinite": self.inner.nonfinite_steps,
             "norms": self.norms,
             "factor": self.factor,
@@ -357,7 +365,7 @@ def run(layout, steps=STEPS, **options):
     Args:
         options: of Run, and of its ``train``.
     """
-    names = ("change", "loss_scale", "clip_by_torch", "own_batches", "passes")
+    names = ("change", "loss_scale", "clip_by_torch", "own_batches", "passes", "observed")
     of_train = {name: options.pop(name) for name in names if name in options}
     trained = Run(layout, **options)
     trained.train(0, steps, **of_train)

@@ -87,7 +87,9 @@ def train(name, steps, probes):
         if t in probes:
             before, other = everything(model, opt), batch(100 + t)
             losses = probe(lambda z=other: noisy_loss(model, z), MULTIPLES)
-            assert len(set(losses)) > 1, losses
+            # The first step of the running form moves nothing: S is not known yet.
+            moves = t > 0 or not name.startswith("mechanic")
+            assert (len(set(losses)) > 1) is moves, losses
             assert_same(everything(model, opt), before)
         opt.step()
     return everything(model, opt)

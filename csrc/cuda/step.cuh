@@ -1,0 +1,187 @@
+// step: g.(x - x_ref), g.g, x.x and u.u with the x before it, then the base's state moves and
+// x += S.u. One block a chunk, as in accumulate.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "../formulas.h"
+#include "advance_steps.cuh"
+#include "packets.cuh"
+#include "reduce.cuh"
+
+namespace mechanic::cuda {
+
+// The weights of a chunk: in T, or in 16 bits with low bits beside them.
+template <class X>
+struct Weights {
+  static constexpr bool kHasLow = !std::is_same_v<X, opmath_t<X>>;
+
+  X* x;
+  int16_t* low;
+
+  template <int N>
+  __device__ __forceinline__ void load(int i, opmath_t<X> (&to)[N]) const {
+    if constexpr (kHasLow) {
+      X high[N];
+      int16_t bits[N];
+      load_each<Reuse::kNever, N>(x + i, [&](int l, X y) { high[l] = y; });
+      load_each<Reuse::kNever, N>(low + i, [&](int l, int16_t y) { bits[l] = y; });
+#pragma unroll
+      for (int l = 0; l < N; ++l) to[l] = join(high[l], bits[l]);
+    } else {
+      cuda::load<Reuse::kNever>(x + i, to);
+    }
+  }
+
+  // The forward pass reads x next, from the other end on.
+  template <int N>
+  __device__ __forceinline__ void store(int i, const opmath_t<X> (&from)[N]) const {
+    if constexpr (kHasLow) {
+      X high[N];
+      int16_t bits[N];
+#pragma unroll
+      for (int l = 0; l < N; ++l) split(from[l], high[l], bits[l]);
+      store_each<Reuse::kSoon, N>(x + i, [&](int l) { return high[l]; });
+      store_each<Reuse::kNever, N>(low + i, [&](int l) { return bits[l]; });
+    } else {
+      cuda::store<Reuse::kSoon>(from, x + i);
+    }
+  }
+};
+
+// The arrays of one chunk.
+template <class X, class S>
+struct StepStreams {
+  const X* gradient;
+  Weights<X> weights;
+  const X* x_ref;
+  S* state0;
+  S* state1;
+};
+
+// The sums of a thread, in this order: g.(x - x_ref), g.g, x.x, u.u.
+using StepSums = Totals<4>;
+
+// N elements from i on in each thread: all loads, then all arithmetic. First the sums that x_ref
+// takes part in, so that its registers are free when the updates need theirs.
+template <int N, class Base, class X, class S>
+__device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
+                                           const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
+                                           StepSums& sum) {
+  using T = opmath_t<X>;
+  T g[N], x[N], x_ref[N], a[N] = {}, b[N] = {};
+  load<Reuse::kNever>(at.gradient + i, g);
+  load<Reuse::kNever>(at.x_ref + i, x_ref);
+  if constexpr (Base::kStates > 0) load<Reuse::kNever>(at.state0 + i, a);
+  if constexpr (Base::kStates > 1) load<Reuse::kNever>(at.state1 + i, b);
+  at.weights.load(i, x);
+#pragma unroll
+  for (int l = 0; l < N; ++l) {
+    g[l] = g[l] * c.gradient;
+    // Products of floats are exact in double, so the fused form rounds no differently.
+    sum.of[0] = fma(double(g[l]), double(x[l] - x_ref[l]), sum.of[0]);
+    sum.of[1] = fma(double(g[l]), double(g[l]), sum.of[1]);
+    sum.of[2] = fma(double(x[l]), double(x[l]), sum.of[2]);
+  }
+#pragma unroll
+  for (int l = 0; l < N; ++l) {
+    const T u = Base::update(finite_or_zero(g[l]), x[l], a[l], b[l], c);
+    sum.of[3] = fma(double(u), double(u), sum.of[3]);
+    x[l] = apply_update(x[l], scale, u);
+  }
+  at.weights.store(i, x);
+  if constexpr (Base::kStates > 0) store<Reuse::kNever>(a, at.state0 + i);
+  if constexpr (Base::kStates > 1) store<Reuse::kNever>(b, at.state1 + i);
+}
+
+// The elements [begin, end) of the chunk.
+template <int N, class Base, class X, class S>
+__device__ __forceinline__ StepSums step_range(const StepStreams<X, S>& at, int begin, int end,
+                                               const Coefficients<opmath_t<X>>& c,
+                                               opmath_t<X> scale, StepSums sum) {
+#pragma unroll 1
+  for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
+    step_block<N, Base>(at, i, c, scale, sum);
+  }
+  return sum;
+}
+
+template <class Base, class X, class S>
+__device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tensor& tensor,
+                                               const Chunk& chunk, double scale,
+                                               const StepScalars& scalars) {
+  using T = opmath_t<X>;
+  // The bias corrections take two powers in double: once a chunk, not once a thread.
+  __shared__ Coefficients<T> shared;
+  if (threadIdx.x == 0) {
+    Hyper hyper = bucket.tables.hyper[tensor.group];
+    hyper.gradient = gradient_multiplier(hyper, scalars.grad_scale, scalars.clip);
+    const double step = tensor.step != 0 ? double(*address<const float>(tensor.step, 0)) : 0;
+    shared = Base::template coefficients<T>(hyper, step);
+  }
+  StepStreams<X, S> at = {};
+  at.gradient = address<const X>(tensor.gradient, chunk.offset);
+  at.weights.x = address<X>(tensor.weight, chunk.offset);
+  if constexpr (Weights<X>::kHasLow) at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
+  at.x_ref = address<const X>(tensor.x_ref, chunk.offset);
+  if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
+  if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
+  const int n = int(chunk.length);
+  const int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
+                                            at.state0, at.state1);
+  __syncthreads();
+  // Read where they are needed: copies would take the registers of a block.
+  const Coefficients<T>& c = shared;
+  StepSums sum = {};
+  sum = step_range<kLanes<X>, Base>(at, 0, in_packets, c, T(scale), sum);
+  return step_range<1, Base>(at, in_packets, n, c, T(scale), sum);
+}
+
+// Blocks of a multiprocessor: as many as its registers hold without spills.
+template <class Base, class X>
+constexpr int kStepBlocks = (Base::kStates > 1 ? 3 : 4) + (std::is_same_v<X, float> ? 1 : 0);
+
+template <class Base, class X, class S>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Base, X>)
+    step_kernel(Bucket bucket, Reduction reduction, LogTuner tuner, StepScalars scalars) {
+  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+  using Columns = SumColumns<&Sums::gd, &Sums::gg, &Sums::xx, &Sums::uu, &Sums::count>;
+  for_empty_scales(bucket, reduction, [&](int64_t scale) {
+    Columns::write(bucket.tables.sums + scale, {});
+    advance_steps(bucket, reduction.spans[scale], 0, 1);
+  });
+  if (blockIdx.x >= bucket.counts.chunks) return;
+  const Chunk chunk = bucket.tables.chunks[blockIdx.x];
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  typename Columns::Total total = {};
+  if (tensor.gradient != 0) {
+    const double scale = tuner.rows[tensor.scale].scale;
+    const StepSums sum = block_total(step_chunk<Base, X, S>(bucket, tensor, chunk, scale, scalars));
+    const double to_peak = peak_ratio(bucket.tables.hyper[tensor.group]);
+    total = {sum.of[0], sum.of[1], sum.of[2], sum.of[3] * (to_peak * to_peak),
+             double(chunk.length)};
+  }
+  if (Columns::reduce_chunk(bucket, reduction, blockIdx.x, tensor.scale, total)) {
+    advance_steps(bucket, reduction.spans[tensor.scale], threadIdx.x, kThreads);
+  }
+}
+
+template <class X>
+void launch_step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
+                 const StepScalars& scalars, cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    launch("step", kernel, bucket.counts.chunks, stream, bucket, reduction, tuner, scalars);
+  };
+  for_kind(bucket.kind, [&](auto base) {
+    using Base = decltype(base);
+    // Without a state there is nothing whose dtype could differ.
+    using WeightState = std::conditional_t<(Base::kStates > 0), X, opmath_t<X>>;
+    if (bucket.dtypes.state == bucket.dtypes.weight) {
+      run(step_kernel<Base, X, WeightState>);
+    } else {
+      run(step_kernel<Base, X, opmath_t<X>>);
+    }
+  });
+}
+
+}  // namespace mechanic::cuda

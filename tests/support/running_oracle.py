@@ -1,0 +1,125 @@
+"""The running form once more, in numpy, written from its definition: the oracle of all backends.
+
+x += S·u with the S of the steps before; afterwards S moves by what this step has shown.
+"""
+
+import numpy as np
+from support.oracle import Oracle
+
+SHARE_OF_LOSS, SHARE_OF_NORM, LEAST_RMS = 1 / 13, 1e-2, 0.02
+HELD = MEMORY_OF_START = 10
+GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
+OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
+
+
+class Scale:
+    """What one S has seen."""
+
+    def __init__(self, start):
+        self.s, self.given = start or 0.0, start is not None
+        self.learning = False
+        self.steps = 0
+        self.seen = []  # (loss or None, ‖g‖·‖u‖ over all scales, ‖u‖) of the first steps
+        self.squares, self.moves = 0.0, 0
+        self.last_factor = self.largest = self.anchor = 0.0
+
+
+def averaged(values):
+    """The exponential average over MEMORY_OF_START numbers, of those so far."""
+    weights = (1 - 1 / MEMORY_OF_START) ** np.arange(len(values))[::-1]
+    return np.dot(weights, values) / weights.sum()
+
+
+class RunningOracle(Oracle):
+    """As the Oracle; `xs` are the unrounded weights."""
+
+    def __init__(self, params, base="adamw", s_init=None, **options):
+        options.pop("variant", None)
+        super().__init__(params, base, s_init=1.0, **options)
+        self.start = [x.copy() for x in self.x]
+        self.began = False
+        self.rows = [Scale(s_init) for _ in range(max(self.row) + 1)]
+        self.peaks = [own["lr"] for own in self.options]
+
+    @property
+    def scale(self):
+        return np.array([row.s for row in self.rows])
+
+    def step(self, grads, lr_factor=1.0, loss=None):
+        gs = [None if g is None else np.asarray(g, dtype=self.dtype) for g in grads]
+        if self.maximize:
+            gs = [None if g is None else -g for g in gs]
+        if not self.began:
+            if not any(np.any(g != 0) for g in gs if g is not None):
+                return
+            self.began, self.start = True, [x.copy() for x in self.x]
+        if all(g is None for g in gs):
+            return
+        with np.errstate(invalid="ignore", over="ignore"):
+            sums = self.move(gs, lr_factor)
+        self.learn(sums, lr_factor, loss)
+
+    def move(self, gs, lr_factor):
+        """h, ‖g‖², ‖x‖², ‖u‖² at the peak lr and the size, of each scale; x += S·u."""
+        sums = np.zeros((5, len(self.rows)))
+        for i, (g, x) in enumerate(zip(gs, self.x, strict=True)):
+            if g is None:
+                continue
+            options = {**self.options[i], "lr": self.options[i]["lr"] * lr_factor}
+            u = self.base(np.where(np.isfinite(g), g, 0.0), x, self.state[i], **options)
+            uu = self.dot(u, u) / lr_factor**2 if lr_factor else 0.0
+            found = self.dot(g, x - self.start[i]), self.dot(g, g), self.dot(x, x), uu, x.size
+            sums[:, self.row[i]] += found
+            self.x[i] = self.round_x(x + self.rows[self.row[i]].s * u)
+        return sums
+
+    def learn(self, sums, lr_factor, loss):
+        power = np.sqrt(sums[1].sum() * sums[3].sum())
+        finite = np.isfinite(sums).all(axis=0)
+        self.nonfinite_steps += int(not finite.all())
+        for row, (h, gg, xx, uu, size), known in zip(self.rows, sums.T, finite, strict=True):
+            if not known or gg == 0 or uu == 0:
+                continue
+            row.steps += 1
+            rises, row.last_factor = lr_factor > 1.000001 * row.last_factor, lr_factor
+            if not row.learning and (rises or row.steps <= HELD):
+                self.estimate(row, loss, power, np.sqrt(uu), np.sqrt(xx), np.sqrt(size))
+                row.largest = max(row.largest, row.s)
+            else:
+                row.learning = True
+                self.follow(row, h, lr_factor, rises)
+            row.largest = max(row.largest, row.s * lr_factor)
+
+    @staticmethod
+    def estimate(row, loss, power, update, norm, root):
+        if row.given:
+            return
+        usable = loss is not None and 0 < loss < np.inf and np.isfinite(power)
+        row.seen.append((loss if usable else None, power, update))
+        known = [(f, p) for f, p, _ in row.seen if f is not None]
+        if known:
+            # Of the loss and of the power the average has the same weights, which cancel.
+            ratios = [
+                averaged([f for f, _ in known[:n]]) / averaged([p for _, p in known[:n]])
+                for n in range(1, len(known) + 1)
+            ]
+            row.anchor = row.s = SHARE_OF_LOSS * np.exp(np.log(ratios).mean())
+        else:
+            norm = max(norm, LEAST_RMS * root)
+            row.s = SHARE_OF_NORM * norm / averaged([u for _, _, u in row.seen])
+
+    @staticmethod
+    def follow(row, h, lr_factor, rises):
+        if row.squares > 0:
+            h = np.clip(h, -OUTLIER * row.squares**0.5, OUTLIER * row.squares**0.5)
+        # Of n squares the last has the weight 1/(1 + n/4).
+        row.squares = row.squares + (h * h - row.squares) / (1 + row.moves / 4)
+        row.moves += 1
+        if row.squares == 0:
+            return
+        z = np.clip(-h / row.squares**0.5, -1, 1)
+        row.s *= np.exp(min(LARGEST_MOVE, GAIN / (row.steps + 1)) * (z + BIAS))
+        if row.anchor:
+            row.s = min(row.s, CEILING * row.anchor / lr_factor)
+        if rises and row.largest:
+            row.s = min(row.s, REGROWTH * row.largest / lr_factor)
