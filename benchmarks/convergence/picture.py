@@ -59,6 +59,10 @@ def draw(rows: Rows, tasks: list[str], protocol: Protocol, path: Path) -> None:
 def _panel(axis: Any, rows: Rows, task: str, horizon: int, base: str, protocol: Protocol) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+    if base not in TASKS[task].bases:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        return
     column = score(task)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
