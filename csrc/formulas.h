@@ -271,9 +271,9 @@ MECHANIC_INLINE double mean_loss(const Losses& losses) {
 }
 
 // The start of the running form: S such that a step lowers the loss by no more than a share of it,
-// by Cauchy and Schwarz, or without a loss moves the weights by a share of their norm. loss and
-// power are moving averages, power that of |g| |u| over all scales. A scale that is there before
-// any estimate is the user's and stays.
+// by Cauchy and Schwarz, or without a loss moves the weights by a share of their norm. power is
+// |g| |u| over all scales; the row keeps moving averages of power and loss. A scale that was set
+// before any estimate is the user's, and the estimate does not change it.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
                                     const LogConstants& c) {
   if (row.weight == 0 && row.scale > 0) return;
