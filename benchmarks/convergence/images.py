@@ -1,4 +1,4 @@
-"""scikit-learn's digits as images: a vision transformer, and a diffusion net without labels."""
+"""scikit-learn's digits as images: classifiers of patches, and diffusion nets without labels."""
 
 from __future__ import annotations
 
@@ -73,6 +73,45 @@ def vit(seed: int) -> Augmented:
     return Augmented(VisionTransformer(), seed, *pixels(seed), size=32)
 
 
+class Mixing(nn.Module):
+    """Perceptrons over the patches of each channel, then over the channels of each patch."""
+
+    def __init__(self, patches: int, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(
+            nn.Linear(patches, 4 * patches), nn.GELU(), nn.Linear(4 * patches, patches)
+        )
+        self.channels = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.patches(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(x)
+
+
+class Mixer(nn.Module):
+    """Patches of 2 × 2 pixels, three layers, the mean of their outputs: (n, 64) to (n, 10)."""
+
+    def __init__(self, width: int = 48, layers: int = 3) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH)
+        self.layers = nn.Sequential(*(Mixing((SIZE // PATCH) ** 2, width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x.view(-1, 1, SIZE, SIZE)).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.layers(patches)).mean(1))
+
+
+def mixer(seed: int) -> Augmented:
+    """A perceptron mixer with three layers of width 48."""
+    torch.manual_seed(seed)
+    return Augmented(Mixer(), seed, *pixels(seed), size=32)
+
+
 class Residual(nn.Module):
     """A perceptron with a hidden layer that adds to its input."""
 
@@ -105,15 +144,54 @@ class Denoiser(nn.Module):
         return self.head(self.norm(self.blocks(self.image(x) + time)))
 
 
+class Timed(nn.Module):
+    """A residual block of convolutions at a time: (n, width, 8, 8) and (n, width) to the former."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+            )
+            for _ in range(2)
+        )
+        self.time = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x + self.second(self.first(x) + self.time(time)[:, :, None, None])
+
+
+class Velocity(nn.Module):
+    """Predict noise − image on the line between them from (n, 64) and t (n, 1)."""
+
+    def __init__(self, width: int = 32, blocks: int = 2, frequencies: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(-1, frequencies - 1))
+        self.image = nn.Conv2d(1, width, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU())
+        self.blocks = nn.ModuleList(Timed(width) for _ in range(blocks))
+        self.head = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        phase = t * self.frequency
+        time = self.time(torch.cat([phase.sin(), phase.cos()], 1))
+        x = self.image(x.view(-1, 1, SIZE, SIZE))
+        for block in self.blocks:
+            x = block(x, time)
+        return self.head(x).flatten(1)
+
+
 class Diffusion(Problem):
     """Predict the noise of images; the scores have noise of their own, the same for all models."""
+
+    images = DIFFUSED
 
     def __init__(self, model: nn.Module, seed: int, train: Tensor, validation: Tensor) -> None:
         super().__init__(model, seed)
         self.train, self.validation = train, validation
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = torch.randint(len(self.train), (DIFFUSED,), generator=self.generator)
+        chosen = torch.randint(len(self.train), (self.images,), generator=self.generator)
         return self._noisy(self.train[chosen], self.generator)
 
     @staticmethod
@@ -147,3 +225,23 @@ def denoise(seed: int) -> Diffusion:
     (train, _), (validation, _) = pixels(seed)
     torch.manual_seed(seed)
     return Diffusion(Denoiser(), seed, train, validation)
+
+
+class Flow(Diffusion):
+    """Predict the velocity from images to noise (flow matching, arXiv 2210.02747)."""
+
+    images = 32
+
+    @staticmethod
+    def _noisy(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (points between images and noise, t, noise − images)."""
+        t = torch.rand(len(images), 1, generator=generator)
+        noise = torch.randn(images.shape, generator=generator)
+        return (1 - t) * images + t * noise, t, noise - images
+
+
+def flow(seed: int) -> Flow:
+    """A convolutional net of width 32 that predicts the velocity."""
+    (train, _), (validation, _) = pixels(seed)
+    torch.manual_seed(seed)
+    return Flow(Velocity(), seed, train, validation)

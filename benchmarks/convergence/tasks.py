@@ -68,7 +68,10 @@ TASKS = {
     ),
     "tokens": Task(tokens.token_types, 600, 5, clip=1.0),
     "topics": Task(text.wider, 500, 10, metric="loss", decay=0.0, clip=1.0, bases=("AdamW",)),
-    "vit": Task(images.vit, 1000, 8, clip=1.0, unseen=True),
-    "seq2seq": Task(infilling.seq2seq, 600, 8, metric="loss", clip=1.0, unseen=True),
-    "denoise": Task(images.denoise, 1000, 5, metric="loss", unseen=True),
+    "vit": Task(images.vit, 1000, 8, clip=1.0),
+    "seq2seq": Task(infilling.seq2seq, 600, 8, metric="loss", clip=1.0),
+    "denoise": Task(images.denoise, 1000, 5, metric="loss"),
+    "mixer": Task(images.mixer, 1000, 6, clip=1.0, unseen=True),
+    "masked": Task(text.masked, 600, 8, metric="loss", clip=1.0, unseen=True),
+    "flow": Task(images.flow, 1000, 10, metric="loss", unseen=True),
 }

@@ -25,6 +25,8 @@ MODULES = (
 )
 PRETRAINING, PRETRAINING_RATE = 2000, 1e-2
 RANK = 8
+MASKED = 0.15
+"""The part of a window that a masked language model predicts."""
 
 
 @cache
@@ -98,6 +100,65 @@ def wider(seed: int) -> Language:
     torch.manual_seed(seed)
     model = example().CharModel(characters, width=96, context=CONTEXT)
     return Language(model, seed, train, validation, size=16)
+
+
+class Encoder(nn.Module):
+    """A transformer with two layers that sees all of a window: (n, CONTEXT) to logits."""
+
+    def __init__(self, characters: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.token = nn.Embedding(characters + 1, width)  # the last is the mask
+        self.position = nn.Embedding(CONTEXT, width)
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    *(width, heads, 4 * width),
+                    dropout=0.0,
+                    activation="gelu",
+                    batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(layers)
+            ),
+            nn.LayerNorm(width),
+        )
+        self.head = nn.Linear(width, characters)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.head(self.layers(self.token(windows) + self.position.weight))
+
+
+class Masked(Language):
+    """Predict the characters of a window that a mask hides, MASKED of them."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self._masked_loss(self.model, batch[:, :CONTEXT], self.generator)
+
+    @staticmethod
+    def _masked_loss(model: nn.Module, windows: Tensor, generator: torch.Generator) -> Tensor:
+        hidden = torch.rand(windows.shape, generator=generator) < MASKED
+        logits = model(windows.masked_fill(hidden, model.head.out_features))
+        return F.cross_entropy(logits[hidden], windows[hidden])
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module) -> Scores:
+        generator = torch.Generator().manual_seed(0)
+        train, validation = (
+            self._masked_loss(
+                model, part.unfold(0, CONTEXT, CONTEXT)[:VALIDATION_WINDOWS], generator
+            ).item()
+            for part in (self.train, self.validation)
+        )
+        return {"train_loss": train, "validation_loss": validation}
+
+
+def masked(seed: int) -> Masked:
+    """An encoder with two layers of width 64 on the documentation."""
+    text = _documentation()
+    torch.manual_seed(seed)
+    return Masked(Encoder(len(text.vocabulary)), seed, text.train, text.validation, size=16)
 
 
 class LowRank(nn.Module):
