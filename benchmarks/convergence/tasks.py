@@ -73,5 +73,5 @@ TASKS = {
     "denoise": Task(images.denoise, 1000, 5, metric="loss"),
     "mixer": Task(images.mixer, 1000, 6, clip=1.0, unseen=True),
     "masked": Task(text.masked, 600, 8, metric="loss", clip=1.0, unseen=True),
-    "flow": Task(images.flow, 1000, 10, metric="loss", unseen=True),
+    "flow": Task(images.flow, 1000, 5, metric="loss", clip=1.0, unseen=True),
 }
