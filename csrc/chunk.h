@@ -67,13 +67,13 @@ enum Constant {
 
 // A row of the log tuner's state, see LOG_TUNER in backends/layout.py.
 struct LogRow {
-  double scale, mean_square, moves, steps, nonfinite, informed, learns, weight;
-  double update, loss, power, anchors, ln_anchor, factor, peak_rate, start;
+  double scale, mean_square, moves, steps, nonfinite, informed, learns;
+  double weight, ln_update, anchors, ln_anchor, factor, peak_rate;
 };
 
 // Its constants.
 struct LogConstants {
-  double tunes_scale, factor, anchor_share, norm_share, least_rms, average, held;
+  double tunes_scale, factor, norm_share, anchor_share, loss_range, least_rms, average, held;
   double gain, max_move, bias, outlier, memory, ceiling, regrowth;
 };
 

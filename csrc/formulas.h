@@ -270,28 +270,33 @@ MECHANIC_INLINE double mean_loss(const Losses& losses) {
   return losses.count > 0 ? losses.sum / losses.count : 0;
 }
 
-// The start of the running form: S such that a step lowers the loss by no more than a share of it,
-// by Cauchy and Schwarz, or without a loss moves the weights by a share of their norm. power is
-// |g| |u| over all scales; the row keeps moving averages of power and loss. A scale that was set
-// before any estimate is the user's, and the estimate does not change it.
+// S with S |u| = norm_share |x|, |u| a geometric mean over the last steps.
+MECHANIC_INLINE double norm_estimate(const Sums& sums, LogRow& row, const LogConstants& c) {
+  const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
+  row.weight += (1 - row.weight) / c.average;
+  row.ln_update += (0.5 * std::log(sums.uu) - row.ln_update) / (c.average * row.weight);
+  return c.norm_share * norm * std::exp(-row.ln_update);
+}
+
+// S with S |g| |u| = anchor_share loss, geometric means over the steps so far; 0: unknown.
+MECHANIC_INLINE double loss_estimate(const LogRow& row, const LogConstants& c) {
+  // No double is larger than the exponential of 709.
+  return row.anchors > 0 ? c.anchor_share * std::exp(fmin(row.ln_anchor, 709.0)) : 0;
+}
+
+// The start of the running form: a step is a share of the weights' norm; and up to a multiple of
+// that, as long as it lowers the loss by no more than a share of it, by Cauchy and Schwarz. power
+// is |g| |u| over all scales. A scale that was set before any estimate is the user's, and stays.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
                                     const LogConstants& c) {
+  row.factor = fmax(row.factor, c.factor);
   if (row.weight == 0 && row.scale > 0) return;
-  const double rate = 1 / c.average;
-  const double update = std::sqrt(sums.uu);
-  row.weight += rate * (1 - row.weight);
-  row.update += rate * (update - row.update);
-  if (loss > 0 && std::isfinite(loss) && std::isfinite(power)) {
-    row.loss += rate * (loss - row.loss);
-    row.power += rate * (power - row.power);
+  const double norm = norm_estimate(sums, row, c);
+  if (loss > 0 && std::isfinite(loss) && power > 0 && std::isfinite(power)) {
     row.anchors += 1;
-    row.ln_anchor += (std::log(row.loss / row.power) - row.ln_anchor) / row.anchors;
+    row.ln_anchor += (std::log(loss) - std::log(power) - row.ln_anchor) / row.anchors;
   }
-  const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
-  const bool anchored = row.anchors > 0;
-  row.scale = anchored ? c.anchor_share * std::exp(row.ln_anchor)
-                       : c.norm_share * norm / (row.update / row.weight);
-  row.start = anchored ? row.scale : 0;
+  row.scale = fmin(fmax(norm, loss_estimate(row, c)), c.loss_range * norm);
 }
 
 // z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;
@@ -306,10 +311,29 @@ MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants&
   row.scale *= std::exp(fmin(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias));
 }
 
+// Let S learn from h within bounds: S lr does not grow above a multiple of both estimates as they
+// are now, and where a schedule rises again it stays below a multiple of what it has been before.
+MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row,
+                                 const LogConstants& c) {
+  if (row.learns == 0 && row.weight > 0 && c.factor < row.factor) {
+    // The lr has risen to a fraction of the peak that the estimate was for, and falls.
+    row.scale /= row.factor;
+  }
+  row.learns = 1;
+  row.factor = c.factor;
+  const double before = row.scale;
+  log_tuner_update(sums.gd, row, c);
+  if (row.weight > 0) {
+    const double estimate = fmax(norm_estimate(sums, row, c), loss_estimate(row, c));
+    row.scale = fmin(row.scale, fmax(before, c.ceiling * estimate / c.factor));
+  }
+  if (rises && row.peak_rate > 0) {
+    row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);
+  }
+}
+
 // Update one row of the log tuner's state from the sums of its scale; return whether they were
 // finite. While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
-// S lr stays below a multiple of what the loss allowed at the start and, where a schedule rises
-// again, below a multiple of what it has been before.
 MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, LogRow& row,
                                   const LogConstants& c) {
   row.steps += 1;
@@ -319,20 +343,14 @@ MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, L
   const bool stays = c.tunes_scale == 0 && row.scale > 0;
   if (stays || !(sums.gg > 0 && sums.uu > 0)) return true;
   const bool rises = c.factor > row.factor * (1 + 1e-6);  // and not by a rounding
-  row.factor = c.factor;
   row.informed += 1;
   if (row.learns == 0 && (rises || row.informed <= c.held)) {
     estimate_scale(sums, power, loss, row, c);
+    row.peak_rate = fmax(row.peak_rate, row.scale);
   } else {
-    row.learns = 1;
-    log_tuner_update(sums.gd, row, c);
-    if (row.start > 0) row.scale = fmin(row.scale, c.ceiling * row.start / c.factor);
-    if (rises && row.peak_rate > 0) {
-      row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);
-    }
+    learn_scale(sums, rises, row, c);
+    row.peak_rate = fmax(row.peak_rate, row.scale * c.factor);
   }
-  // An estimate is of the S at the peak.
-  row.peak_rate = fmax(row.peak_rate, row.scale * (row.learns != 0 ? c.factor : 1));
   return true;
 }
 

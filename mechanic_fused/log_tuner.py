@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ class LogTuner(ScaleRows):
     """The log tuner; ``formulas.log_tune_row`` says what it computes.
 
     Attributes:
-        state: (scales, 16) float64: ``layout.LOG_TUNER``.
-        constants: (13,) float64: ``layout.LOG_CONSTANTS``.
+        state: (scales, 13) float64: ``layout.LOG_TUNER``.
+        constants: (15,) float64: ``layout.LOG_CONSTANTS``.
         losses: (2,) float64: ``layout.LOSSES``.
     """
 
@@ -62,8 +63,10 @@ class LogTuner(ScaleRows):
 
     def rescale(self, factor: float) -> None:
         """Multiply all that is per unit of the peak lr."""
-        for name in ("scale", "start", "peak_rate"):
+        for name in ("scale", "peak_rate"):
             self.state[:, LOG_TUNER.index(name)] *= factor
+        for name, power in (("ln_anchor", 1), ("ln_update", -1)):
+            self.state[:, LOG_TUNER.index(name)] += power * math.log(factor)
 
     def observe(self, loss: Tensor | float) -> None:
         """Add a loss to those of the next step."""

@@ -65,14 +65,15 @@ RUNNING = "running"
 """The variant without a bettor: x ← x + S·u, with ln S moved by the log tuner."""
 
 LOG_TUNING: dict[str, float] = {
+    "norm_share": 2e-2,
     "anchor_share": 1 / 13,
-    "norm_share": 1e-2,
+    "loss_range": 10.0,
     "least_rms": 0.02,
     "average": 10,
     "held": 10,
     "gain": 3.0,
-    "max_move": 0.03,
-    "bias": 0.25,
+    "max_move": 0.01,
+    "bias": 0.45,
     "outlier": 10.0,
     "memory": 4,
     "ceiling": 6.0,

@@ -38,6 +38,7 @@ from .layout import (
     LOG_CONSTANTS_GAIN,
     LOG_CONSTANTS_HELD,
     LOG_CONSTANTS_LEAST_RMS,
+    LOG_CONSTANTS_LOSS_RANGE,
     LOG_CONSTANTS_MAX_MOVE,
     LOG_CONSTANTS_MEMORY,
     LOG_CONSTANTS_NORM_SHARE,
@@ -48,16 +49,13 @@ from .layout import (
     LOG_INFORMED,
     LOG_LEARNS,
     LOG_LN_ANCHOR,
-    LOG_LOSS,
+    LOG_LN_UPDATE,
     LOG_MEAN_SQUARE,
     LOG_MOVES,
     LOG_NONFINITE,
     LOG_PEAK_RATE,
-    LOG_POWER,
     LOG_SCALE,
-    LOG_START,
     LOG_STEPS,
-    LOG_UPDATE,
     LOG_WEIGHT,
     LOSSES_COUNT,
     LOSSES_SUM,
@@ -390,14 +388,11 @@ class LogRow(NamedTuple):
     informed: tl.tensor
     learns: tl.tensor
     weight: tl.tensor
-    update: tl.tensor
-    loss: tl.tensor
-    power: tl.tensor
+    ln_update: tl.tensor
     anchors: tl.tensor
     ln_anchor: tl.tensor
     factor: tl.tensor
     peak_rate: tl.tensor
-    start: tl.tensor
 
 
 @triton.jit
@@ -412,14 +407,11 @@ def log_rows(at, mask):
         read(at + LOG_INFORMED, mask),
         read(at + LOG_LEARNS, mask),
         read(at + LOG_WEIGHT, mask),
-        read(at + LOG_UPDATE, mask),
-        read(at + LOG_LOSS, mask),
-        read(at + LOG_POWER, mask),
+        read(at + LOG_LN_UPDATE, mask),
         read(at + LOG_ANCHORS, mask),
         read(at + LOG_LN_ANCHOR, mask),
         read(at + LOG_FACTOR, mask),
         read(at + LOG_PEAK_RATE, mask),
-        read(at + LOG_START, mask),
     )
 
 
@@ -428,8 +420,9 @@ class LogConstants(NamedTuple):
 
     tunes_scale: tl.tensor
     factor: tl.tensor
-    anchor_share: tl.tensor
     norm_share: tl.tensor
+    anchor_share: tl.tensor
+    loss_range: tl.tensor
     least_rms: tl.tensor
     average: tl.tensor
     held: tl.tensor
@@ -448,8 +441,9 @@ def log_constants(constants):
     return LogConstants(
         tl.load(constants + LOG_CONSTANTS_TUNES_SCALE),
         tl.load(constants + LOG_CONSTANTS_FACTOR),
-        tl.load(constants + LOG_CONSTANTS_ANCHOR_SHARE),
         tl.load(constants + LOG_CONSTANTS_NORM_SHARE),
+        tl.load(constants + LOG_CONSTANTS_ANCHOR_SHARE),
+        tl.load(constants + LOG_CONSTANTS_LOSS_RANGE),
         tl.load(constants + LOG_CONSTANTS_LEAST_RMS),
         tl.load(constants + LOG_CONSTANTS_AVERAGE),
         tl.load(constants + LOG_CONSTANTS_HELD),
@@ -481,42 +475,51 @@ def mean_loss(losses):
 
 
 @triton.jit
-def estimate_scale(sums, norms, loss, row, c):
-    """S where a run starts, and the moving averages behind it.
-
-    S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
-    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. A scale that is there before any
-    estimate is the user's and stays, and so do the averages. ``norms`` is ‖g‖·‖u‖ over all scales.
+def norm_estimate(sums, row, c):
+    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps.
 
     Returns:
-        The new (scale, start, weight, update, loss, power, anchors, ln_anchor).
+        S and the new (weight, ln_update).
     """
-    given = (row.weight == 0) & (row.scale > 0)
-    rate = tl.where(given, 0.0, 1.0 / c.average)
-    weight = row.weight + rate * (1.0 - row.weight)
-    update = row.update + rate * (tl.sqrt(sums.uu) - row.update)
-    # Numbers, not `&`, where a scalar meets rows: the interpreter cannot broadcast a truth value.
-    has_loss = tl.where((loss > 0) & is_finite(loss) & is_finite(norms), 1.0, 0.0)
-    known = tl.where(given, 0.0, has_loss) > 0
-    mean = tl.where(known, row.loss + rate * (loss - row.loss), row.loss)
-    power = tl.where(known, row.power + rate * (norms - row.power), row.power)
-    anchors = tl.where(known, row.anchors + 1.0, row.anchors)
-    moved = row.ln_anchor + (tl.log(mean / power) - row.ln_anchor) / anchors
-    ln_anchor = tl.where(known, moved, row.ln_anchor)
-    anchored = anchors > 0
     norm = tl.maximum(tl.sqrt(sums.xx), c.least_rms * tl.sqrt(sums.count))
-    by_norms = c.norm_share * norm / (update / weight)
-    scale = tl.where(anchored, c.anchor_share * tl.exp(ln_anchor), by_norms)
-    start = tl.where(given, row.start, tl.where(anchored, scale, 0.0))
-    scale = tl.where(given, row.scale, scale)
-    return scale, start, weight, update, mean, power, anchors, ln_anchor
+    weight = row.weight + (1.0 - row.weight) / c.average
+    ln_update = row.ln_update + (0.5 * tl.log(sums.uu) - row.ln_update) / (c.average * weight)
+    return c.norm_share * norm * tl.exp(-ln_update), weight, ln_update
 
 
 @triton.jit
-def log_tuner_update(h, informed, row, c):
+def loss_estimate(anchors, ln_anchor, c):
+    """S with S·‖g‖·‖u‖ = anchor_share·loss, geometric means over the steps so far; 0: unknown."""
+    # No float64 is larger than the exponential of 709.
+    return tl.where(anchors > 0, c.anchor_share * tl.exp(tl.minimum(ln_anchor, 709.0)), 0.0)
+
+
+@triton.jit
+def estimate_scale(norm, power, loss, row, c):
+    """S where a run starts.
+
+    A step is a share of the weights' norm; and up to a multiple of that, as long as it lowers the
+    loss by no more than a share of it, by Cauchy and Schwarz. ``norm`` is the estimate by norms,
+    ``power`` is ‖g‖·‖u‖ over all scales.
+
+    Returns:
+        The new (scale, anchors, ln_anchor).
+    """
+    # Numbers, not `&`, where a scalar meets rows: the interpreter cannot broadcast a truth value.
+    has_loss = (loss > 0) & is_finite(loss) & (power > 0) & is_finite(power)
+    anchors = row.anchors + tl.where(has_loss, 1.0, 0.0)
+    moved = row.ln_anchor + (tl.log(loss) - tl.log(power) - row.ln_anchor) / anchors
+    ln_anchor = tl.where(anchors > row.anchors, moved, row.ln_anchor)
+    allowed = tl.maximum(norm, loss_estimate(anchors, ln_anchor, c))
+    return tl.minimum(allowed, c.loss_range * norm), anchors, ln_anchor
+
+
+@triton.jit
+def log_tuner_update(h, before, informed, row, c):
     """z = clamp(−h/√v, −1, 1);  ln S += min(max_move, gain/(t + 1))·(z + bias).
 
-    v is a mean square of h over the later steps; one h counts at most ``outlier``·√v.
+    v is a mean square of h over the later steps; one h counts at most ``outlier``·√v. ``before``
+    is S before the step.
 
     Returns:
         The new (scale, mean_square, moves).
@@ -526,16 +529,38 @@ def log_tuner_update(h, informed, row, c):
     square = row.mean_square + (h * h - row.mean_square) / (1.0 + row.moves / c.memory)
     z = tl.maximum(tl.minimum(-h / tl.sqrt(square), 1.0), -1.0)
     factor = tl.exp(tl.minimum(c.max_move, c.gain / (informed + 1.0)) * (z + c.bias))
-    return tl.where(square > 0, row.scale * factor, row.scale), square, row.moves + 1.0
+    return tl.where(square > 0, before * factor, before), square, row.moves + 1.0
 
 
 @triton.jit
-def log_tune_row(sums, norms, loss, row, c):
+def learn_scale(h, norm, estimated, rises, informed, row, c):
+    """S learns from h within bounds.
+
+    S·lr does not grow above a multiple of both estimates as they are now, and where a schedule
+    rises again it stays below a multiple of what it has been before. ``norm`` is the estimate by
+    norms, of no meaning where S was not ``estimated``.
+
+    Returns:
+        The new (scale, mean_square, moves).
+    """
+    # The lr has risen to a fraction of the peak that the estimate was for, and falls.
+    first = (row.learns == 0) & estimated & (c.factor < row.factor)
+    before = tl.where(first, row.scale / row.factor, row.scale)
+    scale, square, moves = log_tuner_update(h, before, informed, row, c)
+    estimate = tl.maximum(norm, loss_estimate(row.anchors, row.ln_anchor, c))
+    ceiling = tl.maximum(before, c.ceiling * estimate / c.factor)
+    scale = tl.where(estimated, tl.minimum(scale, ceiling), scale)
+    again = rises & (row.peak_rate > 0)
+    scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
+    return scale, square, moves
+
+
+@triton.jit
+def log_tune_row(sums, power, loss, row, c):
     """The new rows of the log tuner's state, and whether their sums were finite.
 
-    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
-    stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
-    below a multiple of what it has been before.
+    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. A
+    scale that is there before any estimate is the user's, and no estimate changes it.
     """
     finite = is_finite(sums.gd * sums.gd) & is_finite(sums.gg)
     finite = finite & is_finite(sums.xx) & is_finite(sums.uu)
@@ -544,17 +569,17 @@ def log_tune_row(sums, norms, loss, row, c):
     rises = c.factor > row.factor * (1.0 + 1e-6)  # and not by a rounding
     informed = row.informed + 1.0
     estimates = (row.learns == 0) & (rises | (informed <= c.held))
-    estimate, start, weight, update, mean, power, anchors, ln_anchor = estimate_scale(
-        sums, norms, loss, row, c
-    )
-    scale, square, count = log_tuner_update(sums.gd, informed, row, c)
-    scale = tl.where(row.start > 0, tl.minimum(scale, c.ceiling * row.start / c.factor), scale)
-    again = rises & (row.peak_rate > 0)
-    scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
-    scale = tl.where(estimates, estimate, scale)
+    given = (row.weight == 0) & (row.scale > 0)
+    norm, weight, ln_update = norm_estimate(sums, row, c)
+    estimate, anchors, ln_anchor = estimate_scale(norm, power, loss, row, c)
+    learned, square, count = learn_scale(sums.gd, norm, row.weight > 0, rises, informed, row, c)
+    scale = tl.where(estimates, tl.where(given, row.scale, estimate), learned)
+    factor = tl.where(estimates, tl.maximum(row.factor, c.factor), c.factor)
     # An estimate is of the S at the peak.
     peak_rate = tl.maximum(row.peak_rate, scale * tl.where(estimates, 1.0, c.factor))
-    starts, learns = moves & estimates, moves & (estimates == 0)
+    learns, starts = moves & (estimates == 0), moves & estimates & (given == 0)
+    # Where S is the user's and learns, there is no estimate that could bound it.
+    averages = starts | (learns & (row.weight > 0))
     new = LogRow(
         tl.where(moves, scale, row.scale),
         tl.where(learns, square, row.mean_square),
@@ -563,15 +588,12 @@ def log_tune_row(sums, norms, loss, row, c):
         row.nonfinite,
         tl.where(moves, informed, row.informed),
         tl.where(learns, 1.0, row.learns),
-        tl.where(starts, weight, row.weight),
-        tl.where(starts, update, row.update),
-        tl.where(starts, mean, row.loss),
-        tl.where(starts, power, row.power),
+        tl.where(averages, weight, row.weight),
+        tl.where(averages, ln_update, row.ln_update),
         tl.where(starts, anchors, row.anchors),
         tl.where(starts, ln_anchor, row.ln_anchor),
-        tl.where(moves, c.factor, row.factor),
+        tl.where(moves, factor, row.factor),
         tl.where(moves, peak_rate, row.peak_rate),
-        tl.where(starts, start, row.start),
     )
     return new, finite
 

@@ -56,7 +56,7 @@ def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.co
         gg += read(sums + row * SUMS_COLUMNS + SUMS_GG, row < rows)
         uu += read(sums + row * SUMS_COLUMNS + SUMS_UU, row < rows)
         start += ROWS
-    norms = tl.sqrt(tl.sum(gg, 0)) * tl.sqrt(tl.sum(uu, 0))
+    power = tl.sqrt(tl.sum(gg, 0)) * tl.sqrt(tl.sum(uu, 0))
     nonfinite = 0
     start = 0
     while start < rows:
@@ -71,7 +71,7 @@ def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.co
             read(sums_at + SUMS_COUNT, here),
         )
         row_at = state + row * LOG_COLUMNS
-        new, finite = log_tune_row(of_scales, norms, loss, log_rows(row_at, here), c)
+        new, finite = log_tune_row(of_scales, power, loss, log_rows(row_at, here), c)
         for k in tl.static_range(LOG_COLUMNS):
             tl.store(row_at + k, new[k], mask=here)
         nonfinite += tl.sum(tl.where(finite, 0, 1), 0)

@@ -258,14 +258,11 @@ class LogRow:
     informed: float
     learns: float
     weight: float
-    update: float
-    loss: float
-    power: float
+    ln_update: float
     anchors: float
     ln_anchor: float
     factor: float
     peak_rate: float
-    start: float
 
 
 @dataclass(frozen=True)
@@ -274,8 +271,9 @@ class LogConstants:
 
     tunes_scale: float
     factor: float
-    anchor_share: float
     norm_share: float
+    anchor_share: float
+    loss_range: float
     least_rms: float
     average: float
     held: float
@@ -306,35 +304,41 @@ def mean_loss(losses: Sequence[float]) -> float:
     return total / count if count > 0 else 0.0
 
 
+def norm_estimate(sums: ScaleSums, row: LogRow, c: LogConstants) -> float:
+    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps."""
+    norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
+    row.weight += (1 - row.weight) / c.average
+    row.ln_update += (0.5 * math.log(sums.uu) - row.ln_update) / (c.average * row.weight)
+    return c.norm_share * norm * math.exp(-row.ln_update)
+
+
+def loss_estimate(row: LogRow, c: LogConstants) -> float:
+    """S with S·‖g‖·‖u‖ = anchor_share·loss, geometric means over the steps so far; 0: unknown."""
+    # No float64 is larger than the exponential of 709.
+    return c.anchor_share * math.exp(min(row.ln_anchor, 709.0)) if row.anchors > 0 else 0.0
+
+
 def estimate_scale(
     sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants
 ) -> None:
     """Set S where a run starts.
 
-    S·power ≤ share·loss, so that by Cauchy and Schwarz one step lowers the loss by no more than a
-    share of it; or, where no loss is known, S·‖u‖ = share·‖x‖. Both sides are moving averages, and
-    of the first ratio the geometric mean so far is taken. A scale that is there before any estimate
-    is the user's and stays.
+    A step is a share of the weights' norm; and up to a multiple of that, as long as it lowers the
+    loss by no more than a share of it, by Cauchy and Schwarz. A scale that is there before any
+    estimate is the user's and stays.
 
     Args:
         power: ‖g‖·‖u‖ over all scales.
         loss: of this step; not above 0 or not finite: unknown.
     """
+    row.factor = max(row.factor, c.factor)
     if row.weight == 0 and row.scale > 0:
         return
-    rate = 1 / c.average
-    row.weight += rate * (1 - row.weight)
-    row.update += rate * (math.sqrt(sums.uu) - row.update)
-    if loss > 0 and math.isfinite(loss) and math.isfinite(power):
-        row.loss += rate * (loss - row.loss)
-        row.power += rate * (power - row.power)
+    norm = norm_estimate(sums, row, c)
+    if 0 < loss < math.inf and 0 < power < math.inf:
         row.anchors += 1
-        row.ln_anchor += (math.log(row.loss / row.power) - row.ln_anchor) / row.anchors
-    if row.anchors > 0:
-        row.start = row.scale = c.anchor_share * math.exp(row.ln_anchor)
-    else:
-        norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
-        row.start, row.scale = 0.0, c.norm_share * norm / (row.update / row.weight)
+        row.ln_anchor += (math.log(loss) - math.log(power) - row.ln_anchor) / row.anchors
+    row.scale = min(max(norm, loss_estimate(row, c)), c.loss_range * norm)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
@@ -355,12 +359,31 @@ def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
         row.scale *= math.exp(min(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias))
 
 
+def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> None:
+    """Let S learn from h within bounds.
+
+    S·lr does not grow above a multiple of both estimates as they are now, and where a schedule
+    rises again it stays below a multiple of what it has been before.
+
+    Args:
+        rises: the lr is above that of the last step.
+    """
+    if not row.learns and row.weight > 0 and c.factor < row.factor:
+        # The lr has risen to a fraction of the peak that the estimate was for, and falls.
+        row.scale /= row.factor
+    row.learns, row.factor, before = 1.0, c.factor, row.scale
+    log_tuner_update(sums.gd, row, c)
+    if row.weight > 0:
+        ceiling = c.ceiling * max(norm_estimate(sums, row, c), loss_estimate(row, c)) / c.factor
+        row.scale = min(row.scale, max(before, ceiling))
+    if rises and row.peak_rate > 0:
+        row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
+
+
 def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants) -> bool:
     """Update one row of the log tuner's state; return whether its sums were finite.
 
-    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. S·lr
-    stays below a multiple of what the loss allowed at the start and, where a schedule rises again,
-    below a multiple of what it has been before.
+    While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
 
     Args:
         power, loss: see :func:`estimate_scale`.
@@ -372,19 +395,13 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
     if stays or not (sums.gg > 0 and sums.uu > 0):
         return True
     rises = c.factor > row.factor * (1 + 1e-6)  # and not by a rounding
-    row.factor = c.factor
     row.informed += 1
     if not row.learns and (rises or row.informed <= c.held):
         estimate_scale(sums, power, loss, row, c)
+        row.peak_rate = max(row.peak_rate, row.scale)
     else:
-        row.learns = 1.0
-        log_tuner_update(sums.gd, row, c)
-        if row.start > 0:
-            row.scale = min(row.scale, c.ceiling * row.start / c.factor)
-        if rises and row.peak_rate > 0:
-            row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
-    # An estimate is of the S at the peak.
-    row.peak_rate = max(row.peak_rate, row.scale * (c.factor if row.learns else 1.0))
+        learn_scale(sums, rises, row, c)
+        row.peak_rate = max(row.peak_rate, row.scale * c.factor)
     return True
 
 

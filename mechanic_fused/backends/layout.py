@@ -45,19 +45,18 @@ CONSTANTS = (
 """The tuner's constants, float64; the tuner betas follow them."""
 
 LOG_TUNER = (
-    *("scale", "mean_square", "moves", "steps", "nonfinite", "informed", "learns", "weight"),
-    *("update", "loss", "power", "anchors", "ln_anchor", "factor", "peak_rate", "start"),
+    *("scale", "mean_square", "moves", "steps", "nonfinite", "informed", "learns"),
+    *("weight", "ln_update", "anchors", "ln_anchor", "factor", "peak_rate"),
 )
 """Columns of a row of the log tuner's state, float64: S; the mean square of h and the number of
 moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; the
-sum of the weights of a moving average of √(u·u), and that average; moving averages of the loss and
-of √(g·g)·√(u·u); the number and the mean of the logarithms of their ratio; lr/(peak lr) of the
-last step, the largest S·lr/(peak lr), and the S at which learning began where it came from the
-loss, else 0."""
+sum of the weights of a moving average of ln √(u·u), and that average; the number and the mean of
+the ln(loss/(√(g·g)·√(u·u))) before S learned; lr/(peak lr) of the last step, before S learns the
+largest; and the largest S·lr/(peak lr)."""
 
 LOG_CONSTANTS = (
-    *("tunes_scale", "factor", "anchor_share", "norm_share", "least_rms", "average", "held"),
-    *("gain", "max_move", "bias", "outlier", "memory", "ceiling", "regrowth"),
+    *("tunes_scale", "factor", "norm_share", "anchor_share", "loss_range", "least_rms", "average"),
+    *("held", "gain", "max_move", "bias", "outlier", "memory", "ceiling", "regrowth"),
 )
 """The log tuner's constants, float64; see ``formulas.log_tune_row``."""
 

@@ -6,9 +6,9 @@ x += S·u with the S of the steps before; afterwards S moves by what this step h
 import numpy as np
 from support.oracle import Oracle
 
-SHARE_OF_LOSS, SHARE_OF_NORM, LEAST_RMS = 1 / 13, 1e-2, 0.02
-HELD = MEMORY_OF_START = 10
-GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
+SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 2e-2, 1 / 13, 10.0, 0.02
+HELD = MEMORY_OF_NORM = 10
+GAIN, LARGEST_MOVE, BIAS = 3.0, 0.01, 0.45
 OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
 
 
@@ -19,15 +19,22 @@ class Scale:
         self.s, self.given = start or 0.0, start is not None
         self.learning = False
         self.steps = 0
-        self.seen = []  # (loss or None, ‖g‖·‖u‖ over all scales, ‖u‖) of the first steps
+        self.updates, self.decreases = [], []  # ‖u‖; loss/(‖g‖·‖u‖), over all scales, at first
         self.squares, self.moves = 0.0, 0
-        self.last_factor = self.largest = self.anchor = 0.0
+        self.last_factor = self.highest = self.largest = 0.0
 
+    def by_norms(self, norm, size, update):
+        """S of which a step is a share of ‖x‖, with ‖u‖ averaged over MEMORY_OF_NORM steps."""
+        self.updates.append(update)
+        weights = (1 - 1 / MEMORY_OF_NORM) ** np.arange(len(self.updates))[::-1]
+        update = np.exp(np.dot(weights, np.log(self.updates)) / weights.sum())
+        return SHARE_OF_NORM * max(norm, LEAST_RMS * size**0.5) / update
 
-def averaged(values):
-    """The exponential average over MEMORY_OF_START numbers, of those so far."""
-    weights = (1 - 1 / MEMORY_OF_START) ** np.arange(len(values))[::-1]
-    return np.dot(weights, values) / weights.sum()
+    def by_loss(self):
+        """S of which a step lowers the loss by a share of it at most; 0 without losses."""
+        if not self.decreases:
+            return 0.0
+        return SHARE_OF_LOSS * np.exp(np.mean(np.log(self.decreases)))
 
 
 class RunningOracle(Oracle):
@@ -81,45 +88,42 @@ class RunningOracle(Oracle):
             if not known or gg == 0 or uu == 0:
                 continue
             row.steps += 1
-            rises, row.last_factor = lr_factor > 1.000001 * row.last_factor, lr_factor
+            last = row.last_factor if row.learning else row.highest
+            rises, row.last_factor = lr_factor > 1.000001 * last, lr_factor
+            row.highest = max(row.highest, lr_factor)
             if not row.learning and (rises or row.steps <= HELD):
-                self.estimate(row, loss, power, np.sqrt(uu), np.sqrt(xx), np.sqrt(size))
+                self.estimate(row, loss, power, np.sqrt(uu), np.sqrt(xx), size)
                 row.largest = max(row.largest, row.s)
             else:
-                row.learning = True
-                self.follow(row, h, lr_factor, rises)
-            row.largest = max(row.largest, row.s * lr_factor)
+                self.follow(row, h, lr_factor, rises, np.sqrt(uu), np.sqrt(xx), size)
+                row.largest = max(row.largest, row.s * lr_factor)
 
     @staticmethod
-    def estimate(row, loss, power, update, norm, root):
+    def estimate(row, loss, power, update, norm, size):
         if row.given:
             return
-        usable = loss is not None and 0 < loss < np.inf and np.isfinite(power)
-        row.seen.append((loss if usable else None, power, update))
-        known = [(f, p) for f, p, _ in row.seen if f is not None]
-        if known:
-            # Of the loss and of the power the average has the same weights, which cancel.
-            ratios = [
-                averaged([f for f, _ in known[:n]]) / averaged([p for _, p in known[:n]])
-                for n in range(1, len(known) + 1)
-            ]
-            row.anchor = row.s = SHARE_OF_LOSS * np.exp(np.log(ratios).mean())
-        else:
-            norm = max(norm, LEAST_RMS * root)
-            row.s = SHARE_OF_NORM * norm / averaged([u for _, _, u in row.seen])
+        if loss is not None and 0 < loss < np.inf and 0 < power < np.inf:
+            row.decreases.append(loss / power)
+        by_norms = row.by_norms(norm, size, update)
+        row.s = np.clip(row.by_loss(), by_norms, LARGEST_RATIO * by_norms)
 
     @staticmethod
-    def follow(row, h, lr_factor, rises):
+    def follow(row, h, lr_factor, rises, update, norm, size):
+        if not row.learning:
+            row.learning = True
+            if not row.given and lr_factor < row.highest:
+                row.s /= row.highest
+        before = row.s
+        bound = CEILING * max(row.by_norms(norm, size, update), row.by_loss()) / lr_factor
         if row.squares > 0:
             h = np.clip(h, -OUTLIER * row.squares**0.5, OUTLIER * row.squares**0.5)
         # Of n squares the last has the weight 1/(1 + n/4).
         row.squares = row.squares + (h * h - row.squares) / (1 + row.moves / 4)
         row.moves += 1
-        if row.squares == 0:
-            return
-        z = np.clip(-h / row.squares**0.5, -1, 1)
-        row.s *= np.exp(min(LARGEST_MOVE, GAIN / (row.steps + 1)) * (z + BIAS))
-        if row.anchor:
-            row.s = min(row.s, CEILING * row.anchor / lr_factor)
+        if row.squares > 0:
+            z = np.clip(-h / row.squares**0.5, -1, 1)
+            row.s *= np.exp(min(LARGEST_MOVE, GAIN / (row.steps + 1)) * (z + BIAS))
+        if not row.given and row.s > before:
+            row.s = max(before, min(row.s, bound))
         if rises and row.largest:
             row.s = min(row.s, REGROWTH * row.largest / lr_factor)
