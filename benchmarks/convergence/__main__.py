@@ -24,6 +24,7 @@ from .tasks import TASKS
 PARTS: dict[str, Callable[..., list[Spec]]] = {
     "grid": protocol.grid_runs,
     "compare": protocol.comparison_runs,
+    "others": protocol.other_runs,
     "noloss": protocol.no_loss_runs,
     "shapes": protocol.shape_runs,
     "ablate": protocol.ablation_runs,
@@ -124,7 +125,7 @@ def parse() -> argparse.Namespace:
     parser = options.parser("convergence", explained)
     usual = [name for name, task in TASKS.items() if not task.on_request]
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=usual, metavar="TASK")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["grid", "compare"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["grid", "compare", "others"])
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps, fewer seeds")
     parser.add_argument("--report", action="store_true", help="run nothing, print what is there")
     for name, (kind, text) in OVERRIDES.items():
