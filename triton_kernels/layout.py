@@ -30,6 +30,7 @@ def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
     TENSOR_SCALE,
     TENSOR_GROUP,
     TENSOR_NUMBER,
+    TENSOR_PHASE,
 ) = columns(layout.TENSOR)
 TENSOR_COLUMNS = tl.constexpr(len(layout.TENSOR))
 
