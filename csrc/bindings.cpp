@@ -60,6 +60,8 @@ py::dict layout() {
   found["LOSSES"] = names(kLossesColumns);
   found["KINDS"] = names(kKinds);
   found["KERNEL_DTYPES"] = names(kDTypes);
+  found["REFERENCE_BLOCK"] = kReferenceBlock;
+  found["REFERENCE_PERIOD"] = kReferencePeriod;
   return found;
 }
 
