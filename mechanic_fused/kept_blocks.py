@@ -68,6 +68,11 @@ def kept_count(size: int, phase: int) -> int:
     return _kept_before(phase + size) - _kept_before(phase)
 
 
+def may_be_kept(count: int, size: int) -> bool:
+    """Return whether so many of a shard's elements may have an x_ref, whatever its phase."""
+    return abs(REFERENCE_EVERY * count - size) < REFERENCE_PERIOD
+
+
 def keep(t: Tensor, weight: Tensor, phase: int) -> Tensor:
     """Return a copy of the elements of t, of the weight's shape, that have an x_ref, (count,)."""
     return _flat(t, weight).index_select(0, _kept_elements(t.numel(), phase, t.device))

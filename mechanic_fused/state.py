@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.layout import HALF_DTYPES, OWN_STATE, STATES, STEPPED, compute_dtype
+from .backends.layout import (
+    HALF_DTYPES,
+    OWN_STATE,
+    REFERENCE_EVERY,
+    STATES,
+    STEPPED,
+    compute_dtype,
+)
 from .distributed import like, wrap
-from .kept_blocks import WHOLE, keep, kept_count, spread
+from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
 from .param_checks import is_dense
@@ -78,8 +85,11 @@ def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
     if phase == WHOLE:
         if old is None:
             return x.detach().clone(memory_format=torch.preserve_format)
-        if is_part(old, x):
-            raise ValueError(f"{PART_ALONE}, got 1")
+        if is_part(old, x) and x.numel() >= LEAST_ELEMENTS and may_be_kept(len(old), mine.numel()):
+            raise ValueError(
+                "an x_ref that was kept for one block in eight has no other elements: expected "
+                f"x_ref_every={REFERENCE_EVERY} to stay in its param group, got 1"
+            )
         return conform(old, x, x.dtype)
     if old is None:
         return keep(mine, mine, phase)
@@ -95,13 +105,8 @@ def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
     return kept
 
 
-PART_ALONE = (
-    "an x_ref that was kept for one block in eight has no other elements: expected x_ref_every=8"
-)
-
-
 def is_part(x_ref: Tensor, x: Tensor) -> bool:
-    """Return whether an x_ref holds only the elements that are kept, and not the shape of x."""
+    """Return whether an x_ref has not the shape of x, and so holds kept elements alone."""
     return x_ref.dim() == 1 and x_ref.shape != x.shape and not isinstance(x_ref, dtensor())
 
 
@@ -155,8 +160,11 @@ def save_spread(
         ]
         found = phases([p for _, p, _ in parts]) if parts else []
         for (key, p, x_ref), phase in zip(parts, found, strict=True):
-            whole = wrap(spread(x_ref, local(p), phase), p)
-            saved["state"][key] = {**saved["state"][key], "x_ref": whole}
+            mine = local(p).detach()
+            # Of a weight that has been cut since it says nothing, and stays as it is.
+            if phase != WHOLE and len(x_ref) == kept_count(mine.numel(), phase):
+                whole = wrap(spread(x_ref, mine, phase), p)
+                saved["state"][key] = {**saved["state"][key], "x_ref": whole}
 
     hook = optimizer.register_state_dict_post_hook(spread_each, prepend=True)
     try:
