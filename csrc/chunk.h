@@ -37,15 +37,6 @@ struct KeptBlocks {
   int phase;      // the chunk's own
   int dropped;    // elements without an x_ref in each period: 0 where all have one
 
-  MECHANIC_INLINE KeptBlocks(const Tensor& tensor, int64_t offset) {
-    const bool whole = tensor.phase < 0;
-    const int64_t element = tensor.phase + offset;
-    const int before = tensor.phase < kReferenceBlock ? int(tensor.phase) : kReferenceBlock;
-    first = whole ? offset : element / kReferencePeriod * kReferenceBlock - before;
-    phase = whole ? 0 : int(element % kReferencePeriod);
-    dropped = whole ? 0 : kReferencePeriod - kReferenceBlock;
-  }
-
   // Return what an element's g.(x - x_ref) counts.
   MECHANIC_INLINE double share() const {
     return dropped == 0 ? 1 : kReferencePeriod / kReferenceBlock;
@@ -61,6 +52,15 @@ struct KeptBlocks {
     return phase + i - (phase + i) / kReferencePeriod * dropped;
   }
 };
+
+// Return those of a chunk at this offset in a weight.
+MECHANIC_INLINE KeptBlocks kept_blocks(const Tensor& tensor, int64_t offset) {
+  if (tensor.phase < 0) return {offset, 0, 0};
+  const int64_t element = tensor.phase + offset;
+  const int64_t before = tensor.phase < kReferenceBlock ? tensor.phase : kReferenceBlock;
+  return {element / kReferencePeriod * kReferenceBlock - before, int(element % kReferencePeriod),
+          kReferencePeriod - kReferenceBlock};
+}
 
 // A row of the span table: the chunks and the tensors of one scale, which are adjacent.
 struct Span {
@@ -143,6 +143,7 @@ struct Tables {
 
 struct Counts {
   int64_t tensors, chunks, scales, elements;
+  int64_t in_part;  // tensors with a phase
 };
 
 struct DTypes {

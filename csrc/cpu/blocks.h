@@ -285,8 +285,8 @@ MECHANIC_INLINE void add_kept_products(const X* x_refs, const KeptBlocks& kept, 
   add_dot_wide(gradient + first, displacement, count, lanes.ab);
 }
 
-// x += S u, after the sums with the x before it. kInPart: not all elements have an x_ref; as a branch
-// it cost the weights that have it whole 2 %.
+// x += S u, after the sums with the x before it. kInPart: not all elements have an x_ref; as a
+// branch it cost the weights that have it whole 2 %.
 template <class Base, bool kInPart, class X, class S>
 MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int n,
                                 const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,

@@ -63,7 +63,7 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip, 
   Hyper hyper = bucket.tables.hyper[tensor.group];
   hyper.gradient = gradient_multiplier(hyper, nullptr, clip);
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
-  const KeptBlocks kept(tensor, chunk.offset);
+  const KeptBlocks kept = kept_blocks(tensor, chunk.offset);
   const StepStreams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset),
       {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset)},

@@ -38,8 +38,10 @@ def set_phases(monkeypatch):
 
     def set_phases(*phases):
         def found(self, weights):
-            turns = [phases[i % len(phases)] for i in range(len(weights))]
-            return [turn if every > 1 else WHOLE for turn, (_, every) in zip(turns, weights)]
+            return [
+                phases[i % len(phases)] if every > 1 else WHOLE
+                for i, (_, every) in enumerate(weights)
+            ]
 
         monkeypatch.setattr(KeptBlocks, "phases", found)
 

@@ -29,7 +29,7 @@ from mechanic_fused.kept_blocks import WHOLE, keep, kept_count, spread
 
 EVERY = {"variant": RUNNING, "x_ref_every": 8}
 SHAPES = ((7,), (8191,), (8192,), (3, 2900), (9217,))
-"""Too small to be kept in part, and the smallest that is not; ends in a kept block and behind it."""
+"""Too small to be kept in part, and the smallest that is not; an end within a kept block."""
 
 
 def kept(n, first=0):
@@ -166,7 +166,9 @@ def test_released_gradients_give_the_same_run(backend):
     found = []
     for released in (False, True):
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(90, 100), torch.nn.Tanh(), torch.nn.Linear(100, 90))
+        net = torch.nn.Sequential(
+            torch.nn.Linear(90, 100), torch.nn.Tanh(), torch.nn.Linear(100, 90)
+        )
         opt = MechanicAdamW(net.parameters(), lr=1.0, backend=backend, **EVERY)
         if released:
             opt.release_gradients()
@@ -310,10 +312,12 @@ def test_another_share_is_refused(bad):
         MechanicAdamW([{"params": make_weights(), "x_ref_every": bad}])
 
 
-@pytest.mark.parametrize("options", [{"variant": "optax"}, {"variant": "annealed"}, {"s_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"variant": "optax"}, {"variant": "annealed"}, {"s_decay": 0.1}]
+)
 @pytest.mark.parametrize("make", [MechanicSGD, mechanize(torch.optim.RAdam), FALLBACK["adamw"]])
 def test_the_exact_forms_need_all_of_x_ref(make, options):
-    text = "x_ref_every must be 1 with variant='(optax|annealed)'.*expected variant='running', got 8"
+    text = "x_ref_every must be 1 with variant='(optax|annealed)'.*variant='running', got 8"
     with pytest.raises(ValueError, match=text):
         make(make_weights(), x_ref_every=8, **options)
     opt = make(make_weights(), **options)
