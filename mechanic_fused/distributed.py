@@ -161,8 +161,7 @@ def element_ranges(weights: Sequence[Tensor], group: Any) -> list[tuple[int, int
 
     A collective: every rank must call it with shards of the same weights.
     """
-    device = weights[0].device if weights else torch.device("cpu")
-    sizes = torch.zeros(group.size(), len(weights), dtype=torch.int64, device=device)
+    sizes = torch.zeros(group.size(), len(weights), dtype=torch.int64, device=weights[0].device)
     rank = torch.distributed.get_rank(group)
     sizes[rank] = torch.tensor([p.numel() for p in weights], dtype=torch.int64)
     torch.distributed.all_reduce(sizes, group=group)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .backends.layout import REFERENCE_BLOCK, REFERENCE_EVERY, REFERENCE_PERIOD
-from .distributed import element_range, element_ranges, is_fsdp1_flat
+from .distributed import element_range, element_ranges
 from .param_checks import is_dense
+from .torch_internals import is_fsdp1_flat
 
 WHOLE = -1
 """The phase of a weight whose x_ref is kept whole."""
@@ -48,12 +49,12 @@ class KeptBlocks:
         """
         if all(every == 1 for _, every in weights):
             return [WHOLE] * len(weights)
-        flat = [p for p, every in weights if every > 1 and is_fsdp1_flat(p)]
-        if self.reduce_group is not None and any(p not in self._flat_ranges for p in flat):
-            # FSDP1 does not tell a weight where its shard begins; its ranks are in order.
-            self._flat_ranges = dict(
-                zip(flat, element_ranges(flat, self.reduce_group), strict=True)
-            )
+        if self.reduce_group is not None:
+            known = self._flat_ranges
+            new = [p for p, every in weights if every > 1 and is_fsdp1_flat(p) and p not in known]
+            if new:
+                # FSDP1 does not tell a weight where its shard begins; its ranks are in order.
+                known.update(zip(new, element_ranges(new, self.reduce_group), strict=True))
         return [self._phase(p) if every > 1 else WHOLE for p, every in weights]
 
     def _phase(self, p: Tensor) -> int:

@@ -42,7 +42,7 @@ from .options import (
 from .plan import Phase, PlanOptions, Run, StepPlan
 from .scale_rows import KEY, ScaleRows, check_saved, scale_keys
 from .step import take_step
-from .torch_internals import SupportsGradScaler, local, mute_capturable_warning
+from .torch_internals import SupportsGradScaler, is_fsdp1_flat, local, mute_capturable_warning
 from .tuner import Tuner
 
 DEFAULTS: dict[str, Any] = {
@@ -291,7 +291,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     def _phases(self, weights: list[Tensor]) -> list[int]:
         """Return the phases of weights whose x_ref is kept in part, see ``kept_blocks.py``."""
-        self._check_process_groups()
+        if any(map(is_fsdp1_flat, weights)):
+            self._check_process_groups()
         blocks = self._run.kept_blocks
         blocks.reduce_group = self.reduce_group
         return blocks.phases([(p, REFERENCE_EVERY) for p in weights])

@@ -21,7 +21,7 @@ from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK
-from .options import X_REF_EVERY
+from .options import X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
@@ -241,11 +241,10 @@ class StepPlan:
             for group, kind in zip(self.param_groups, kinds, strict=True)
             for p in group["params"]
         ]
-        every = [
-            (p, group.get(X_REF_EVERY, 1) if p.requires_grad else 1)
-            for group in self.param_groups
-            for p in group["params"]
-        ]
+        every = []
+        for group in self.param_groups:
+            share = checked_x_ref_every(group.get(X_REF_EVERY, 1), group["variant"])
+            every += [(p, share if p.requires_grad else 1) for p in group["params"]]
         self.run.kept_blocks.reduce_group = self.options.reduce_group
         phases = self.run.kept_blocks.phases(every)
         slots: dict[BucketKey, list[ParamSlot]] = {}

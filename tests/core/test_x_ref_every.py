@@ -280,6 +280,16 @@ def test_a_part_of_another_memory_layout_is_refused():
         one.run(1)
 
 
+@pytest.mark.parametrize("variant", [RUNNING, "annealed"])
+def test_a_group_that_is_changed_is_checked(variant):
+    one = Training("reference", variant=variant).run(FEW)
+    one.group["x_ref_every"] = 8 if variant != RUNNING else 4
+    before = one.x
+    with pytest.raises(ValueError, match=r"x_ref_every must be (one of 1, 8|1 with variant='ann)"):
+        one.run(1)
+    assert_same(one.x, before)
+
+
 def test_what_was_not_kept_cannot_be_asked_for_later():
     one = run().run(FEW)
     one.group["x_ref_every"] = 1
