@@ -74,6 +74,7 @@ class Bucket:
         with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
         phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
+        in_part: how many phases are not WHOLE.
         sizes: numbers of elements.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
         sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
@@ -117,6 +118,7 @@ class Bucket:
         self.groups = [slot.group for slot in slots]
         self.numbers = [slot.number for slot in slots]
         self.phases = [slot.phase for slot in slots]
+        self.in_part = sum(phase != WHOLE for phase in self.phases)
         self._strides = [x.stride() for x in self.weights]
         self._shapes = [x.shape for x in self.weights]
         self._contiguous = [x.is_contiguous() for x in self.weights]

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch.autograd.graph import increment_version
 
 from mechanic_fused.bucket import Bucket
-from mechanic_fused.kept_blocks import WHOLE
 from mechanic_fused.log_tuner import LogTuner
 
 from .base_update import advance_steps, base_update
@@ -256,7 +255,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         clip=bucket.clip,
         KIND=bucket.kind,
         S=DTYPES[state],
-        IN_PART=any(phase != WHOLE for phase in bucket.phases),
+        IN_PART=bucket.in_part > 0,
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.with_gradient)

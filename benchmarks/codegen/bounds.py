@@ -126,13 +126,15 @@ def most_registers(
     """Return how many registers a thread may take.
 
     A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
-    may take 112 for 104, and an x_ref in part 120, which leave an SM the same four programs. In
-    CUDA it is what leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the
-    other kernels for a thousand threads; of log_tune there is only one block.
+    may take 112 for 104, and an x_ref in part 120, which leave an SM the same four programs; beside
+    bfloat16 ones an x_ref in part may take 168 for 160, the same three programs. In CUDA it is what
+    leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels
+    for a thousand threads; of log_tune there is only one block.
     """
     if backend == "triton":
-        wide = 120 if kernel.endswith(IN_PART) else 112 if narrow_delta else 104
-        return {torch.float32: wide, torch.bfloat16: 160}[dtype]
+        if kernel.endswith(IN_PART):
+            return {torch.float32: 120, torch.bfloat16: 168}[dtype]
+        return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kind := kind_of(kernel):
         in_part = kernel.endswith(IN_PART)
         blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32) - in_part

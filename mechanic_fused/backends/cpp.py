@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native  # type: ignore[attr-defined]
-from ..kept_blocks import WHOLE
 from .layout import CPU_CHUNK, KERNEL_DTYPES, KINDS
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def describe(bucket: Bucket, tables: Any) -> Any:
             chunks=len(bucket.chunks),
             scales=len(bucket.sums),
             elements=sum(bucket.sizes),
-            in_part=sum(phase != WHOLE for phase in bucket.phases),
+            in_part=bucket.in_part,
         ),
         # A bucket of the fallback is only measured and applied, whatever its kind.
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
