@@ -24,6 +24,7 @@ OURS = baselines.adamw()
 OURS_PLAIN = baselines.adamw(decay=0.0)
 OURS_EXACT = baselines.adamw(variant="annealed")
 OURS_BF16_DELTA = baselines.adamw(variant="annealed", delta_dtype=torch.bfloat16)
+OURS_PART = baselines.adamw(x_ref_every=8)
 OURS_SGD = baselines.sgd()
 FUSED = baselines.torch_adamw("fused")
 FUSED_PLAIN = baselines.torch_adamw("fused", decay=0.0)
@@ -36,6 +37,8 @@ THEIRS_FUSED = baselines.mechanic_pytorch(fused=True)
 PAIRS = [(OURS, FUSED), (FOREACH, FUSED), (THEIRS_FUSED, OURS), (THEIRS, OURS)]
 MORE_PAIRS = [
     (OURS_EXACT, FUSED),
+    (OURS_PART, FUSED),
+    (OURS_PART, OURS),
     (OURS_PLAIN, FUSED_PLAIN),
     (OURS_SGD, SGD_FUSED),
     (SGD_FOREACH, SGD_FUSED),

@@ -60,6 +60,8 @@ py::dict layout() {
   found["LOSSES"] = names(kLossesColumns);
   found["KINDS"] = names(kKinds);
   found["KERNEL_DTYPES"] = names(kDTypes);
+  found["REFERENCE_BLOCK"] = kReferenceBlock;
+  found["REFERENCE_PERIOD"] = kReferencePeriod;
   return found;
 }
 
@@ -136,11 +138,11 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&make_tables), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
            py::arg("hyper"), py::arg("partials"), py::arg("sums"));
   py::class_<Counts>(m, "Counts")
-      .def(py::init([](int64_t tensors, int64_t chunks, int64_t scales, int64_t elements) {
-             return Counts{tensors, chunks, scales, elements};
-           }),
+      .def(py::init(
+               [](int64_t tensors, int64_t chunks, int64_t scales, int64_t elements,
+                  int64_t in_part) { return Counts{tensors, chunks, scales, elements, in_part}; }),
            py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("scales"),
-           py::arg("elements"));
+           py::arg("elements"), py::arg("in_part"));
   py::class_<DTypes>(m, "DTypes")
       .def(py::init([](int64_t weight, int64_t state, int64_t delta) {
              return DTypes{DType(weight), DType(state), DType(delta)};

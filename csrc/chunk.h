@@ -19,12 +19,48 @@ struct Tensor {
   int64_t scale;   // the weight's row of the sums and of the tuner's state
   int64_t group;   // its row of the hyperparameters
   int64_t number;  // its number in the optimizer
+  int64_t phase;   // where its first element is among kReferencePeriod; -1: all have an x_ref
 };
+
+// Of a weight with a phase the first kReferenceBlock of every kReferencePeriod elements have an
+// x_ref, see mechanic_fused/kept_blocks.py.
+constexpr int kReferenceBlock = 128, kReferencePeriod = 1024;
 
 // A row of the chunk table: the elements [offset, offset + length) of one tensor.
 struct Chunk {
   int64_t tensor, offset, length;
 };
+
+// Where the x_ref of a chunk's elements are.
+struct KeptBlocks {
+  int64_t first;  // the place of the period that the chunk begins in, in the weight's x_ref
+  int phase;      // the chunk's own
+  int dropped;    // elements without an x_ref in each period: 0 where all have one
+
+  // Return what an element's g.(x - x_ref) counts.
+  MECHANIC_INLINE double share() const {
+    return dropped == 0 ? 1 : kReferencePeriod / kReferenceBlock;
+  }
+
+  // Whether element i of the chunk has an x_ref.
+  MECHANIC_INLINE bool has(int i) const {
+    return (phase + i) % kReferencePeriod < kReferencePeriod - dropped;
+  }
+
+  // The place of its x_ref behind `first`.
+  MECHANIC_INLINE int place(int i) const {
+    return phase + i - (phase + i) / kReferencePeriod * dropped;
+  }
+};
+
+// Return those of a chunk at this offset in a weight.
+MECHANIC_INLINE KeptBlocks kept_blocks(const Tensor& tensor, int64_t offset) {
+  if (tensor.phase < 0) return {offset, 0, 0};
+  const int64_t element = tensor.phase + offset;
+  const int64_t before = tensor.phase < kReferenceBlock ? tensor.phase : kReferenceBlock;
+  return {element / kReferencePeriod * kReferenceBlock - before, int(element % kReferencePeriod),
+          kReferencePeriod - kReferenceBlock};
+}
 
 // A row of the span table: the chunks and the tensors of one scale, which are adjacent.
 struct Span {
@@ -107,6 +143,7 @@ struct Tables {
 
 struct Counts {
   int64_t tensors, chunks, scales, elements;
+  int64_t in_part;  // tensors with a phase
 };
 
 struct DTypes {

@@ -35,7 +35,7 @@ constexpr Column kTensorColumns[] = {
     MECHANIC_COLUMN(Tensor, delta),    MECHANIC_COLUMN(Tensor, state0),
     MECHANIC_COLUMN(Tensor, state1),   MECHANIC_COLUMN(Tensor, step),
     MECHANIC_COLUMN(Tensor, scale),    MECHANIC_COLUMN(Tensor, group),
-    MECHANIC_COLUMN(Tensor, number)};
+    MECHANIC_COLUMN(Tensor, number),   MECHANIC_COLUMN(Tensor, phase)};
 static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
 
 constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),

@@ -22,6 +22,7 @@ from .backends.layout import (
     compute_dtype,
 )
 from .distributed import Groups, local_gradients
+from .kept_blocks import WHOLE
 from .param_checks import is_dense
 from .torch_internals import local, local_tensors, read_version
 
@@ -46,6 +47,7 @@ class ParamSlot(NamedTuple):
         number: its number in the optimizer.
         state: its entries of the optimizer's state, perhaps DTensors.
         names: the names of the base's own state tensors.
+        phase: of its x_ref, see ``kept_blocks.py``.
     """
 
     parameter: Tensor
@@ -54,6 +56,7 @@ class ParamSlot(NamedTuple):
     number: int
     state: dict[str, Any]
     names: tuple[str, ...]
+    phase: int = WHOLE
 
 
 class Bucket:
@@ -70,10 +73,12 @@ class Bucket:
             the running form has no Δ, and low bits beside 16-bit weights.
         with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
+        phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
+        in_part: how many phases are not WHOLE.
         sizes: numbers of elements.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
         sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
-        tensors: (weights, 11) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
+        tensors: (weights, 12) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
         live_lr: group → an lr on the device that kernels read there.
         grad_scale, found_inf: GradScaler's, or None.
         clip: (2,) float64: N² and max_norm, or None.
@@ -112,6 +117,8 @@ class Bucket:
         self.rows = [slot.row for slot in slots]
         self.groups = [slot.group for slot in slots]
         self.numbers = [slot.number for slot in slots]
+        self.phases = [slot.phase for slot in slots]
+        self.in_part = sum(phase != WHOLE for phase in self.phases)
         self._strides = [x.stride() for x in self.weights]
         self._shapes = [x.shape for x in self.weights]
         self._contiguous = [x.is_contiguous() for x in self.weights]
@@ -315,6 +322,7 @@ class Bucket:
                 "scale": self.rows[i],
                 "group": self.groups[i],
                 "number": self.numbers[i],
+                "phase": self.phases[i],
             }
             table[i] = torch.tensor([row[name] for name in TENSOR])
         return table

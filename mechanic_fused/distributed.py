@@ -7,13 +7,20 @@ the rows are added. All ranks get the same bits, so their scales cannot diverge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .torch_internals import dtensor, is_fsdp1_flat, local, plain_local_gradients
+from .torch_internals import (
+    dtensor,
+    global_offset,
+    is_fsdp1_flat,
+    local,
+    plain_local_gradients,
+)
 
 Groups = tuple[Any, ...]
 """The process groups that shard a weight; the empty tuple if every rank has all of it."""
@@ -106,6 +113,60 @@ def mesh_groups(weight: Tensor) -> Groups:
         return ()
     mesh: Any = weight.device_mesh
     return tuple(mesh.get_group(i) for i in range(mesh.ndim) if mesh.size(i) > 1)
+
+
+def element_range(weight: Tensor) -> tuple[int, int]:
+    """Return the index of this rank's first element in the whole weight, and that one's size.
+
+    Args:
+        weight: a DTensor, or a weight that this rank has whole.
+
+    Raises:
+        ValueError: for a shard that is not one range of the weight's elements, on all ranks alike.
+    """
+    if not isinstance(weight, dtensor()):
+        return 0, weight.numel()
+    placements, mesh = weight.placements, weight.device_mesh
+    sharded = [
+        (i, placement)
+        for i, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(i) > 1
+    ]
+    if not sharded:
+        return 0, weight.numel()
+    # The first dimension that has more than one index; all after it must be whole.
+    outer = next((d for d, size in enumerate(weight.shape) if size > 1), 0)
+    inner = 1
+    is_range = weight.is_contiguous()
+    for i, placement in reversed(sharded):
+        is_range &= getattr(placement, "dim", None) == outer
+        # A dimension that is sharded twice, from the right: torch's _StridedShard.
+        if not placement.is_shard():
+            ranks = math.prod(mesh.size(k) for k, _ in sharded)
+            is_range &= getattr(placement, "split_factor", 0) == inner
+            is_range &= weight.shape[outer] % ranks == 0
+        inner *= mesh.size(i)
+    if not is_range:
+        raise ValueError(
+            "x_ref_every above 1 needs shards that are one range of a weight's elements: expected "
+            f"Shard(dim={outer}) of a contiguous weight, or x_ref_every=1 in its param group, got "
+            f"{tuple(placements)} for a weight of shape {tuple(weight.shape)}"
+        )
+    offset = global_offset(weight)
+    return offset[outer] * math.prod(weight.shape[outer + 1 :]), weight.numel()
+
+
+def element_ranges(weights: Sequence[Tensor], group: Any) -> list[tuple[int, int]]:
+    """Return what :func:`element_range` does, of plain shards in the order of a group's ranks.
+
+    A collective: every rank must call it with shards of the same weights.
+    """
+    sizes = torch.zeros(group.size(), len(weights), dtype=torch.int64, device=weights[0].device)
+    rank = torch.distributed.get_rank(group)
+    sizes[rank] = torch.tensor([p.numel() for p in weights], dtype=torch.int64)
+    torch.distributed.all_reduce(sizes, group=group)
+    starts = sizes[:rank].sum(0).tolist()
+    return list(zip(starts, sizes.sum(0).tolist(), strict=True))
 
 
 def shard_index(groups: Groups) -> int:

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import backends, state
+from .backends.layout import REFERENCE_EVERY
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
+from .kept_blocks import keep
 from .log_tuner import LogTuner, in_running_form
 from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
@@ -26,18 +28,21 @@ from .options import (
     SCALE_PER,
     STATE_DTYPES,
     USER_OPTIONS,
+    X_REF_EVERY,
     accepts_old_names,
+    checked_x_ref_every,
     max_norm,
     one_of,
     resolve_variant,
     tuner_options,
     warn_renamed,
     with_new_group_keys,
+    with_own_x_ref_every,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan
 from .scale_rows import KEY, ScaleRows, check_saved, scale_keys
 from .step import take_step
-from .torch_internals import SupportsGradScaler, mute_capturable_warning
+from .torch_internals import SupportsGradScaler, is_fsdp1_flat, local, mute_capturable_warning
 from .tuner import Tuner
 
 DEFAULTS: dict[str, Any] = {
@@ -79,6 +84,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         backend: str | None = None,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
+        x_ref_every: int = 1,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -105,6 +111,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         backends.check(self._backend)
         self._state_dtype = one_of("state_dtype", state_dtype, STATE_DTYPES)
         self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
+        self._x_ref_every = checked_x_ref_every(x_ref_every, chosen["variant"])
         self.max_grad_norm = max_norm(max_grad_norm)
         if delta_dtype is not None and chosen["variant"] == RUNNING:
             raise ValueError(
@@ -226,13 +233,16 @@ class Mechanized(SupportsGradScaler, Optimizer):
         plan.release = self._release
         return plan
 
-    def _fitting_plan(self) -> StepPlan:
+    def _check_process_groups(self) -> None:
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
         if self._lost_groups and all(group is None for group in groups):
             raise RuntimeError(
                 "process groups cannot be copied or pickled: set reduce_group, loss_group or "
                 "extra_groups of the copy to what the original had"
             )
+
+    def _fitting_plan(self) -> StepPlan:
+        self._check_process_groups()
         reason = self.fallback_reason
         fused = None if reason else TABLE[self._base]
         tuner = self._current_tuner()
@@ -278,6 +288,14 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._tuner.follow(groups, self._scale_per)
         self._tuner.set_options(groups[0])
         return self._tuner
+
+    def _phases(self, weights: list[Tensor]) -> list[int]:
+        """Return the phases of weights whose x_ref is kept in part, see ``kept_blocks.py``."""
+        if any(map(is_fsdp1_flat, weights)):
+            self._check_process_groups()
+        blocks = self._run.kept_blocks
+        blocks.reduce_group = self.reduce_group
+        return blocks.phases([(p, REFERENCE_EVERY) for p in weights])
 
     def _drop_derived(self) -> None:
         """Drop everything that can be derived from param_groups and state."""
@@ -429,7 +447,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
             if isinstance(entries, dict) and "delta" in entries:
                 entries["delta"].zero_()
             elif isinstance(entries, dict) and "x_ref" in entries:
-                entries["x_ref"].copy_(p)
+                x_ref = entries["x_ref"]
+                if state.is_part(x_ref, p):
+                    [phase] = self._phases([p])
+                    x_ref.copy_(keep(local(p), local(p), phase))
+                else:
+                    x_ref.copy_(p)
         for group in self.param_groups:
             group.update({name: self._tuner_options[name] for name in CALIBRATED})
             group.pop(PEAK, None)
@@ -522,7 +545,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Add a group; its weights join the run at their current values.
 
         Raises:
-            ValueError: for tuner options that differ from the other groups', or differentiable.
+            ValueError: for tuner options that differ from the other groups', an ``x_ref_every``
+                that cannot be, or differentiable.
         """
         if param_group.get("differentiable", self.defaults.get("differentiable")):
             raise ValueError("differentiable must be False: a step of Mechanic has no derivative")
@@ -539,6 +563,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
                     f"{name} must be the same in all groups: expected {value}, "
                     f"got {param_group[name]}"
                 )
+        if param_group["variant"] == RUNNING:
+            param_group.setdefault(X_REF_EVERY, self._x_ref_every)
+        checked_x_ref_every(param_group.get(X_REF_EVERY, 1), param_group["variant"])
         super().add_param_group(param_group)
         lr = float(param_group.get("lr", 1.0))
         # A group that joins a run late in its schedule is not at its peak.
@@ -557,9 +584,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self._release.watch(self.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state and the groups, after the reduction of the last step has ended."""
+        """Return the state and the groups, after the reduction of the last step has ended.
+
+        An x_ref that is kept in part has its weight's shape there, with NaN for other elements.
+        """
         self._run.settle()
-        return super().state_dict()
+        return state.save_spread(self, super().state_dict, self._phases)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ours, or one of the plain base; dtypes stay as they were saved.
@@ -571,12 +601,14 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
         Raises:
             ValueError: for a checkpoint with scales for other parts of the model, or other groups,
-                or one of the running form in an exact one.
+                or one of the running form in an exact one, or one whose x_ref was kept in part
+                where it is to be whole.
         """
         groups = [with_new_group_keys(group) for group in state_dict["param_groups"]]
         if self._is_running:
             if not any(group.get("variant") == RUNNING for group in groups):
                 groups = in_running_form(groups)
+            groups = with_own_x_ref_every(groups, self.param_groups)
         elif any(group.get("variant") == RUNNING for group in groups):
             raise ValueError(
                 "a checkpoint of the running form has neither Δ nor a bettor's state: expected "
@@ -591,7 +623,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Return what copies and pickles keep; hooks and process groups are lost."""
         kept = (
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
-            *("_state_dtype", "_delta_dtype"),
+            *("_state_dtype", "_delta_dtype", "_x_ref_every"),
         )
         self._run.settle()
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
@@ -606,6 +638,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def __setstate__(self, saved: dict[str, Any]) -> None:
         """Restore a copy, or take the groups and state of a checkpoint."""
         super().__setstate__(_from_0_1(saved))
+        vars(self).setdefault("_x_ref_every", 1)
         self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self._tuner_options.items():

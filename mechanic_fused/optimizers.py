@@ -47,6 +47,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
             "param" in the weights' dtype.
         delta_dtype: of the exact forms: None keeps Δ in float32 (float64 beside float64 weights),
             torch.bfloat16 in bfloat16 with stochastic rounding (not beside float64 weights).
+        x_ref_every: of the running form: 8 keeps x_ref for one block of 128 elements in eight, of
+            weights of 8,192 elements or more; 1 keeps all of it. A param group may have its own.
         max_grad_norm: clip the gradients of all weights and ranks to this norm, above 0, within the
             step; None: no clipping.
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
@@ -124,6 +126,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
+        x_ref_every: int = 1,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -150,6 +153,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             backend=backend,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
+            x_ref_every=x_ref_every,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -216,6 +220,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
+        x_ref_every: int = 1,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -243,6 +248,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             backend=backend,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
+            x_ref_every=x_ref_every,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -307,6 +313,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
+        x_ref_every: int = 1,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -332,6 +339,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             backend=backend,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
+            x_ref_every=x_ref_every,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -386,6 +394,7 @@ class MechanicLion(Mechanized, Lion):
         backend: str = "auto",
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
+        x_ref_every: int = 1,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -406,6 +415,7 @@ class MechanicLion(Mechanized, Lion):
             backend=backend,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
+            x_ref_every=x_ref_every,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,

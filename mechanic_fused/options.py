@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from .backends.layout import REFERENCE_EVERY
+
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
 S_DECAY, TUNER_EPS = 0.01, 1e-8
@@ -101,8 +103,12 @@ while the scale is frozen; ``max_peak_lr`` is the largest peak lr of all groups.
 CALIBRATED = ("s_init", "max_peak_lr")
 """The options that the start of a run replaces."""
 
+X_REF_EVERY = "x_ref_every"
+"""The option in the param groups of the running form, where checkpoints find it."""
+
 STATE_DTYPES = (None, "param")
 DELTA_DTYPES = (None, torch.bfloat16)
+X_REF_SHARES = (1, REFERENCE_EVERY)
 
 
 def number(
@@ -229,6 +235,37 @@ def _betas(given: Sequence[float]) -> tuple[float, ...]:
     if not betas or not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"tuner_betas must be a list of numbers in (0, 1), got {given!r}")
     return betas
+
+
+def checked_x_ref_every(value: Any, variant: str) -> int:
+    """Return ``x_ref_every``, or raise ValueError."""
+    one_of(X_REF_EVERY, value, X_REF_SHARES)
+    if value != 1 and variant != RUNNING:
+        raise ValueError(
+            f"{X_REF_EVERY} must be 1 with variant={variant!r}, where x = x_ref + S·Δ needs all "
+            f"of x_ref; expected variant='running', got {value!r}"
+        )
+    return int(value)
+
+
+def with_own_x_ref_every(
+    saved: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a checkpoint's groups with the optimizer's own ``x_ref_every``.
+
+    Raises:
+        ValueError: where x_ref was kept in part and is to be whole.
+    """
+    found = list(saved)
+    for i, (theirs, mine) in enumerate(zip(saved, own, strict=False)):
+        was, wanted = theirs.get(X_REF_EVERY, 1), mine.get(X_REF_EVERY, 1)
+        if was > wanted:
+            raise ValueError(
+                f"the checkpoint lacks most of x_ref: expected {X_REF_EVERY}={was} for param group "
+                f"{i}, got {wanted}"
+            )
+        found[i] = {**theirs, X_REF_EVERY: wanted}
+    return found
 
 
 def max_norm(value: float | None) -> float | None:

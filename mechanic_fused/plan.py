@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,8 +18,10 @@ from .bucket import Bucket, ParamSlot
 from .distributed import Groups, Reduction, Rows, mesh_groups, shard_index, shards
 from .fallback import FALLBACK, Fallback
 from .fused_bases import FusedBase, Group
+from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK
+from .options import X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
@@ -79,11 +81,13 @@ class Run:
         phase: None until it has been read from the tuner's counters.
         squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
         pending: the reduction that the last step of the running form has left under way, or None.
+        kept_blocks: tells the phase of each weight.
     """
 
     phase: Phase | None = None
     squared_norm: Tensor | None = None
     pending: Pending | None = None
+    kept_blocks: KeptBlocks = field(default_factory=KeptBlocks)
 
     def settle(self) -> None:
         """Finish the step whose sums are still being reduced, if there is one."""
@@ -237,6 +241,12 @@ class StepPlan:
             for group, kind in zip(self.param_groups, kinds, strict=True)
             for p in group["params"]
         ]
+        every = []
+        for group in self.param_groups:
+            share = checked_x_ref_every(group.get(X_REF_EVERY, 1), group["variant"])
+            every += [(p, share if p.requires_grad else 1) for p in group["params"]]
+        self.run.kept_blocks.reduce_group = self.options.reduce_group
+        phases = self.run.kept_blocks.phases(every)
         slots: dict[BucketKey, list[ParamSlot]] = {}
         count = 0
         for number, group in enumerate(self.param_groups):
@@ -246,8 +256,9 @@ class StepPlan:
                     row = {"model": 0, "group": number, "parameter": count}[self.options.scale_per]
                     own_number = shard_index(key.shards) << SHARD_BITS | count
                     names = STATES.get(key.kind, ())
-                    state = self._state_of(p, key.kind)
-                    slot = ParamSlot(p, number, row, own_number, state, names)
+                    phase = phases[count]
+                    state = self._state_of(p, key.kind, phase)
+                    slot = ParamSlot(p, number, row, own_number, state, names, phase)
                     slots.setdefault(key, []).append(slot)
                 count += 1
         return slots
@@ -270,11 +281,12 @@ class StepPlan:
         groups = shards(p, self.options.reduce_group)
         return BucketKey(kind, p.device, p.dtype, name, groups, local(p) is not p)
 
-    def _state_of(self, p: Tensor, kind: str) -> dict[str, Any]:
+    def _state_of(self, p: Tensor, kind: str, phase: int) -> dict[str, Any]:
         """Return a weight's entries of the state, the missing ones created."""
         options, dtype = self.options, p.dtype
         state = dict(self.states.get(p, {}))
-        ensure_state(state, p, kind, options.dtype_of_state(dtype), options.dtype_of_delta(dtype))
+        dtypes = options.dtype_of_state(dtype), options.dtype_of_delta(dtype)
+        ensure_state(state, p, kind, *dtypes, phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -463,8 +475,8 @@ class StepPlan:
         if self.run.phase is Phase.PREPARED:
             self.states.clear()  # type: ignore[attr-defined]
         for bucket in self.buckets:
-            for x_ref, x in zip(bucket.x_ref, bucket.weights, strict=True):
-                x_ref.copy_(x)
+            for x_ref, x, phase in zip(bucket.x_ref, bucket.weights, bucket.phases, strict=True):
+                x_ref.copy_(x if phase == WHOLE else keep(x, x, phase))
         self.run.phase = Phase.RUNNING
 
     def dry_run(self) -> None:
@@ -674,9 +686,10 @@ class StepPlan:
 
 
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
-    """Return what a plan depends on beside its members: the base and each group's update."""
+    """Return what a plan depends on beside its members: the base, and two options of groups."""
     kinds = [] if fused is None else [fused.kind(group) for group in param_groups]
-    return [id(fused), [len(group["params"]) for group in param_groups], kinds]
+    sizes = [(len(group["params"]), group.get(X_REF_EVERY, 1)) for group in param_groups]
+    return [id(fused), sizes, kinds]
 
 
 def _is_constant(value: Any) -> bool:

@@ -11,17 +11,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.layout import HALF_DTYPES, OWN_STATE, STATES, STEPPED, compute_dtype
-from .distributed import like
+from .backends.layout import (
+    HALF_DTYPES,
+    OWN_STATE,
+    REFERENCE_EVERY,
+    STATES,
+    STEPPED,
+    compute_dtype,
+)
+from .distributed import like, wrap
+from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
-from .options import GROUP_OPTIONS
+from .options import GROUP_OPTIONS, X_REF_EVERY
 from .param_checks import is_dense
 from .scale_rows import KEY
 from .torch_internals import dtensor, local
 
 
 def ensure_state(
-    state: dict[str, Any], x: Tensor, kind: str, dtype: torch.dtype, delta_dtype: torch.dtype | None
+    state: dict[str, Any],
+    x: Tensor,
+    kind: str,
+    dtype: torch.dtype,
+    delta_dtype: torch.dtype | None,
+    phase: int = WHOLE,
 ) -> None:
     """Create the missing entries of a weight's state, and bring the others to its layout.
 
@@ -33,9 +46,10 @@ def ensure_state(
         dtype: the dtype of the base's entries.
         delta_dtype: the dtype of Δ; None in the running form, which has none, and has low bits
             beside 16-bit weights.
+        phase: of x_ref, see ``kept_blocks.py``.
 
     Raises:
-        ValueError: for an entry of another shape.
+        ValueError: for an entry of another shape, or an x_ref that lacks elements.
     """
     names = STATES.get(kind, ())
     if kind not in STATES:
@@ -54,11 +68,7 @@ def ensure_state(
         step = state.get("step", float(established))
         if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == x.device):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=x.device)
-    state["x_ref"] = (
-        conform(state["x_ref"], x, x.dtype)
-        if "x_ref" in state
-        else x.detach().clone(memory_format=torch.preserve_format)
-    )
+    state["x_ref"] = _reference(state.get("x_ref"), x, phase)
     if delta_dtype is not None:
         state["delta"] = conform(state.get("delta"), x, delta_dtype)
         return
@@ -67,6 +77,37 @@ def ensure_state(
         state["x_low"] = conform(state.get("x_low"), x, torch.int16)
     else:
         state.pop("x_low", None)
+
+
+def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
+    """Return x_ref: laid out as x, or the elements that are kept of this rank's shard."""
+    mine = local(x).detach()
+    if phase == WHOLE:
+        if old is None:
+            return x.detach().clone(memory_format=torch.preserve_format)
+        if is_part(old, x) and x.numel() >= LEAST_ELEMENTS and may_be_kept(len(old), mine.numel()):
+            raise ValueError(
+                "an x_ref that was kept for one block in eight has no other elements: expected "
+                f"x_ref_every={REFERENCE_EVERY} to stay in its param group, got 1"
+            )
+        return conform(old, x, x.dtype)
+    if old is None:
+        return keep(mine, mine, phase)
+    if is_part(old, x) and len(old) == kept_count(mine.numel(), phase):
+        return old.to(x.device, x.dtype)
+    kept = keep(local(conform(old, x, x.dtype)), mine, phase)
+    if bool(kept.isnan().any()):
+        raise ValueError(
+            "the x_ref of a checkpoint lacks elements that are kept here: expected one of a run "
+            f"whose weight of shape {tuple(x.shape)} had the same strides, {x.stride()}, and the "
+            "same layout over ranks, or an x_ref that is whole"
+        )
+    return kept
+
+
+def is_part(x_ref: Tensor, x: Tensor) -> bool:
+    """Return whether an x_ref has not the shape of x, and so holds kept elements alone."""
+    return x_ref.dim() == 1 and x_ref.shape != x.shape and not isinstance(x_ref, dtensor())
 
 
 def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,6 +134,43 @@ def conform(old: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
     if old.dtype is dtype and old.device == x.device and same_layout:
         return old
     return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format).copy_(old)
+
+
+def save_spread(
+    optimizer: Optimizer,
+    save: Callable[[], dict[str, Any]],
+    phases: Callable[[list[Tensor]], list[int]],
+) -> dict[str, Any]:
+    """Save as torch does, but give an x_ref that is kept in part its weight's shape and sharding.
+
+    So it fits a run with other shards, and torch.distributed.checkpoint. It happens before the
+    user's own hooks see the state dict.
+
+    Args:
+        phases: weights → their phases, see ``kept_blocks.py``.
+    """
+
+    def spread_each(saving: Optimizer, saved: dict[str, Any]) -> None:
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        weights = [p for group in saving.param_groups for p in group["params"]]
+        parts = [
+            (key, p, entries["x_ref"])
+            for key, p in zip(keys, weights, strict=True)
+            if "x_ref" in (entries := saved["state"].get(key, {})) and is_part(entries["x_ref"], p)
+        ]
+        found = phases([p for _, p, _ in parts]) if parts else []
+        for (key, p, x_ref), phase in zip(parts, found, strict=True):
+            mine = local(p).detach()
+            # Of a weight that has been cut since it says nothing, and stays as it is.
+            if phase != WHOLE and len(x_ref) == kept_count(mine.numel(), phase):
+                whole = wrap(spread(x_ref, mine, phase), p)
+                saved["state"][key] = {**saved["state"][key], "x_ref": whole}
+
+    hook = optimizer.register_state_dict_post_hook(spread_each, prepend=True)
+    try:
+        return save()
+    finally:
+        hook.remove()
 
 
 def load_keeping_dtypes(
@@ -144,7 +222,7 @@ def to_base(
     """
     groups: list[dict[str, Any]] = []
     weights: list[Tensor] = []
-    ours = ("params", KEY, PEAK, *GROUP_OPTIONS)
+    ours = ("params", KEY, PEAK, X_REF_EVERY, *GROUP_OPTIONS)
     for group, scales in zip(optimizer.param_groups, group_scales, strict=True):
         options = {k: v for k, v in group.items() if k not in ours}
         # A group with a scale for each weight becomes a group for each weight.

@@ -42,6 +42,20 @@ def local_tensors(weights: list[Any]) -> list[Tensor]:
     return [weight._local_tensor for weight in weights]
 
 
+def global_offset(weight: Any) -> tuple[int, ...]:
+    """Return where this rank's shard of a DTensor begins in each dimension of the whole tensor.
+
+    ``compute_local_shape_and_global_offset`` (torch 2.4) is what torch.distributed.checkpoint goes
+    by; it knows how uneven shards and a dimension that is sharded twice are cut.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return offset
+
+
 def plain_local_gradients(weights: list[Any]) -> list[Tensor] | None:
     """Return the shards of all gradients if each is sharded as its weight is, else None.
 

@@ -30,8 +30,13 @@ def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
     TENSOR_SCALE,
     TENSOR_GROUP,
     TENSOR_NUMBER,
+    TENSOR_PHASE,
 ) = columns(layout.TENSOR)
 TENSOR_COLUMNS = tl.constexpr(len(layout.TENSOR))
+
+REFERENCE_BLOCK = tl.constexpr(layout.REFERENCE_BLOCK)
+REFERENCE_EVERY = tl.constexpr(layout.REFERENCE_EVERY)
+REFERENCE_PERIOD = tl.constexpr(layout.REFERENCE_PERIOD)
 
 CHUNK_TENSOR, CHUNK_OFFSET, CHUNK_LENGTH = columns(layout.CHUNK)
 CHUNK_COLUMNS = tl.constexpr(len(layout.CHUNK))

@@ -26,6 +26,9 @@ from .layout import (
     HYPER_COLUMNS,
     LOG_COLUMNS,
     LOG_SCALE,
+    REFERENCE_BLOCK,
+    REFERENCE_EVERY,
+    REFERENCE_PERIOD,
     SUMS_COUNT,
     SUMS_GD,
     SUMS_GG,
@@ -34,6 +37,7 @@ from .layout import (
     TENSOR_COLUMNS,
     TENSOR_GRADIENT,
     TENSOR_GROUP,
+    TENSOR_PHASE,
     TENSOR_SCALE,
     TENSOR_STATE0,
     TENSOR_STATE1,
@@ -46,6 +50,45 @@ from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
 from .storage import DTYPES, array, at, read, widen
 
 
+class KeptBlocks(NamedTuple):
+    """Where the x_ref of a chunk's elements are: ``KeptBlocks`` of csrc/chunk.h."""
+
+    first: tl.tensor  # the place of the period that the chunk begins in, in the weight's x_ref
+    phase: tl.tensor  # the chunk's own
+    dropped: tl.tensor  # elements without an x_ref in each period: 0 where all have one
+
+
+@triton.jit
+def kept_blocks(phase, offset):
+    """The KeptBlocks of a chunk at an offset into a weight of this phase, −1: whole."""
+    whole = phase < 0
+    element = phase + offset
+    period = element // REFERENCE_PERIOD
+    before = tl.minimum(phase, REFERENCE_BLOCK)
+    first = tl.where(whole, offset, period * REFERENCE_BLOCK - before)
+    own = tl.where(whole, 0, element - period * REFERENCE_PERIOD).to(tl.int32)
+    dropped = tl.where(whole, 0, REFERENCE_PERIOD - REFERENCE_BLOCK).to(tl.int32)
+    return KeptBlocks(first, own, dropped)
+
+
+@triton.jit
+def kept_at(x_ref, kept, i, limit):
+    """Pointers to the x_ref of the elements i of a chunk, and which of them have one.
+
+    Whole blocks are loaded 128 bits at a time: so many elements have one, or none of them.
+    """
+    PACKET: tl.constexpr = 128 // x_ref.dtype.element_ty.primitive_bitwidth
+    element = kept.phase + i
+    has = element % REFERENCE_PERIOD < REFERENCE_PERIOD - kept.dropped
+    place = element - element // REFERENCE_PERIOD * kept.dropped
+    if limit is None:
+        has = tl.max_constancy(has, PACKET)
+        place = tl.max_contiguous(tl.multiple_of(place, PACKET), PACKET)
+    else:
+        has &= i < limit
+    return at(x_ref, kept.first, place, limit), has
+
+
 class StepStreams(NamedTuple):
     """What the blocks of a chunk work on."""
 
@@ -56,6 +99,7 @@ class StepStreams(NamedTuple):
     state0: tl.tensor
     state1: tl.tensor
     offset: tl.tensor  # of the chunk in each of these arrays
+    kept: KeptBlocks  # or None where every weight has all of x_ref
     scale: tl.tensor  # S in the dtype of arithmetic
     c: Coefficients
 
@@ -70,7 +114,10 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
     x_low_at = at(streams.x_low, streams.offset, i, limit)
-    x_ref_at = at(streams.x_ref, streams.offset, i, limit)
+    if streams.kept is None:
+        x_ref_at = at(streams.x_ref, streams.offset, i, limit)
+    else:
+        x_ref_at, has_x_ref = kept_at(streams.x_ref, streams.kept, i, limit)
     state0_at = at(streams.state0, streams.offset, i, limit)
     state1_at = at(streams.state1, streams.offset, i, limit)
     mask = None if limit is None else i < limit
@@ -78,7 +125,13 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     x = read(x_at, mask)
     if X != T:
         x = join(x, read_low(x_low_at, mask))
-    displacement = x - widen(read(x_ref_at, mask), T)
+    counted = g
+    if streams.kept is None:
+        x_ref = read(x_ref_at, mask)
+    else:
+        x_ref = read(x_ref_at, has_x_ref)
+        counted = tl.where(has_x_ref, g, 0.0)
+    displacement = x - widen(x_ref, T)
     wide_g, wide_x = g.to(tl.float64), x.to(tl.float64)
     u = base_update(KIND, T, finite_or_zero(g), x, state0_at, state1_at, mask, streams.c)
     wide_u = u.to(tl.float64)
@@ -89,7 +142,7 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
         tl.store(x_low_at, low, mask=mask)
     else:
         tl.store(x_at, moved, mask=mask)
-    gd = wide_g * displacement.to(tl.float64)
+    gd = counted.to(tl.float64) * displacement.to(tl.float64)
     return gd, wide_g * wide_g, wide_x * wide_x, wide_u * wide_u
 
 
@@ -120,6 +173,7 @@ def step_kernel(
     X: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
+    IN_PART: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -128,7 +182,9 @@ def step_kernel(
     One program a chunk, then one a scale, which does something only for a scale without chunks.
     Arithmetic is in T with one rounding an operation, products and their sums in float64; 16-bit x
     are stored with low bits beside them, the state in S. ``tuner`` is the log tuner's state, a row
-    a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes.
+    a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes. IN_PART:
+    whether x_ref of any weight is kept in part; for the others a kernel of their own, which takes
+    fewer registers.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -152,6 +208,13 @@ def step_kernel(
         # An absent gradient has no elements.
         length = tl.where(g == 0, 0, length)
         aligned = (g | x | x_low | x_ref | state0 | state1) % 16 == 0
+        kept = None
+        share = 1.0
+        if IN_PART:
+            kept = kept_blocks(tl.load(tensor + TENSOR_PHASE), offset)
+            share = tl.where(kept.dropped == 0, 1.0, REFERENCE_EVERY)
+            # Packets must not reach across the ends of kept blocks.
+            aligned &= kept.phase % (128 // X.primitive_bitwidth) == 0
         streams = StepStreams(
             array(g, X),
             array(x, X),
@@ -160,13 +223,14 @@ def step_kernel(
             array(state0, S),
             array(state1, S),
             offset,
+            kept,
             tl.load(tuner + row * LOG_COLUMNS + LOG_SCALE).to(T),
             c,
         )
         totals = chunk_loop(step_block, KIND, T, streams, length, aligned, 4, "sum", BLOCK, TAIL)
         to_peak = peak_ratio(h)
         uu = totals[3] * (to_peak * to_peak)
-        totals = (totals[0], totals[1], totals[2], uu, length.to(tl.float64))
+        totals = (totals[0] * share, totals[1], totals[2], uu, length.to(tl.float64))
         last = reduce_chunk(program, row, totals, partials, spans, tickets, COLUMNS)
     else:
         row = (program - chunk_count).to(tl.int64)
@@ -191,6 +255,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         clip=bucket.clip,
         KIND=bucket.kind,
         S=DTYPES[state],
+        IN_PART=bucket.in_part > 0,
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.with_gradient)

@@ -68,11 +68,13 @@ def adamw(
     decay: float = DECAY,
     delta_dtype: torch.dtype | None = None,
     variant: str | None = None,
+    x_ref_every: int = 1,
 ) -> OptimizerSpec:
     """Return our AdamW; the name has what is not the default."""
     suffix = "" if variant is None else f", {variant}"
     suffix += "" if backend == "auto" else f", {backend}"
     suffix += ", bf16 Δ" if delta_dtype is torch.bfloat16 else ""
+    suffix += f", x_ref/{x_ref_every}" if x_ref_every > 1 else ""
     return OptimizerSpec(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
@@ -82,6 +84,7 @@ def adamw(
             backend=backend,
             variant=variant,
             delta_dtype=delta_dtype,
+            x_ref_every=x_ref_every,
         ),
         ours=True,
     )

@@ -91,9 +91,10 @@ GPU = (
 def plan_bytes(optimizer: Any) -> int:
     """Return the bytes that a step of ours must read and write, from the tables of its plan.
 
-    norm reads g, if gradients are clipped. step reads g, x_ref, x with its low bits and the base's
-    state, and writes x and the state. In the exact forms accumulate reads g, Δ, the base's state
-    and, for weight decay, x; it writes Δ and the state. apply reads x_ref and Δ, and writes x.
+    norm reads g, if gradients are clipped. step reads g, what is kept of x_ref, x with its low bits
+    and the base's state, and writes x and the state. In the exact forms accumulate reads g, Δ, the
+    base's state and, for weight decay, x; it writes Δ and the state. apply reads x_ref and Δ, and
+    writes x.
 
     Args:
         optimizer: must have taken a step.
@@ -107,7 +108,8 @@ def plan_bytes(optimizer: Any) -> int:
             clips = optimizer.max_grad_norm is not None
             if not bucket.delta:
                 moved += x.nbytes + sum(low.nbytes for low in bucket.x_low[i : i + 1])
-                total += bool(bucket.tensors[i, 0]) * ((2 + clips) * x.nbytes + 2 * moved)
+                reads = (1 + clips) * x.nbytes + bucket.x_ref[i].nbytes
+                total += bool(bucket.tensors[i, 0]) * (reads + 2 * moved)
                 continue
             delta = bucket.delta[i].nbytes
             moved += delta

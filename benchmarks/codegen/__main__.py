@@ -16,14 +16,14 @@ from . import cuda, triton
 from .bounds import Row
 
 HEADER = (
-    "backend kernel        dtype     state     delta     arch    registers  stack  local shared"
-    "  ld128  st128  threads/SM occupancy  in flight/SM"
+    "backend kernel                dtype     state     delta     arch    registers  stack  local"
+    " shared  ld128  st128  threads/SM occupancy  in flight/SM"
 )
 
 
 def line(row: Row) -> str:
     return (
-        f"{row.backend:8}{row.kernel:14}{row.dtype:10}{row.state:10}{row.delta:10}"
+        f"{row.backend:8}{row.kernel:22}{row.dtype:10}{row.state:10}{row.delta:10}"
         f"sm_{row.architecture:<5}{row.registers:>9}{row.stack:>7}{row.local:>7}{row.shared:>7}{row.loads:>7}"
         f"{row.stores:>7}{row.threads:>12}{row.occupancy:>10.0%}{row.in_flight // 1024:>10} KiB"
         f"  {'; '.join(row.broken)}"

@@ -19,7 +19,10 @@ NARROW = (torch.bfloat16, torch.float16)
 STEPS = tuple(f"{kind} step" for kind in KINDS)
 """The running form's kernel for each kind; a kind alone is its accumulate."""
 
-KERNELS = (*KINDS, "apply", "measure", "norm", *STEPS)
+IN_PART = " in part"
+"""What the name of a step ends with whose weights may keep x_ref in part: a kernel of its own."""
+
+KERNELS = (*KINDS, "apply", "measure", "norm", *STEPS, *(step + IN_PART for step in STEPS))
 """Those that walk over chunks."""
 
 TUNERS = ("tune", "log_tune")
@@ -63,7 +66,7 @@ class Row(NamedTuple):
 
 def kind_of(kernel: str) -> str:
     """Return the update that a kernel makes, or "" where it makes none."""
-    kind = kernel.removesuffix(" step")
+    kind = kernel.removesuffix(IN_PART).removesuffix(" step")
     return kind if kind in KINDS else ""
 
 
@@ -99,7 +102,7 @@ def traffic(
         each = 1 if narrow else full
         moved = delta + each * len(STATES[kernel])
         return Traffic(2 + moved, moved)  # g, x, Δ and the states
-    if kernel in STEPS:
+    if kernel.removesuffix(IN_PART) in STEPS:
         states = (1 if narrow else full) * len(STATES[kind_of(kernel)])
         x = 2 if dtype in NARROW else 1  # with its low bits
         return Traffic(2 + x + states, x + states)  # g, x_ref, x and the states
@@ -123,14 +126,19 @@ def most_registers(
     """Return how many registers a thread may take.
 
     A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
-    may take 112 for 104, which leaves an SM the same four programs. In CUDA it is what leaves room
-    for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels for a
-    thousand threads; of log_tune there is only one block.
+    may take 112 for 104, and an x_ref in part 120, which leave an SM the same four programs; beside
+    bfloat16 ones an x_ref in part may take 168 for 160, the same three programs. In CUDA it is what
+    leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels
+    for a thousand threads; of log_tune there is only one block.
     """
     if backend == "triton":
+        if kernel.endswith(IN_PART):
+            return {torch.float32: 120, torch.bfloat16: 168}[dtype]
         return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kind := kind_of(kernel):
-        blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32)
+        in_part = kernel.endswith(IN_PART)
+        blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32) - in_part
+        blocks = 2 if in_part and dtype in NARROW else blocks
         return SM_REGISTERS // (blocks * 256) // 8 * 8
     return 255 if kernel == "log_tune" else 64
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import machine_code
-from .bounds import ARCHITECTURES, Row, checked
+from .bounds import ARCHITECTURES, IN_PART, Row, checked
 
 THREADS = 256
 """Of a block, in every kernel: kThreads of launch.cuh."""
@@ -20,7 +20,9 @@ NUMBERS = {"f": torch.float32, "d": torch.float64, "BFloat16": torch.bfloat16, "
 
 # Mangled names: f and d are float and double; a later S3_ repeats the type that was named before.
 NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
-BASE = re.compile(rf"(accumulate|step)_kernelINS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E")
+BASE = re.compile(
+    rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E"
+)
 NORM = re.compile(rf"norm_kernelI{NUMBER}E")
 TUNER = re.compile(r"\d((?:log_)?tune)_kernelE")
 APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}E")
@@ -37,8 +39,8 @@ class Kernel(NamedTuple):
 def kernel_of(function: str) -> Kernel | None:
     """Return which kernel a mangled name means, or None for a function that is none of ours."""
     if found := BASE.search(function):
-        op, base, weight, state = found.groups()
-        name = base.lower() + " step" * (op == "step")
+        op, in_part, base, weight, state = found.groups()
+        name = base.lower() + " step" * (op == "step") + IN_PART * (in_part == "1")
         # float and double are themselves without being narrow.
         return Kernel(name, NUMBERS[weight], state.startswith("S"))
     if found := APPLY.search(function):

@@ -16,6 +16,7 @@ from . import machine_code
 from .bounds import (
     ARCHITECTURES,
     DTYPES,
+    IN_PART,
     KERNELS,
     STEPS,
     TUNERS,
@@ -41,7 +42,7 @@ def source(
     from triton.compiler import ASTSource
 
     ops = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate"), **dict.fromkeys(STEPS, "step")}
-    op = ops.get(kernel, kernel)
+    op = ops.get(kernel.removesuffix(IN_PART), kernel)
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
@@ -61,6 +62,7 @@ def source(
             "X": x,
             "T": t,
             "S": x if narrow else t,
+            "IN_PART": kernel.endswith(IN_PART),
             **storage.sizes(dtype),
         },
         "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},

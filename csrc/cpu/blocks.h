@@ -70,22 +70,35 @@ MECHANIC_INLINE bool in_range(const float* sums) {
 // Doubles need no such check.
 MECHANIC_INLINE bool in_range(const double*) { return true; }
 
-// The products that are summed in Lanes::ab: a.b, or b.b.
+// The products that are summed in Lanes::ab: a.b, or b.b, or none.
 struct Dot {
+  static constexpr bool kAdds = true;
+
   template <class T>
   static MECHANIC_INLINE T of(T a, T b) {
     return a * b;
   }
 };
 
+struct Nothing {
+  static constexpr bool kAdds = false;
+
+  template <class T>
+  static MECHANIC_INLINE T of(T, T) {
+    return 0;
+  }
+};
+
 struct Square {
+  static constexpr bool kAdds = true;
+
   template <class T>
   static MECHANIC_INLINE T of(T, T b) {
     return b * b;
   }
 };
 
-// lanes.ab += a.b or b.b, lanes.aa += a.a, in double, which is accurate for any floats.
+// lanes.ab += a.b, b.b or nothing, lanes.aa += a.a, in double, which is accurate for any floats.
 template <class Second = Dot, class T>
 MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restrict b, int n,
                                        Lanes& lanes) {
@@ -117,7 +130,7 @@ MECHANIC_INLINE void add_block_products(const T* __restrict a, const T* __restri
       aa[l] += a[i + l] * a[i + l];
     }
   }
-  if (in_range(ab) && in_range(aa)) {
+  if ((!Second::kAdds || in_range(ab)) && in_range(aa)) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
   } else {
@@ -131,6 +144,18 @@ MECHANIC_INLINE void add_products(const T* a, const T* b, int n, Lanes& lanes) {
   int i = 0;
   for (; i + kBlock <= n; i += kBlock) add_block_products<Second>(a + i, b + i, lanes);
   if (i < n) add_products_wide<Second>(a + i, b + i, n - i, lanes);
+}
+
+// lanes += a.b, in double.
+template <class T>
+MECHANIC_INLINE void add_dot_wide(const T* __restrict a, const T* __restrict b, int n,
+                                  double* __restrict lanes) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lanes[l] += double(a[i + l]) * double(b[i + l]);
+  }
+  for (int l = 0; i + l < n; ++l) lanes[l] += double(a[i + l]) * double(b[i + l]);
 }
 
 // Δ of a chunk: T or bfloat16; the other pointer is null.
@@ -234,18 +259,41 @@ template <class X, class S>
 struct StepStreams {
   const X* g;
   Weights<X> weights;
-  const X* x_ref;
+  const X* x_ref;  // from kept.first on
   S *state0, *state1;
+  KeptBlocks kept;
 };
 
-// x += S u, after the sums with the x before it.
-template <class Base, class X, class S>
+// lanes.ab += g.(x - x_ref) over those of n elements from `start` on that have an x_ref, and
+// lanes.aa += g.g over all.
+template <class X>
+MECHANIC_INLINE void add_kept_products(const X* x_refs, const KeptBlocks& kept, int64_t start,
+                                       int n, const opmath_t<X>* __restrict gradient,
+                                       const opmath_t<X>* __restrict x,
+                                       opmath_t<X>* __restrict displacement, Lanes& lanes) {
+  using T = opmath_t<X>;
+  add_products<Nothing>(gradient, gradient, n, lanes);
+  // So few elements have at most one run of them.
+  static_assert(kAccumulateBlock <= kReferencePeriod - kReferenceBlock);
+  const int at = (kept.phase + int(start)) % kReferencePeriod;
+  const int first = at < kReferenceBlock ? 0 : kReferencePeriod - at;
+  const int left = at < kReferenceBlock ? kReferenceBlock - at : kReferenceBlock;
+  const int count = left < n - first ? left : n - first;
+  if (count <= 0) return;
+  const X* __restrict x_ref = x_refs + kept.place(int(start) + first);
+  for (int i = 0; i < count; ++i) displacement[i] = x[first + i] - T(widen(x_ref[i]));
+  add_dot_wide(gradient + first, displacement, count, lanes.ab);
+}
+
+// x += S u, after the sums with the x before it. kInPart: not all elements have an x_ref; as a
+// branch it cost the weights that have it whole 2 %.
+template <class Base, bool kInPart, class X, class S>
 MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int n,
                                 const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
                                 StepLanes& lanes) {
   using T = opmath_t<X>;
   const X* __restrict g = at.g + start;
-  const X* __restrict x_ref = at.x_ref + start;
+  const X* __restrict x_ref = kInPart ? nullptr : at.x_ref + start;
   S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
   S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
   alignas(64) T joined[kAccumulateBlock];
@@ -255,9 +303,13 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
   alignas(64) T update[kAccumulateBlock];
   for (int i = 0; i < n; ++i) {
     gradient[i] = widen(g[i]) * c.gradient;
-    displacement[i] = x[i] - T(widen(x_ref[i]));
+    if constexpr (!kInPart) displacement[i] = x[i] - T(widen(x_ref[i]));
   }
-  add_products(gradient, displacement, n, lanes.gradient);
+  if constexpr (kInPart) {
+    add_kept_products(at.x_ref, at.kept, start, n, gradient, x, displacement, lanes.gradient);
+  } else {
+    add_products(gradient, displacement, n, lanes.gradient);
+  }
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
@@ -271,7 +323,7 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
   at.weights.write(start, n, x);
 }
 
-template <class Base, class X, class S>
+template <class Base, bool kInPart, class X, class S>
 MECHANIC_CLONES void step_chunk(const StepStreams<X, S>& at, int64_t n,
                                 const Coefficients<opmath_t<X>>& coefficients, opmath_t<X> scale,
                                 StepLanes& out) {
@@ -279,9 +331,9 @@ MECHANIC_CLONES void step_chunk(const StepStreams<X, S>& at, int64_t n,
   StepLanes lanes = {};
   int64_t i = 0;
   for (; i + kAccumulateBlock <= n; i += kAccumulateBlock) {
-    step_block<Base>(at, i, kAccumulateBlock, c, scale, lanes);
+    step_block<Base, kInPart>(at, i, kAccumulateBlock, c, scale, lanes);
   }
-  step_block<Base>(at, i, int(n - i), c, scale, lanes);
+  step_block<Base, kInPart>(at, i, int(n - i), c, scale, lanes);
   out = lanes;
 }
 

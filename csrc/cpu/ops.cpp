@@ -63,15 +63,21 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip, 
   Hyper hyper = bucket.tables.hyper[tensor.group];
   hyper.gradient = gradient_multiplier(hyper, nullptr, clip);
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
+  const KeptBlocks kept = kept_blocks(tensor, chunk.offset);
   const StepStreams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset),
       {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset)},
-      at<X>(tensor.x_ref, chunk.offset),
+      at<X>(tensor.x_ref, kept.first),
       at<S>(tensor.state0, chunk.offset),
-      at<S>(tensor.state1, chunk.offset)};
+      at<S>(tensor.state1, chunk.offset),
+      kept};
   StepLanes lanes;
-  step_chunk<Base>(streams, chunk.length, c, T(scale), lanes);
-  partial.gd = reduce_lanes(lanes.gradient.ab);
+  if (kept.dropped == 0) {
+    step_chunk<Base, false>(streams, chunk.length, c, T(scale), lanes);
+  } else {
+    step_chunk<Base, true>(streams, chunk.length, c, T(scale), lanes);
+  }
+  partial.gd = kept.share() * reduce_lanes(lanes.gradient.ab);
   partial.gg = reduce_lanes(lanes.gradient.aa);
   partial.xx = reduce_lanes(lanes.update.ab);
   partial.count = double(chunk.length);

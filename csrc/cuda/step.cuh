@@ -54,9 +54,10 @@ template <class X, class S>
 struct StepStreams {
   const X* gradient;
   Weights<X> weights;
-  const X* x_ref;
+  const X* x_ref;  // from kept.first on
   S* state0;
   S* state1;
+  KeptBlocks kept;
 };
 
 // The sums of a thread, in this order: g.(x - x_ref), g.g, x.x, u.u.
@@ -64,14 +65,16 @@ using StepSums = Totals<4>;
 
 // N elements from i on in each thread: all loads, then all arithmetic. First the sums that x_ref
 // takes part in, so that its registers are free when the updates need theirs.
-template <int N, class Base, class X, class S>
+template <int N, bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
                                            const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
                                            StepSums& sum) {
   using T = opmath_t<X>;
   T g[N], x[N], x_ref[N], a[N] = {}, b[N] = {};
   load<Reuse::kNever>(at.gradient + i, g);
-  load<Reuse::kNever>(at.x_ref + i, x_ref);
+  // Of a phase that is a multiple of 128, blocks of float32 numbers are those of whole warps.
+  const bool has_x_ref = !kInPart || at.kept.has(i);
+  if (has_x_ref) load<Reuse::kNever>(at.x_ref + (kInPart ? at.kept.place(i) : i), x_ref);
   if constexpr (Base::kStates > 0) load<Reuse::kNever>(at.state0 + i, a);
   if constexpr (Base::kStates > 1) load<Reuse::kNever>(at.state1 + i, b);
   at.weights.load(i, x);
@@ -79,7 +82,7 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
   for (int l = 0; l < N; ++l) {
     g[l] = g[l] * c.gradient;
     // Products of floats are exact in double, so the fused form rounds no differently.
-    sum.of[0] = fma(double(g[l]), double(x[l] - x_ref[l]), sum.of[0]);
+    if (has_x_ref) sum.of[0] = fma(double(g[l]), double(x[l] - x_ref[l]), sum.of[0]);
     sum.of[1] = fma(double(g[l]), double(g[l]), sum.of[1]);
     sum.of[2] = fma(double(x[l]), double(x[l]), sum.of[2]);
   }
@@ -95,18 +98,18 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
 }
 
 // The elements [begin, end) of the chunk.
-template <int N, class Base, class X, class S>
+template <int N, bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ StepSums step_range(const StepStreams<X, S>& at, int begin, int end,
                                                const Coefficients<opmath_t<X>>& c,
                                                opmath_t<X> scale, StepSums sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
-    step_block<N, Base>(at, i, c, scale, sum);
+    step_block<N, kInPart, Base>(at, i, c, scale, sum);
   }
   return sum;
 }
 
-template <class Base, class X, class S>
+template <bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tensor& tensor,
                                                const Chunk& chunk, double scale,
                                                const StepScalars& scalars) {
@@ -123,26 +126,36 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weights.x = address<X>(tensor.weight, chunk.offset);
   if constexpr (Weights<X>::kHasLow) at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
-  at.x_ref = address<const X>(tensor.x_ref, chunk.offset);
+  if constexpr (kInPart) at.kept = kept_blocks(tensor, chunk.offset);
+  at.x_ref = address<const X>(tensor.x_ref, kInPart ? at.kept.first : chunk.offset);
   if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
   if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
   const int n = int(chunk.length);
-  const int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
-                                            at.state0, at.state1);
+  int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
+                                      at.state0, at.state1);
+  // Packets must not reach across the ends of kept blocks.
+  if (kInPart && at.kept.phase % kLanes<X> != 0) in_packets = 0;
   __syncthreads();
   // Read where they are needed: copies would take the registers of a block.
   const Coefficients<T>& c = shared;
   StepSums sum = {};
-  sum = step_range<kLanes<X>, Base>(at, 0, in_packets, c, T(scale), sum);
-  return step_range<1, Base>(at, in_packets, n, c, T(scale), sum);
+  sum = step_range<kLanes<X>, kInPart, Base>(at, 0, in_packets, c, T(scale), sum);
+  sum = step_range<1, kInPart, Base>(at, in_packets, n, c, T(scale), sum);
+  if constexpr (kInPart) sum.of[0] = at.kept.share() * sum.of[0];
+  return sum;
 }
 
-// Blocks of a multiprocessor: as many as its registers hold without spills.
-template <class Base, class X>
-constexpr int kStepBlocks = (Base::kStates > 1 ? 3 : 4) + (std::is_same_v<X, float> ? 1 : 0);
+// Blocks of a multiprocessor: as many as its registers hold without spills. To find an x_ref that
+// is kept in part takes a few, which cost one block, or two beside 16-bit weights: so the others
+// have a kernel of their own.
+template <bool kInPart, class Base, class X>
+constexpr int kStepBlocks =
+    kInPart && sizeof(X) == 2 ? 2
+                              : (Base::kStates > 1 ? 3 : 4) + std::is_same_v<X, float> - kInPart;
 
-template <class Base, class X, class S>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<Base, X>)
+// kInPart: some weights of the bucket keep x_ref in part.
+template <bool kInPart, class Base, class X, class S>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<kInPart, Base, X>)
     step_kernel(Bucket bucket, Reduction reduction, LogTuner tuner, StepScalars scalars) {
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::gd, &Sums::gg, &Sums::xx, &Sums::uu, &Sums::count>;
@@ -156,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<Base, X>)
   typename Columns::Total total = {};
   if (tensor.gradient != 0) {
     const double scale = tuner.rows[tensor.scale].scale;
-    const StepSums sum = block_total(step_chunk<Base, X, S>(bucket, tensor, chunk, scale, scalars));
+    const StepSums sum =
+        block_total(step_chunk<kInPart, Base, X, S>(bucket, tensor, chunk, scale, scalars));
     const double to_peak = peak_ratio(bucket.tables.hyper[tensor.group]);
     total = {sum.of[0], sum.of[1], sum.of[2], sum.of[3] * (to_peak * to_peak),
              double(chunk.length)};
@@ -176,10 +190,18 @@ void launch_step(const Bucket& bucket, const Reduction& reduction, const LogTune
     using Base = decltype(base);
     // Without a state there is nothing whose dtype could differ.
     using WeightState = std::conditional_t<(Base::kStates > 0), X, opmath_t<X>>;
-    if (bucket.dtypes.state == bucket.dtypes.weight) {
-      run(step_kernel<Base, X, WeightState>);
+    const auto run_for_state = [&](auto in_part) {
+      constexpr bool kInPart = decltype(in_part)::value;
+      if (bucket.dtypes.state == bucket.dtypes.weight) {
+        run(step_kernel<kInPart, Base, X, WeightState>);
+      } else {
+        run(step_kernel<kInPart, Base, X, opmath_t<X>>);
+      }
+    };
+    if (bucket.counts.in_part != 0) {
+      run_for_state(std::true_type());
     } else {
-      run(step_kernel<Base, X, opmath_t<X>>);
+      run_for_state(std::false_type());
     }
   });
 }

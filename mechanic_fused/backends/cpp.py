@@ -92,6 +92,7 @@ def describe(bucket: Bucket, tables: Any) -> Any:
             chunks=len(bucket.chunks),
             scales=len(bucket.sums),
             elements=sum(bucket.sizes),
+            in_part=bucket.in_part,
         ),
         # A bucket of the fallback is only measured and applied, whatever its kind.
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,

@@ -23,9 +23,9 @@ class DeviceTables:
     """The tables of a bucket on its device, at addresses that never change.
 
     Attributes:
-        tensors: (weights, 10) int64, a row of ``layout.TENSOR`` per weight.
+        tensors: (weights, 12) int64, a row of ``layout.TENSOR`` per weight.
         chunks: (chunks, 3) int64, rows of ``layout.CHUNK``.
-        hyper: (groups, 8) float64, a row of ``layout.HYPER`` per param group.
+        hyper: (groups, 9) float64, a row of ``layout.HYPER`` per param group.
         spans: (scales, 4) int64, a row of ``layout.SPAN`` per scale. Weights are in the order of
             their groups, so the weights and chunks of a scale are contiguous.
 

@@ -10,10 +10,11 @@ import torch
 
 TENSOR = (
     *("gradient", "weight", "x_low", "x_ref", "delta", "state0", "state1", "step"),
-    *("scale", "group", "number"),
+    *("scale", "group", "number", "phase"),
 )
 """Columns of a row of the tensor table, int64: eight addresses (0: absent), the weight's row of
-the sums, its row of the hyperparameters, and its number in the optimizer."""
+the sums, its row of the hyperparameters, its number in the optimizer, and where its first element
+is among REFERENCE_PERIOD elements, of which the first REFERENCE_BLOCK have an x_ref (−1: all)."""
 
 CHUNK = ("tensor", "offset", "length")
 """Columns of a row of the chunk table, int64: elements [offset, offset + length) of a tensor."""
@@ -80,6 +81,12 @@ the running form the low bits of 16-bit weights."""
 
 STEPPED = ("momentum", "adam")
 """The updates that count a weight's steps: Adam's bias corrections, SGD's first momentum."""
+
+REFERENCE_BLOCK, REFERENCE_EVERY = 128, 8
+"""With ``x_ref_every=8`` x_ref is kept for the first of every 8 blocks of 128 elements. A warp of a
+GPU takes one such block of float32 numbers at a time, and 8 warps are a thread block."""
+
+REFERENCE_PERIOD = REFERENCE_EVERY * REFERENCE_BLOCK
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of weights that kernels support; kernels know each by its index here."""

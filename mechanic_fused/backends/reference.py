@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kept_blocks import WHOLE, keep
 from . import formulas
-from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, UU, XD, XX
+from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, REFERENCE_EVERY, UU, XD, XX
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -117,11 +118,18 @@ def read_weight(bucket: Bucket, i: int) -> Tensor:
 
 
 def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
-    """Add g·(x − x_ref), g·g and x·x of weight i, including elements that are not finite."""
+    """Add g·(x − x_ref), g·g and x·x of weight i, including elements that are not finite.
+
+    Where one block in eight has an x_ref, its g·(x − x_ref) stands for eight.
+    """
     wide_g, wide_x = g.double(), x.double()
-    displacement = (x - bucket.x_ref[i].to(x.dtype)).double()
     row = bucket.sums[bucket.rows[i]]
-    row[GD] += (wide_g * displacement).sum()
+    x_ref, phase = bucket.x_ref[i].to(x.dtype), bucket.phases[i]
+    if phase == WHOLE:
+        row[GD] += (wide_g * (x - x_ref).double()).sum()
+    else:
+        kept_g, kept_x = (keep(t, bucket.weights[i], phase) for t in (g, x))
+        row[GD] += REFERENCE_EVERY * (kept_g.double() * (kept_x - x_ref).double()).sum()
     row[GG] += (wide_g * wide_g).sum()
     row[XX] += (wide_x * wide_x).sum()
     row[COUNT] += g.numel()

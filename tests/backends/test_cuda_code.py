@@ -64,9 +64,11 @@ def test_names_are_read_as_the_compiler_mangles_them():
     assert of("12apply_kernelILb0EdEEv") == ("measure", torch.float64, False)
     assert of("11norm_kernelINS_4HalfEEEv") == ("norm", torch.float16, False)
     assert of("12apply_kernelILb1ENS_8BFloat16EEEv") == ("apply", torch.bfloat16, False)
-    step = part.replace("17accumulate", "11step")
+    step = part.replace("17accumulate", "11step").replace("INS_", "ILb0ENS_")
     assert of(f"{step}4AdamENS_8BFloat16EfEEv") == ("adam step", torch.bfloat16, False)
     assert of(f"{step}8MomentumENS_4HalfES3_EEv") == ("momentum step", torch.float16, True)
+    in_part = step.replace("Lb0", "Lb1")
+    assert of(f"{in_part}3SgdEffEEv") == ("sgd step in part", torch.float32, False)
     assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_11tune_kernelEPKNS_4SumsE")[0] == "tune"
     assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_15log_tune_kernelEPKNS_4SumsE")[0] == "log_tune"
     assert of("_ZN4none4mineEv") is None
@@ -85,7 +87,7 @@ def test_an_error_names_the_op_and_the_call():
     native = importlib.import_module("mechanic_fused._native")
     bucket = native.Bucket(
         tables=native.Tables(tensors=0, chunks=0, hyper=0, partials=0, sums=0),
-        counts=native.Counts(tensors=0, chunks=1 << 31, scales=0, elements=0),
+        counts=native.Counts(tensors=0, chunks=1 << 31, scales=0, elements=0, in_part=0),
         kind=0,
         dtypes=native.DTypes(weight=0, state=0, delta=0),
     )

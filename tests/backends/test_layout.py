@@ -22,7 +22,8 @@ PREFIXES = {"LOG_TUNER": "LOG"}
 def test_cpp_and_python_have_the_same_columns():
     skip_unless_available("cpp")
     native = importlib.import_module("mechanic_fused._native")
-    expected = {name: getattr(layout, name) for name in (*TABLES, "KINDS", "KERNEL_DTYPES")}
+    constants = ("KINDS", "KERNEL_DTYPES", "REFERENCE_BLOCK", "REFERENCE_PERIOD")
+    expected = {name: getattr(layout, name) for name in (*TABLES, *constants)}
     expected["KERNEL_DTYPES"] = tuple(
         str(dtype).removeprefix("torch.") for dtype in layout.KERNEL_DTYPES
     )

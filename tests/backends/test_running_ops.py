@@ -20,6 +20,7 @@ from support.cases import (
 )
 from support.kernels import KERNELS, READ_ON_DEVICE, Kernels, kernels_of
 from support.lockstep import (
+    assert_sums_agree,
     copied,
     distance,
     drawn,
@@ -31,6 +32,7 @@ from support.lockstep import (
 from support.ready_bucket import CHUNK, CUDA_CHUNK, ReadyBucket, bad_elements
 
 from mechanic_fused.backends import formulas, layout, reference
+from mechanic_fused.kept_blocks import WHOLE
 from mechanic_fused.log_tuner import LogTuner
 from mechanic_fused.options import LOG_TUNING, tuner_options
 
@@ -110,6 +112,79 @@ def test_state_in_the_dtype_of_weights_has_the_bits_of_the_reference(running, ca
     base, options = CASES[case]
     make = drawn(dtype, running.kernels.sizes)
     running.run(base, make, 3, state_dtype="param", **options)
+
+
+# x_ref of one block in eight
+
+ROUND_A_BLOCK = (127, 128, 129, 1023, 1024, 1025, 1152)
+"""Elements around the ends of a kept block and of a period."""
+PHASES = (0, 8, 128, slow(896), slow(1016), 1, 127, slow(129), 1023, slow(514))
+"""Those of a shard that packets of 16 bytes fit, and those that they do not."""
+
+
+def kept_sizes(kernels):
+    return (0, 1, *(ROUND_A_BLOCK if kernels.name == "cpp" else ()), *kernels.sizes[-2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float64)], ids=str)
+@pytest.mark.parametrize("phase", PHASES)
+def test_kept_blocks_have_the_bits_of_the_reference(running, set_phases, phase, dtype):
+    set_phases(phase)
+    make = drawn(dtype, kept_sizes(running.kernels))
+    running.run("adamw", make, 3, x_ref_every=8, **OPTIONS["adamw"])
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, d) if d is torch.float16 else slow(c, d) for c in FULL for d in DTYPES],
+    ids=str,
+)
+def test_every_base_keeps_blocks_of_some_weights_and_all_of_others(
+    running, set_phases, case, dtype
+):
+    """Also where chunks begin within a period, as they do not outside of tests."""
+    set_phases(4, WHOLE, 1000)
+    base, options = CASES[case]
+    make = drawn(dtype, (1025, 700, 3000, max(running.kernels.sizes)))
+    running.run(base, make, 3, x_ref_every=8, **options)
+
+
+@pytest.mark.parametrize("chunk", [8, 200])
+@pytest.mark.parametrize("ops", KERNELS, indirect=True)
+def test_kept_blocks_of_chunks_of_any_size(ops, set_phases, monkeypatch, chunk):
+    set_phases(0, 1, 136)
+    ops.set_chunk(monkeypatch, chunk)
+    kept = {"variant": RUNNING, "x_ref_every": 8}
+    one, two = (
+        ReadyBucket(of_one, "lion", torch.float32, **kept)
+        for of_one in (Kernels("reference", reference, "cpu"), ops)
+    )
+    far = distance(one.opt)
+    expected, actual = one.accumulated(), two.accumulated()
+    assert_same(actual["weights"], expected["weights"])
+    for of_one in (expected, actual):
+        of_one["sums"][:, layout.XD] = 0  # which the running form has not
+    assert_sums_agree(actual["sums"], expected["sums"], far, two.rtol)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_x_ref_that_is_not_kept_is_not_read(any_kernels, set_phases, bad):
+    """What is beside the kept elements in memory must not matter, to any lane of a packet."""
+    set_phases(100)
+    found = []
+    for beside in (0.0, bad):
+        make = drawn(torch.float32, (5000,))
+        opt, [p] = optimizer(any_kernels, "adamw", make, variant=RUNNING, x_ref_every=8)
+        for t in range(3):
+            give_gradients([p], t)
+            opt.step()
+            if t == 0:
+                x_ref = opt.state[p]["x_ref"]
+                room = torch.full((len(x_ref) + 64,), beside, device=x_ref.device)
+                room[32:-32] = x_ref
+                opt.state[p]["x_ref"] = room[32:-32]
+        found.append(copied(opt, [p]))
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -330,13 +405,15 @@ def test_found_inf_stops_both_ops(ops):
     assert differs(state()["tuner"], after["tuner"])
 
 
+@pytest.mark.parametrize("every", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ops", KERNELS, indirect=True)
-def test_elements_beyond_the_range_of_32_bits(ops, dtype):
+def test_elements_beyond_the_range_of_32_bits(ops, set_phases, dtype, every):
     """Addresses are lowered and offsets raised by as much: the elements are where they were."""
+    set_phases(1000)
     results = []
     for far in (0, FAR):
-        ready = ReadyBucket(ops, "adamw", dtype, variant=RUNNING)
+        ready = ReadyBucket(ops, "adamw", dtype, variant=RUNNING, x_ref_every=every)
         tables, bucket = ready.tables(), ready.bucket
         tables.chunks[:, layout.CHUNK.index("offset")] += far
         streams = {
@@ -347,7 +424,8 @@ def test_elements_beyond_the_range_of_32_bits(ops, dtype):
         }
         for name, of_stream in streams.items():
             column = tables.tensors[:, layout.TENSOR.index(name)]
-            column -= torch.where(column == 0, 0, far * of_stream.itemsize)
+            moved = far // every if name == "x_ref" else far
+            column -= torch.where(column == 0, 0, moved * of_stream.itemsize)
         results.append(ready.accumulated())
     assert_same(results[1], results[0])
 

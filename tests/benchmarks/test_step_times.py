@@ -117,6 +117,19 @@ def test_bytes_per_parameter(baselines):
         assert spec.bytes_per_parameter(optimizer, 68, dtype) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "whole"), [(torch.float32, FLOOR["adamw"]), (torch.bfloat16, BF16_FLOOR["adamw"])]
+)
+def test_an_eighth_of_x_ref_is_counted_as_such(baselines, dtype, whole):
+    weight = torch.nn.Parameter(torch.ones(1 << 14, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    spec = baselines.adamw("reference", x_ref_every=8)
+    optimizer = spec.make([weight])
+    optimizer.step()
+    found = spec.bytes_per_parameter(optimizer, weight.numel(), dtype)
+    assert found == whole - 7 / 8 * dtype.itemsize
+
+
 def test_a_requirement_is_judged_by_its_row(tables):
     requirement = tables.Requirement("case", "ours", "theirs", 2.0)
     row = {"case": "case", "optimizer": "ours", "against": "theirs", "ratio": 1.9}

@@ -19,6 +19,7 @@ OWN = {
     "backend": "auto",
     "state_dtype": None,
     "delta_dtype": None,
+    "x_ref_every": 1,
     "max_grad_norm": None,
     "reduce_group": None,
     "loss_group": None,

@@ -53,6 +53,11 @@ def test_local_tensor(sharded, mesh):
     assert type(local(pending)) is torch.Tensor
 
 
+def test_global_offset(sharded):
+    """Where the shard begins; tests/distributed/test_x_ref_in_shards.py has more than one."""
+    assert torch_internals.global_offset(sharded) == (0, 0)
+
+
 def test_spec(sharded):
     """It tells mesh and placements; a gradient has that of its weight."""
     sharded.square().sum().backward()

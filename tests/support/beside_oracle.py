@@ -19,9 +19,9 @@ RTOL = 1e-12
 """Of float64 against float64: a few hundred roundings, sums in another order."""
 
 
-def start_weights():
+def start_weights(shapes=SHAPES):
     rng = np.random.default_rng(1)
-    return [rng.standard_normal(shape) for shape in SHAPES]
+    return [rng.standard_normal(shape) for shape in shapes]
 
 
 def noisy_gradients(weights, t, sign=1.0):
@@ -48,15 +48,30 @@ def arrays(params):
 
 
 class Beside:
-    """An optimizer of ours and the oracle, with the same weights, groups and options."""
+    """An optimizer of ours and the oracle, with the same weights, groups and options.
 
-    def __init__(self, implementation, base="adamw", groups=list, lr=1.0, **options):
+    Args:
+        laid_out: a weight's numbers → ours, which may be laid out otherwise.
+    """
+
+    def __init__(
+        self,
+        implementation,
+        base="adamw",
+        groups=list,
+        lr=1.0,
+        shapes=SHAPES,
+        laid_out=lambda x: x,
+        **options,
+    ):
         running = options.get("variant") == RUNNING
         options = options if running else {**TUNER, **options}
-        self.params = parameters(start_weights())
+        self.params = [
+            torch.nn.Parameter(laid_out(p.detach())) for p in parameters(start_weights(shapes))
+        ]
         self.opt = build(implementation, base, groups(self.params), lr=lr, **options)
         oracle = RunningOracle if running else Oracle
-        self.oracle = oracle(groups(start_weights()), base, lr=float(lr), **options)
+        self.oracle = oracle(groups(start_weights(shapes)), base, lr=float(lr), **options)
 
     def step(self, t, edit=lambda t, grads: grads, lr_factor=1.0, **loss):
         """Step on the gradients at the oracle's weights, as `edit` changes them, and compare."""

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from mechanic_fused.backends import formulas, layout, reference
+from mechanic_fused.kept_blocks import keep
 
 from .cases import EXACT, FEW, FUSED, QUICK, RUNNING, SUM_RTOL, assert_same, assert_within, noise
 from .kernels import Kernels
@@ -96,12 +97,22 @@ class Lockstep:
 
 
 def distance(opt):
-    """Return ‖Δ‖, or in the running form ‖x − x_ref‖."""
+    """Return ‖Δ‖, or in the running form ‖x − x_ref‖, of elements that count eightfold so much."""
     moves = [
-        state["delta"].double() if "delta" in state else joined(p, state) - state["x_ref"].double()
+        state["delta"].double() if "delta" in state else displacement(opt, p, state)
         for p, state in opt.state.items()
     ]
     return float(sum(move.square().sum() for move in moves)) ** 0.5
+
+
+def displacement(opt, p, state):
+    """Return x − x_ref, or eight times that of the elements that have an x_ref."""
+    x, x_ref = joined(p, state), state["x_ref"].double()
+    if x.shape == x_ref.shape:
+        return x - x_ref
+    buckets = opt._plan.buckets
+    [phase] = [b.phases[i] for b in buckets for i, q in enumerate(b.parameters) if q is p]
+    return layout.REFERENCE_EVERY * (keep(x, p.detach(), phase) - x_ref)
 
 
 def joined(p, state):

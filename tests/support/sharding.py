@@ -57,9 +57,9 @@ TOLERANCE = 1e-6
 class Gain(nn.Module):
     """A weight of one row, which leaves every rank but one with an empty shard."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, WIDTH))
+        self.weight = nn.Parameter(torch.ones(1, width))
 
     def forward(self, x):
         return self.weight * x
@@ -68,23 +68,23 @@ class Gain(nn.Module):
 class Tiny(nn.Module):
     """A residual block; the embedding has 7 rows, which no even number of ranks divides."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.embedding = nn.Embedding(TOKENS, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-        self.gain = Gain()
-        self.head = nn.Linear(WIDTH, TOKENS)
+        self.embedding = nn.Embedding(TOKENS, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.gain = Gain(width)
+        self.head = nn.Linear(width, TOKENS)
 
     def forward(self, tokens):
         x = self.embedding(tokens)
         return self.head(x + self.gain(self.down(self.up(self.norm(x)).relu())))
 
 
-def model(dtype=torch.float32):
+def model(dtype=torch.float32, width=WIDTH):
     torch.manual_seed(0)
-    return Tiny().to(dtype)
+    return Tiny(width).to(dtype)
 
 
 def batch(t, rank=0):
@@ -256,6 +256,8 @@ class Run:
         released: whether gradients are released.
         reads_state: whether to ask for the optimizer's state first, for which torch takes a dry
             step.
+        width: of the model.
+        whole: parts of names of weights that keep x_ref whole, in a param group of their own.
         options: of the optimizer.
     """
 
@@ -266,13 +268,21 @@ class Run:
         dtype=torch.float32,
         released=False,
         reads_state=False,
+        width=WIDTH,
+        whole=(),
         **options,
     ):
         self.layout = layout
-        self.net, needed = LAYOUTS[layout].wrap(model(dtype))
+        self.net, needed = LAYOUTS[layout].wrap(model(dtype, width))
         if layout == "ddp":
             needed["loss_group"] = distributed.group.WORLD
-        self.opt = optimizer(layout, base, self.net.parameters(), **{**needed, **options})
+        params = self.net.parameters()
+        if whole:
+            named = list(self.net.named_parameters())
+            apart = [p for name, p in named if any(part in name for part in whole)]
+            others = [p for _, p in named if not any(p is q for q in apart)]
+            params = [{"params": others}, {"params": apart, "x_ref_every": 1}]
+        self.opt = optimizer(layout, base, params, **{**needed, **options})
         # The one that ZeroRedundancyOptimizer wraps.
         self.inner = getattr(self.opt, "optim", self.opt)
         self.norms, self.factor = [], None
