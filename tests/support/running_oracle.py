@@ -6,9 +6,9 @@ x += S·u with the S of the steps before; afterwards S moves by what this step h
 import numpy as np
 from support.oracle import Oracle
 
-SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 2e-2, 1 / 13, 10.0, 0.02
+SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 1.8e-2, 1 / 13, 30.0, 0.02
 HELD = MEMORY_OF_NORM = 10
-GAIN, LARGEST_MOVE, BIAS = 3.0, 0.01, 0.45
+GAIN, LARGEST_MOVE, BIAS = 1.3, 0.01, 0.5
 OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
 LEAST_IN_PART = 8192
 """Elements of a weight from which on its start may be kept for one block of 128 in eight."""
