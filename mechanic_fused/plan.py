@@ -21,7 +21,7 @@ from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK
-from .options import X_REF_EVERY, checked_x_ref_every
+from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
@@ -148,6 +148,7 @@ class BucketKey(NamedTuple):
     backend: str
     shards: Groups
     is_sharded: bool
+    stands_still: bool
 
 
 class StepPlan:
@@ -207,6 +208,9 @@ class StepPlan:
             )
             for key, of_bucket in slots.items()
         ]
+        self._still = {
+            bucket for bucket, key in zip(self.buckets, slots, strict=True) if key.stands_still
+        }
         group_sets = {key.shards: None for key in slots}
         if options.reduce_group is not None:
             group_sets[(options.reduce_group,)] = None
@@ -236,9 +240,10 @@ class StepPlan:
         """Return the parameters sorted into buckets, with their state created."""
         kinds = [FALLBACK if not self.fused else self.fused.kind(g) for g in self.param_groups]
         # All keys before any state: an unusable weight must leave the state as it is.
+        still = standing_still(self.param_groups)
         keys = [
-            self._bucket_key(p, kind) if p.requires_grad else None
-            for group, kind in zip(self.param_groups, kinds, strict=True)
+            self._bucket_key(p, kind, stands) if p.requires_grad else None
+            for group, kind, stands in zip(self.param_groups, kinds, still, strict=True)
             for p in group["params"]
         ]
         every = []
@@ -273,13 +278,13 @@ class StepPlan:
             groups.update(dict.fromkeys(mesh_groups(p)))
         return tuple(groups)
 
-    def _bucket_key(self, p: Tensor, kind: str) -> BucketKey:
+    def _bucket_key(self, p: Tensor, kind: str, stands_still: bool) -> BucketKey:
         name = backends.resolve(self.options.backend, p.device.type)
         # Kernels read flat storage, which a weight with gaps has not, and know four dtypes.
         if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
-        return BucketKey(kind, p.device, p.dtype, name, groups, local(p) is not p)
+        return BucketKey(kind, p.device, p.dtype, name, groups, local(p) is not p, stands_still)
 
     def _state_of(self, p: Tensor, kind: str, phase: int) -> dict[str, Any]:
         """Return a weight's entries of the state, the missing ones created."""
@@ -560,7 +565,11 @@ class StepPlan:
 
     def sums(self) -> Tensor:
         """Return the sums of the last step, (scales, 6), where nothing has to be reduced."""
-        return next(iter(self._rows(lambda b: b.sums, (len(self.tuner.keys), len(SUMS))).values()))
+        return next(iter(self._rows(self._counted, (len(self.tuner.keys), len(SUMS))).values()))
+
+    def _counted(self, bucket: Bucket) -> Tensor:
+        """Return the sums from which S learns: 0 for weights that S does not move."""
+        return torch.zeros_like(bucket.sums) if bucket in self._still else bucket.sums
 
     def rows_to_reduce(self) -> Rows:
         """Return the sums of the last step with a row for what ranks may disagree about.
@@ -574,7 +583,7 @@ class StepPlan:
         def with_presence(bucket: Bucket) -> Tensor:
             present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
             present[:, LOSS] = 0.0
-            return torch.cat([bucket.sums, present])
+            return torch.cat([self._counted(bucket), present])
 
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
@@ -686,10 +695,22 @@ class StepPlan:
 
 
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
-    """Return what a plan depends on beside its members: the base, and two options of groups."""
+    """Return what a plan depends on beside its members: the base, and some options of groups."""
     kinds = [] if fused is None else [fused.kind(group) for group in param_groups]
     sizes = [(len(group["params"]), group.get(X_REF_EVERY, 1)) for group in param_groups]
-    return [id(fused), sizes, kinds]
+    return [id(fused), sizes, kinds, standing_still(param_groups)]
+
+
+def standing_still(param_groups: Sequence[Group]) -> list[bool]:
+    """Return which groups S does not move: in the running form those with lr = 0 beside others.
+
+    S is for the others, so the norms and gradients of these say nothing about it. An lr on a GPU is
+    not read.
+    """
+    lrs = [group.get("lr", 1.0) for group in param_groups]
+    zero = [not (torch.is_tensor(lr) and lr.device.type != "cpu") and float(lr) == 0 for lr in lrs]
+    running = all(group["variant"] == RUNNING for group in param_groups)
+    return [running and each and not all(zero) for each in zero]
 
 
 def _is_constant(value: Any) -> bool:

@@ -296,6 +296,35 @@ def test_the_ceiling_stops_the_growth_of_s_and_does_not_lower_it():
     assert one.scale == before
 
 
+def beside_a_still_group(implementation):
+    """A training with a group of large weights more, whose lr is 0."""
+    params = [*make_weights(), torch.nn.Parameter(torch.full((3000,), 50.0))]
+    groups = lambda ps: [{"params": ps[:-1]}, {"params": ps[-1:], "lr": 0.0}]  # noqa: E731
+    return Training(implementation, params=params, groups=groups, variant=RUNNING, s_init=None)
+
+
+def test_s_learns_from_the_groups_that_it_moves(implementation):
+    alone = Training(implementation, variant=RUNNING, s_init=None).run(STEPS)
+    one = beside_a_still_group(implementation).run(STEPS)
+    assert torch.equal(one.opt.scale, alone.opt.scale)
+    assert_same(one.x, [*alone.x, torch.full((3000,), 50.0)])
+    one.opt.param_groups[1]["lr"] = one.group["lr"]
+    one.run(FEW)
+    assert (one.x[-1] != 50).all()
+
+
+def test_released_gradients_of_a_still_group_do_not_count():
+    one, released = (beside_a_still_group("auto") for _ in range(2))
+    released.opt.release_gradients()
+    for t in range(STEPS):
+        one.step(gradients(one.params, t))
+        products = zip(released.params, gradients(released.params, t), strict=True)
+        sum((p * g).sum() for p, g in products).backward()
+        released.opt.step()
+    torch.testing.assert_close(released.opt.scale, one.opt.scale, rtol=1e-6, atol=0)
+    assert torch.equal(released.x[-1], torch.full((3000,), 50.0))
+
+
 # Saved and copied
 
 
