@@ -284,9 +284,10 @@ MECHANIC_INLINE double loss_estimate(const LogRow& row, const LogConstants& c) {
   return row.anchors > 0 ? c.anchor_share * std::exp(fmin(row.ln_anchor, 709.0)) : 0;
 }
 
-// The start of the running form: a step is a share of the weights' norm; and up to a multiple of
-// that, as long as it lowers the loss by no more than a share of it, by Cauchy and Schwarz. power
-// is |g| |u| over all scales. A scale that was set before any estimate is the user's, and stays.
+// The start of the running form: a step lowers the loss by no more than a share of it, by Cauchy and
+// Schwarz; but it is a share of the weights' norm within a factor, and exactly where no loss is
+// known. power is |g| |u| over all scales. A scale that was set before any estimate is the user's,
+// and stays.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
                                     const LogConstants& c) {
   row.factor = fmax(row.factor, c.factor);
@@ -296,7 +297,10 @@ MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss,
     row.anchors += 1;
     row.ln_anchor += (std::log(loss) - std::log(power) - row.ln_anchor) / row.anchors;
   }
-  row.scale = fmin(fmax(norm, loss_estimate(row, c)), c.loss_range * norm);
+  row.scale = norm;
+  if (row.anchors > 0) {
+    row.scale = fmin(fmax(loss_estimate(row, c), norm / c.loss_range), c.loss_range * norm);
+  }
 }
 
 // z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;

@@ -67,15 +67,15 @@ RUNNING = "running"
 """The variant without a bettor: x ← x + S·u, with ln S moved by the log tuner."""
 
 LOG_TUNING: dict[str, float] = {
-    "norm_share": 1.8e-2,
+    "norm_share": 1e-2,
     "anchor_share": 1 / 13,
     "loss_range": 30.0,
     "least_rms": 0.02,
     "average": 10,
     "held": 10,
-    "gain": 1.3,
-    "max_move": 0.01,
-    "bias": 0.5,
+    "gain": 3.0,
+    "max_move": 0.03,
+    "bias": 0.25,
     "outlier": 10.0,
     "memory": 4,
     "ceiling": 6.0,

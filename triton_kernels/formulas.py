@@ -498,9 +498,9 @@ def loss_estimate(anchors, ln_anchor, c):
 def estimate_scale(norm, power, loss, row, c):
     """S where a run starts.
 
-    A step is a share of the weights' norm; and up to a multiple of that, as long as it lowers the
-    loss by no more than a share of it, by Cauchy and Schwarz. ``norm`` is the estimate by norms,
-    ``power`` is ‖g‖·‖u‖ over all scales.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share of
+    the weights' norm within a factor, and exactly where no loss is known. ``norm`` is the estimate
+    by norms, ``power`` is ‖g‖·‖u‖ over all scales.
 
     Returns:
         The new (scale, anchors, ln_anchor).
@@ -510,8 +510,9 @@ def estimate_scale(norm, power, loss, row, c):
     anchors = row.anchors + tl.where(has_loss, 1.0, 0.0)
     moved = row.ln_anchor + (tl.log(loss) - tl.log(power) - row.ln_anchor) / anchors
     ln_anchor = tl.where(anchors > row.anchors, moved, row.ln_anchor)
-    allowed = tl.maximum(norm, loss_estimate(anchors, ln_anchor, c))
-    return tl.minimum(allowed, c.loss_range * norm), anchors, ln_anchor
+    by_loss = tl.maximum(loss_estimate(anchors, ln_anchor, c), norm / c.loss_range)
+    by_loss = tl.minimum(by_loss, c.loss_range * norm)
+    return tl.where(anchors > 0, by_loss, norm), anchors, ln_anchor
 
 
 @triton.jit

@@ -323,9 +323,9 @@ def estimate_scale(
 ) -> None:
     """Set S where a run starts.
 
-    A step is a share of the weights' norm; and up to a multiple of that, as long as it lowers the
-    loss by no more than a share of it, by Cauchy and Schwarz. A scale that is there before any
-    estimate is the user's and stays.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share of
+    the weights' norm within a factor, and exactly where no loss is known. A scale that is there
+    before any estimate is the user's and stays.
 
     Args:
         power: ‖g‖·‖u‖ over all scales.
@@ -334,11 +334,12 @@ def estimate_scale(
     row.factor = max(row.factor, c.factor)
     if row.weight == 0 and row.scale > 0:
         return
-    norm = norm_estimate(sums, row, c)
+    row.scale = norm = norm_estimate(sums, row, c)
     if 0 < loss < math.inf and 0 < power < math.inf:
         row.anchors += 1
         row.ln_anchor += (math.log(loss) - math.log(power) - row.ln_anchor) / row.anchors
-    row.scale = min(max(norm, loss_estimate(row, c)), c.loss_range * norm)
+    if row.anchors > 0:
+        row.scale = min(max(loss_estimate(row, c), norm / c.loss_range), c.loss_range * norm)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:

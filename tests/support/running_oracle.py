@@ -6,9 +6,9 @@ x += S·u with the S of the steps before; afterwards S moves by what this step h
 import numpy as np
 from support.oracle import Oracle
 
-SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 1.8e-2, 1 / 13, 30.0, 0.02
+SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 1e-2, 1 / 13, 30.0, 0.02
 HELD = MEMORY_OF_NORM = 10
-GAIN, LARGEST_MOVE, BIAS = 1.3, 0.01, 0.5
+GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
 OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
 LEAST_IN_PART = 8192
 """Elements of a weight from which on its start may be kept for one block of 128 in eight."""
@@ -116,7 +116,8 @@ class RunningOracle(Oracle):
         if loss is not None and 0 < loss < np.inf and 0 < power < np.inf:
             row.decreases.append(loss / power)
         by_norms = row.by_norms(norm, size, update)
-        row.s = np.clip(row.by_loss(), by_norms, LARGEST_RATIO * by_norms)
+        by_loss = row.by_loss() or by_norms
+        row.s = np.clip(by_loss, by_norms / LARGEST_RATIO, LARGEST_RATIO * by_norms)
 
     @staticmethod
     def follow(row, h, lr_factor, rises, update, norm, size):
