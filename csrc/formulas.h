@@ -284,8 +284,8 @@ MECHANIC_INLINE double loss_estimate(const LogRow& row, const LogConstants& c) {
   return row.anchors > 0 ? c.anchor_share * std::exp(fmin(row.ln_anchor, 709.0)) : 0;
 }
 
-// The start of the running form: a step lowers the loss by no more than a share of it, by Cauchy and
-// Schwarz; but it is a share of the weights' norm within a factor, and exactly where no loss is
+// The start of the running form: a step lowers the loss by no more than a share of it, by Cauchy
+// and Schwarz; but it is a share of the weights' norm within a factor, and exactly where no loss is
 // known. power is |g| |u| over all scales. A scale that was set before any estimate is the user's,
 // and stays.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
@@ -317,8 +317,7 @@ MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants&
 
 // Let S learn from h within bounds: S lr does not grow above a multiple of both estimates as they
 // are now, and where a schedule rises again it stays below a multiple of what it has been before.
-MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row,
-                                 const LogConstants& c) {
+MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, const LogConstants& c) {
   if (row.learns == 0 && row.weight > 0 && c.factor < row.factor) {
     // The lr has risen to a fraction of the peak that the estimate was for, and falls.
     row.scale /= row.factor;

@@ -373,7 +373,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """The norm of all gradients in the last step, unscaled and before clipping, 0-dim float64.
 
         √(g·g) over all weights and ranks; without ``max_grad_norm`` the running form leaves out
-        groups whose lr is 0 while that of others is not. With ``max_grad_norm`` elements that are not finite are
+        groups whose lr is 0 while that of others is not. With it elements that are not finite are
         left out; without it they make the norm NaN or infinite.
         """
         self._run.settle()

@@ -498,9 +498,9 @@ def loss_estimate(anchors, ln_anchor, c):
 def estimate_scale(norm, power, loss, row, c):
     """S where a run starts.
 
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share of
-    the weights' norm within a factor, and exactly where no loss is known. ``norm`` is the estimate
-    by norms, ``power`` is ‖g‖·‖u‖ over all scales.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share
+    of the weights' norm within a factor, and exactly where no loss is known. ``norm`` is the
+    estimate by norms, ``power`` is ‖g‖·‖u‖ over all scales.
 
     Returns:
         The new (scale, anchors, ln_anchor).

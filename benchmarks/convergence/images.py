@@ -150,9 +150,7 @@ class Timed(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = (
-            nn.Sequential(
-                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
-            )
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
             for _ in range(2)
         )
         self.time = nn.Linear(width, width)

@@ -323,8 +323,8 @@ def estimate_scale(
 ) -> None:
     """Set S where a run starts.
 
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share of
-    the weights' norm within a factor, and exactly where no loss is known. A scale that is there
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share
+    of the weights' norm within a factor, and exactly where no loss is known. A scale that is there
     before any estimate is the user's and stays.
 
     Args:
