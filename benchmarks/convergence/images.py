@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .problem import Classification, Problem, Scores
 from .tabular import pixels
+from .transformer import encoder_layers
 
 SIZE, PATCH = 8, 2
 SHIFT, TURN, NOISE = 0.5, math.radians(10), 0.1
@@ -26,18 +27,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH)
         self.position = nn.Parameter(0.02 * torch.randn((SIZE // PATCH) ** 2, width))
-        self.layers = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    *(width, heads, 4 * width),
-                    dropout=0.0,
-                    activation="gelu",
-                    batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(layers)
-            )
-        )
+        self.layers = nn.Sequential(*encoder_layers(width, layers, heads))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
@@ -125,12 +115,24 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
+class Phases(nn.Module):
+    """Sines and cosines of a time: (n, 1) to (n, 2·frequencies)."""
+
+    def __init__(self, frequencies: int) -> None:
+        super().__init__()
+        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(-1, frequencies - 1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t * self.frequency
+        return torch.cat([phase.sin(), phase.cos()], 1)
+
+
 class Denoiser(nn.Module):
     """Predict the noise in x = cos(πt/2)·image + sin(πt/2)·noise from (n, 64) and t (n, 1)."""
 
     def __init__(self, width: int = 256, blocks: int = 3, frequencies: int = 8) -> None:
         super().__init__()
-        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(-1, frequencies - 1))
+        self.phases = Phases(frequencies)
         self.image, self.time = nn.Linear(SIZE**2, width), nn.Linear(2 * frequencies, width)
         self.blocks = nn.Sequential(*(Residual(width) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, SIZE**2)
@@ -139,8 +141,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        phase = t * self.frequency
-        time = self.time(torch.cat([phase.sin(), phase.cos()], 1))
+        time = self.time(self.phases(t))
         return self.head(self.norm(self.blocks(self.image(x) + time)))
 
 
@@ -164,15 +165,14 @@ class Velocity(nn.Module):
 
     def __init__(self, width: int = 32, blocks: int = 2, frequencies: int = 8) -> None:
         super().__init__()
-        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(-1, frequencies - 1))
+        self.phases = Phases(frequencies)
         self.image = nn.Conv2d(1, width, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU())
         self.blocks = nn.ModuleList(Timed(width) for _ in range(blocks))
         self.head = nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        phase = t * self.frequency
-        time = self.time(torch.cat([phase.sin(), phase.cos()], 1))
+        time = self.time(self.phases(t))
         x = self.image(x.view(-1, 1, SIZE, SIZE))
         for block in self.blocks:
             x = block(x, time)

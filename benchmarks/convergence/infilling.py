@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .problem import Problem, Scores
 from .text import source
+from .transformer import decoder_layers, encoder_layers
 
 PART, BATCH = 32, 8
 """Characters of a gap, of the text before it and of the text after it; windows in a batch."""
@@ -26,20 +27,10 @@ class Infiller(nn.Module):
 
     def __init__(self, characters: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
-        sizes = (width, heads, 4 * width)
-        options = {
-            **{"activation": "gelu", "dropout": 0.0},
-            **{"batch_first": True, "norm_first": True},
-        }
         self.token = nn.Embedding(characters, width)
         self.position = nn.Embedding(3 * PART, width)
-        self.encoder = nn.Sequential(
-            *(nn.TransformerEncoderLayer(*sizes, **options) for _ in range(layers)),
-            nn.LayerNorm(width),
-        )
-        self.decoder = nn.ModuleList(
-            nn.TransformerDecoderLayer(*sizes, **options) for _ in range(layers)
-        )
+        self.encoder = nn.Sequential(*encoder_layers(width, layers, heads), nn.LayerNorm(width))
+        self.decoder = nn.ModuleList(decoder_layers(width, layers, heads))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, characters, bias=False)
         for embedding in (self.token, self.position):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .._harness.records import ROOT
 from .problem import Problem, Scores
+from .transformer import encoder_layers
 
 CONTEXT, BATCH = 64, 8
 TRAIN_WINDOWS, VALIDATION_WINDOWS = 256, 1024
@@ -109,19 +110,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.token = nn.Embedding(characters + 1, width)  # the last is the mask
         self.position = nn.Embedding(CONTEXT, width)
-        self.layers = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    *(width, heads, 4 * width),
-                    dropout=0.0,
-                    activation="gelu",
-                    batch_first=True,
-                    norm_first=True,
-                )
-                for _ in range(layers)
-            ),
-            nn.LayerNorm(width),
-        )
+        self.layers = nn.Sequential(*encoder_layers(width, layers, heads), nn.LayerNorm(width))
         self.head = nn.Linear(width, characters)
         for embedding in (self.token, self.position):
             nn.init.normal_(embedding.weight, std=0.02)
