@@ -4,7 +4,7 @@ With ``x_ref_every=8`` the running form keeps x_ref for the first of every eight
 elements, next to each other in a one-dimensional tensor. A block counts by its place in the whole
 weight, whoever holds it; so all that a shard needs is its phase: the index of its first element in
 the weight, modulo the 1,024 elements of eight blocks. Elements are numbered in storage order, which
-is that of the axes where a weight is contiguous.
+is row-major order for a contiguous weight.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def spread(kept: Tensor, weight: Tensor, phase: int) -> Tensor:
 
 
 def _flat(t: Tensor, weight: Tensor) -> Tensor:
-    """Return t in one dimension, in the order of the weight's storage.
+    """Return t flattened in the storage order of the weight.
 
-    In that of the axes where the weight has gaps; a view where t has the weight's strides.
+    Where the weight's storage has gaps, t is flattened in row-major order. The result is a view if
+    t has the weight's strides.
     """
     if weight.is_contiguous() or not is_dense(weight):
         return t.reshape(-1)

@@ -372,9 +372,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def grad_norm(self) -> Tensor:
         """The norm of all gradients in the last step, unscaled and before clipping, 0-dim float64.
 
-        √(g·g) over all weights and ranks; without ``max_grad_norm`` the running form leaves out
-        groups whose lr is 0 while that of others is not. With it elements that are not finite are
-        left out; without it they make the norm NaN or infinite.
+        √(g·g) over all weights and ranks. With ``max_grad_norm`` elements that are not finite do
+        not count. Without it they make the norm NaN or infinite, and the running form leaves out
+        param groups whose lr is 0 while other groups have an lr above 0.
         """
         self._run.settle()
         squared = self._run.squared_norm

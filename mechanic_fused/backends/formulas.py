@@ -367,7 +367,7 @@ def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> N
     rises again it stays below a multiple of what it has been before.
 
     Args:
-        rises: the lr is above that of the last step.
+        rises: whether the lr has risen since the last step.
     """
     if not row.learns and row.weight > 0 and c.factor < row.factor:
         # The lr has risen to a fraction of the peak that the estimate was for, and falls.

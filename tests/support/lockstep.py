@@ -106,7 +106,7 @@ def distance(opt):
 
 
 def displacement(opt, p, state):
-    """Return x − x_ref, or eight times that of the elements that have an x_ref."""
+    """Return x − x_ref; of an x_ref kept in part, the kept elements' x − x_ref times eight."""
     x, x_ref = joined(p, state), state["x_ref"].double()
     if x.shape == x_ref.shape:
         return x - x_ref
