@@ -70,6 +70,7 @@ def our_backends(device: torch.device) -> list[str]:
 def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
     names = our_backends(device)
     pairs = [(baselines.adamw(name), FUSED) for name in names]
+    pairs += [(baselines.adamw(name, x_ref_every=8), FUSED) for name in names]
     pairs += [(baselines.adamw(name, variant="annealed"), FUSED) for name in names]
     pairs += [(FOREACH, FUSED)]
     if case.name.startswith("1.5B"):
@@ -173,6 +174,7 @@ def sanitize(backend: str, device: torch.device) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         for make in (
             lambda w: mechanic_fused.MechanicAdamW(w, lr=1.0, backend=backend),
+            lambda w: mechanic_fused.MechanicAdamW(w, x_ref_every=8, backend=backend),
             lambda w: mechanic_fused.MechanicAdamW(w, backend=backend, delta_dtype=torch.bfloat16),
             lambda w: mechanic_fused.MechanicSGD(w, lr=0.1, momentum=0.9, backend=backend),
             lambda w: mechanic_fused.MechanicLion(w, lr=0.1, backend=backend),

@@ -26,9 +26,12 @@ def requirements(backends: tuple[str, ...]) -> list[Requirement]:
     fused, found = torch_adamw("fused").name, []
     for backend in backends:
         ours, exact = adamw(backend).name, adamw(backend, variant="annealed").name
+        part = adamw(backend, x_ref_every=8).name
         found += [
             Requirement("1.5B", ours, None, 0.93, at_least=True, quantity="of_copy"),
             Requirement("1.5B", ours, fused, 1.20, floor=True),
+            Requirement("1.5B", part, None, 0.93, at_least=True, quantity="of_copy"),
+            Requirement("1.5B", part, fused, 1.08, floor=True),
             Requirement("1.5B", exact, None, 0.85, at_least=True, quantity="of_copy"),
             Requirement("1.5B", exact, fused, 1.60, floor=True),
             Requirement("1000x1000", ours, fused, 1.0),
