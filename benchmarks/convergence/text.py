@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from functools import cache
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -47,7 +47,9 @@ def _documentation() -> Any:
 @cache
 def source() -> tuple[str, str]:
     """Return the source of some standard modules, (train, validation)."""
-    texts = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+    # Read without importing them: turtle wants a display's library.
+    files = [importlib.util.find_spec(name).origin for name in MODULES]
+    texts = [Path(file).read_text(encoding="utf-8") for file in files]
     held_out = max(1, len(texts) // 5)
     return "\n".join(texts[held_out:]), "\n".join(texts[:held_out])
 

@@ -60,7 +60,7 @@ def test_global_offset(sharded):
 
 def test_spec(sharded):
     """It tells mesh and placements; a gradient has that of its weight."""
-    sharded.square().sum().backward()
+    sharded.square().backward(torch.ones_like(sharded))
     for tensor in (sharded, sharded.grad):
         assert tensor._spec.mesh is sharded.device_mesh
         assert tensor._spec.placements == sharded.placements

@@ -12,7 +12,7 @@ import torch
 import train_script
 from support.cases import assert_same
 from support.chain_model import LEARNED, ChainModel, loss_of
-from support.ranks import forkserver
+from support.ranks import forkserver, hide_gpus
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -75,6 +75,7 @@ def test_a_killed_run_resumes_to_the_bit(ranks, tmp_path, size):
 
 
 def run_example(*arguments):
+    hide_gpus()
     sys.path.insert(0, str(EXAMPLE.parent))
     sys.argv = [EXAMPLE.name, *arguments]
     runpy.run_path(str(EXAMPLE), run_name="__main__")

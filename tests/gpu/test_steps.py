@@ -93,11 +93,11 @@ def test_few_launches_a_step(backend, variant):
 @pytest.fixture
 def meeting(monkeypatch):
     """Sums of a first and a second optimizer agree; then the second goes on with the first's."""
-    sums_of, tune_of = StepPlan.sums, StepPlan.tune
+    accumulate_of, tune_of = StepPlan.accumulate, StepPlan.tune
     recorded = []
 
-    def sums(plan, shared):
-        [(groups, found)] = sums_of(plan, shared).items()
+    def accumulate(plan, shared):
+        [(groups, found)] = accumulate_of(plan, shared).items()
         assert found.device == plan.tuner.device
         if not recorded:
             recorded.append(found.clone())
@@ -119,7 +119,7 @@ def meeting(monkeypatch):
             plan.tuner.state.copy_(expected)
             recorded.clear()
 
-    monkeypatch.setattr(StepPlan, "sums", sums)
+    monkeypatch.setattr(StepPlan, "accumulate", accumulate)
     monkeypatch.setattr(StepPlan, "tune", tune)
 
 

@@ -186,7 +186,7 @@ def moved(x, device):
 def written(opt, params):
     """Return all that ops write of the weights, on the CPU; not the tuner's state."""
     found = [{**opt.state.get(p, {}), "x": p.detach()} for p in params]
-    return [{name: value.cpu() for name, value in entries.items()} for entries in found]
+    return [{name: moved(value, "cpu") for name, value in entries.items()} for entries in found]
 
 
 def copied(opt, params):

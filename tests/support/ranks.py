@@ -29,6 +29,11 @@ def forkserver():
     return context
 
 
+def hide_gpus():
+    """Let torch see no GPU: beside one each mesh of gloo has a process group of its own."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 class Pool:
     """``size`` ranks that wait for work; they start at the first call, and anew after a failure."""
 
@@ -85,6 +90,7 @@ class Pool:
 
 def serve(rank, size, store, pipe):
     """Join the other ranks, then work until the pipe is closed: the life of a rank's process."""
+    hide_gpus()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
