@@ -104,13 +104,13 @@ enum Constant {
 // A row of the log tuner's state, see LOG_TUNER in backends/layout.py.
 struct LogRow {
   double scale, mean_square, moves, steps, nonfinite, informed, learns;
-  double weight, ln_update, anchors, ln_anchor, factor, peak_rate;
+  double weight, ln_update, ln_ratio, start_ratio, anchors, ln_anchor, factor, peak_rate;
 };
 
 // Its constants.
 struct LogConstants {
   double tunes_scale, factor, norm_share, anchor_share, loss_range, least_rms, average, held;
-  double gain, max_move, bias, outlier, memory, ceiling, regrowth;
+  double gain, max_move, bias, outlier, memory, ceiling, norm_ceiling, regrowth;
 };
 
 // The losses observed since the last step.

@@ -61,24 +61,25 @@ constexpr Column kSumsColumns[] = {MECHANIC_COLUMN(Sums, gd), MECHANIC_COLUMN(Su
 static_assert(covers<Sums>(kSumsColumns), "the names must be those of Sums, in order");
 
 constexpr Column kLogTunerColumns[] = {
-    MECHANIC_COLUMN(LogRow, scale),     MECHANIC_COLUMN(LogRow, mean_square),
-    MECHANIC_COLUMN(LogRow, moves),     MECHANIC_COLUMN(LogRow, steps),
-    MECHANIC_COLUMN(LogRow, nonfinite), MECHANIC_COLUMN(LogRow, informed),
-    MECHANIC_COLUMN(LogRow, learns),    MECHANIC_COLUMN(LogRow, weight),
-    MECHANIC_COLUMN(LogRow, ln_update), MECHANIC_COLUMN(LogRow, anchors),
-    MECHANIC_COLUMN(LogRow, ln_anchor), MECHANIC_COLUMN(LogRow, factor),
+    MECHANIC_COLUMN(LogRow, scale),       MECHANIC_COLUMN(LogRow, mean_square),
+    MECHANIC_COLUMN(LogRow, moves),       MECHANIC_COLUMN(LogRow, steps),
+    MECHANIC_COLUMN(LogRow, nonfinite),   MECHANIC_COLUMN(LogRow, informed),
+    MECHANIC_COLUMN(LogRow, learns),      MECHANIC_COLUMN(LogRow, weight),
+    MECHANIC_COLUMN(LogRow, ln_update),   MECHANIC_COLUMN(LogRow, ln_ratio),
+    MECHANIC_COLUMN(LogRow, start_ratio), MECHANIC_COLUMN(LogRow, anchors),
+    MECHANIC_COLUMN(LogRow, ln_anchor),   MECHANIC_COLUMN(LogRow, factor),
     MECHANIC_COLUMN(LogRow, peak_rate)};
 static_assert(covers<LogRow>(kLogTunerColumns), "the names must be those of LogRow, in order");
 
 constexpr Column kLogConstantColumns[] = {
-    MECHANIC_COLUMN(LogConstants, tunes_scale), MECHANIC_COLUMN(LogConstants, factor),
-    MECHANIC_COLUMN(LogConstants, norm_share),  MECHANIC_COLUMN(LogConstants, anchor_share),
-    MECHANIC_COLUMN(LogConstants, loss_range),  MECHANIC_COLUMN(LogConstants, least_rms),
-    MECHANIC_COLUMN(LogConstants, average),     MECHANIC_COLUMN(LogConstants, held),
-    MECHANIC_COLUMN(LogConstants, gain),        MECHANIC_COLUMN(LogConstants, max_move),
-    MECHANIC_COLUMN(LogConstants, bias),        MECHANIC_COLUMN(LogConstants, outlier),
-    MECHANIC_COLUMN(LogConstants, memory),      MECHANIC_COLUMN(LogConstants, ceiling),
-    MECHANIC_COLUMN(LogConstants, regrowth)};
+    MECHANIC_COLUMN(LogConstants, tunes_scale),  MECHANIC_COLUMN(LogConstants, factor),
+    MECHANIC_COLUMN(LogConstants, norm_share),   MECHANIC_COLUMN(LogConstants, anchor_share),
+    MECHANIC_COLUMN(LogConstants, loss_range),   MECHANIC_COLUMN(LogConstants, least_rms),
+    MECHANIC_COLUMN(LogConstants, average),      MECHANIC_COLUMN(LogConstants, held),
+    MECHANIC_COLUMN(LogConstants, gain),         MECHANIC_COLUMN(LogConstants, max_move),
+    MECHANIC_COLUMN(LogConstants, bias),         MECHANIC_COLUMN(LogConstants, outlier),
+    MECHANIC_COLUMN(LogConstants, memory),       MECHANIC_COLUMN(LogConstants, ceiling),
+    MECHANIC_COLUMN(LogConstants, norm_ceiling), MECHANIC_COLUMN(LogConstants, regrowth)};
 static_assert(covers<LogConstants>(kLogConstantColumns),
               "the names must be those of LogConstants, in order");
 

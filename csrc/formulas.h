@@ -270,11 +270,13 @@ MECHANIC_INLINE double mean_loss(const Losses& losses) {
   return losses.count > 0 ? losses.sum / losses.count : 0;
 }
 
-// S with S |u| = norm_share |x|, |u| a geometric mean over the last steps.
+// S with S |u| = norm_share |x|, |u| a geometric mean over the last steps, as is |u| / |g|.
 MECHANIC_INLINE double norm_estimate(const Sums& sums, LogRow& row, const LogConstants& c) {
   const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
   row.weight += (1 - row.weight) / c.average;
-  row.ln_update += (0.5 * std::log(sums.uu) - row.ln_update) / (c.average * row.weight);
+  const double ln_update = 0.5 * std::log(sums.uu), memory = c.average * row.weight;
+  row.ln_update += (ln_update - row.ln_update) / memory;
+  row.ln_ratio += (ln_update - 0.5 * std::log(sums.gg) - row.ln_ratio) / memory;
   return c.norm_share * norm * std::exp(-row.ln_update);
 }
 
@@ -282,6 +284,12 @@ MECHANIC_INLINE double norm_estimate(const Sums& sums, LogRow& row, const LogCon
 MECHANIC_INLINE double loss_estimate(const LogRow& row, const LogConstants& c) {
   // No double is larger than the exponential of 709.
   return row.anchors > 0 ? c.anchor_share * std::exp(fmin(row.ln_anchor, 709.0)) : 0;
+}
+
+// The estimate by the loss, within a factor of that by norms; the latter where no loss is.
+MECHANIC_INLINE double joint_estimate(double by_loss, double norm, const LogConstants& c) {
+  if (by_loss == 0) return norm;
+  return fmin(fmax(by_loss, norm / c.loss_range), c.loss_range * norm);
 }
 
 // The start of the running form: a step lowers the loss by no more than a share of it, by Cauchy
@@ -293,14 +301,12 @@ MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss,
   row.factor = fmax(row.factor, c.factor);
   if (row.weight == 0 && row.scale > 0) return;
   const double norm = norm_estimate(sums, row, c);
+  row.start_ratio = row.ln_ratio;
   if (loss > 0 && std::isfinite(loss) && power > 0 && std::isfinite(power)) {
     row.anchors += 1;
     row.ln_anchor += (std::log(loss) - std::log(power) - row.ln_anchor) / row.anchors;
   }
-  row.scale = norm;
-  if (row.anchors > 0) {
-    row.scale = fmin(fmax(loss_estimate(row, c), norm / c.loss_range), c.loss_range * norm);
-  }
+  row.scale = joint_estimate(loss_estimate(row, c), norm, c);
 }
 
 // z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;
@@ -315,8 +321,10 @@ MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants&
   row.scale *= std::exp(fmin(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias));
 }
 
-// Let S learn from h within bounds: S lr does not grow above a multiple of both estimates as they
-// are now, and where a schedule rises again it stays below a multiple of what it has been before.
+// Let S learn from h within bounds: S lr does not grow above a multiple of the estimate, of the
+// norms' as they are now, and of the loss's as it was, or larger where the base has since come to
+// make less of a gradient, as Adagrad does. Where a schedule rises again it stays below a multiple
+// of what it has been before.
 MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, const LogConstants& c) {
   if (row.learns == 0 && row.weight > 0 && c.factor < row.factor) {
     // The lr has risen to a fraction of the peak that the estimate was for, and falls.
@@ -327,8 +335,11 @@ MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, cons
   const double before = row.scale;
   log_tuner_update(sums.gd, row, c);
   if (row.weight > 0) {
-    const double estimate = fmax(norm_estimate(sums, row, c), loss_estimate(row, c));
-    row.scale = fmin(row.scale, fmax(before, c.ceiling * estimate / c.factor));
+    const double norm = norm_estimate(sums, row, c);
+    const double shrunk = std::exp(fmin(fmax(row.start_ratio - row.ln_ratio, 0.0), 709.0));
+    const double estimate = joint_estimate(loss_estimate(row, c) * shrunk, norm, c);
+    const double multiple = row.anchors > 0 ? c.ceiling : c.norm_ceiling;
+    row.scale = fmin(row.scale, fmax(before, multiple * estimate / c.factor));
   }
   if (rises && row.peak_rate > 0) {
     row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);

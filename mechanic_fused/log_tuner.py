@@ -65,8 +65,9 @@ class LogTuner(ScaleRows):
         """Multiply all that is per unit of the peak lr."""
         for name in ("scale", "peak_rate"):
             self.state[:, LOG_TUNER.index(name)] *= factor
-        for name, power in (("ln_anchor", 1), ("ln_update", -1)):
-            self.state[:, LOG_TUNER.index(name)] += power * math.log(factor)
+        self.state[:, LOG_TUNER.index("ln_anchor")] += math.log(factor)
+        for name in ("ln_update", "ln_ratio", "start_ratio"):
+            self.state[:, LOG_TUNER.index(name)] -= math.log(factor)
 
     def observe(self, loss: Tensor | float) -> None:
         """Add a loss to those of the next step."""

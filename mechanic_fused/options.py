@@ -79,6 +79,7 @@ LOG_TUNING: dict[str, float] = {
     "outlier": 10.0,
     "memory": 4,
     "ceiling": 6.0,
+    "norm_ceiling": 2.0,
     "regrowth": 2.0,
 }
 """The constants of the log tuner, see ``formulas.log_tune_row``; docs/decisions.md says how they

@@ -41,6 +41,7 @@ from .layout import (
     LOG_CONSTANTS_LOSS_RANGE,
     LOG_CONSTANTS_MAX_MOVE,
     LOG_CONSTANTS_MEMORY,
+    LOG_CONSTANTS_NORM_CEILING,
     LOG_CONSTANTS_NORM_SHARE,
     LOG_CONSTANTS_OUTLIER,
     LOG_CONSTANTS_REGROWTH,
@@ -49,12 +50,14 @@ from .layout import (
     LOG_INFORMED,
     LOG_LEARNS,
     LOG_LN_ANCHOR,
+    LOG_LN_RATIO,
     LOG_LN_UPDATE,
     LOG_MEAN_SQUARE,
     LOG_MOVES,
     LOG_NONFINITE,
     LOG_PEAK_RATE,
     LOG_SCALE,
+    LOG_START_RATIO,
     LOG_STEPS,
     LOG_WEIGHT,
     LOSSES_COUNT,
@@ -389,6 +392,8 @@ class LogRow(NamedTuple):
     learns: tl.tensor
     weight: tl.tensor
     ln_update: tl.tensor
+    ln_ratio: tl.tensor
+    start_ratio: tl.tensor
     anchors: tl.tensor
     ln_anchor: tl.tensor
     factor: tl.tensor
@@ -408,6 +413,8 @@ def log_rows(at, mask):
         read(at + LOG_LEARNS, mask),
         read(at + LOG_WEIGHT, mask),
         read(at + LOG_LN_UPDATE, mask),
+        read(at + LOG_LN_RATIO, mask),
+        read(at + LOG_START_RATIO, mask),
         read(at + LOG_ANCHORS, mask),
         read(at + LOG_LN_ANCHOR, mask),
         read(at + LOG_FACTOR, mask),
@@ -432,6 +439,7 @@ class LogConstants(NamedTuple):
     outlier: tl.tensor
     memory: tl.tensor
     ceiling: tl.tensor
+    norm_ceiling: tl.tensor
     regrowth: tl.tensor
 
 
@@ -453,6 +461,7 @@ def log_constants(constants):
         tl.load(constants + LOG_CONSTANTS_OUTLIER),
         tl.load(constants + LOG_CONSTANTS_MEMORY),
         tl.load(constants + LOG_CONSTANTS_CEILING),
+        tl.load(constants + LOG_CONSTANTS_NORM_CEILING),
         tl.load(constants + LOG_CONSTANTS_REGROWTH),
     )
 
@@ -476,15 +485,17 @@ def mean_loss(losses):
 
 @triton.jit
 def norm_estimate(sums, row, c):
-    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps.
+    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps, as is ‖u‖/‖g‖.
 
     Returns:
-        S and the new (weight, ln_update).
+        S and the new (weight, ln_update, ln_ratio).
     """
     norm = tl.maximum(tl.sqrt(sums.xx), c.least_rms * tl.sqrt(sums.count))
     weight = row.weight + (1.0 - row.weight) / c.average
-    ln_update = row.ln_update + (0.5 * tl.log(sums.uu) - row.ln_update) / (c.average * weight)
-    return c.norm_share * norm * tl.exp(-ln_update), weight, ln_update
+    now, memory = 0.5 * tl.log(sums.uu), c.average * weight
+    ln_update = row.ln_update + (now - row.ln_update) / memory
+    ln_ratio = row.ln_ratio + (now - 0.5 * tl.log(sums.gg) - row.ln_ratio) / memory
+    return c.norm_share * norm * tl.exp(-ln_update), weight, ln_update, ln_ratio
 
 
 @triton.jit
@@ -492,6 +503,13 @@ def loss_estimate(anchors, ln_anchor, c):
     """S with S·‖g‖·‖u‖ = anchor_share·loss, geometric means over the steps so far; 0: unknown."""
     # No float64 is larger than the exponential of 709.
     return tl.where(anchors > 0, c.anchor_share * tl.exp(tl.minimum(ln_anchor, 709.0)), 0.0)
+
+
+@triton.jit
+def joint_estimate(by_loss, norm, c):
+    """The estimate by the loss, within a factor of that by norms; the latter where no loss is."""
+    bounded = tl.minimum(tl.maximum(by_loss, norm / c.loss_range), c.loss_range * norm)
+    return tl.where(by_loss == 0, norm, bounded)
 
 
 @triton.jit
@@ -510,9 +528,7 @@ def estimate_scale(norm, power, loss, row, c):
     anchors = row.anchors + tl.where(has_loss, 1.0, 0.0)
     moved = row.ln_anchor + (tl.log(loss) - tl.log(power) - row.ln_anchor) / anchors
     ln_anchor = tl.where(anchors > row.anchors, moved, row.ln_anchor)
-    by_loss = tl.maximum(loss_estimate(anchors, ln_anchor, c), norm / c.loss_range)
-    by_loss = tl.minimum(by_loss, c.loss_range * norm)
-    return tl.where(anchors > 0, by_loss, norm), anchors, ln_anchor
+    return joint_estimate(loss_estimate(anchors, ln_anchor, c), norm, c), anchors, ln_anchor
 
 
 @triton.jit
@@ -534,12 +550,14 @@ def log_tuner_update(h, before, informed, row, c):
 
 
 @triton.jit
-def learn_scale(h, norm, estimated, rises, informed, row, c):
+def learn_scale(h, norm, ln_ratio, estimated, rises, informed, row, c):
     """S learns from h within bounds.
 
-    S·lr does not grow above a multiple of both estimates as they are now, and where a schedule
-    rises again it stays below a multiple of what it has been before. ``norm`` is the estimate by
-    norms, of no meaning where S was not ``estimated``.
+    S·lr does not grow above a multiple of the estimate: of the norms' as they are now, and of the
+    loss's as it was, or larger where the base has since come to make less of a gradient, as
+    Adagrad does. Where a schedule rises again it stays below a multiple of what it has been before.
+    ``norm`` is the estimate by norms and ``ln_ratio`` the new average, of no meaning where S was
+    not ``estimated``.
 
     Returns:
         The new (scale, mean_square, moves).
@@ -548,8 +566,11 @@ def learn_scale(h, norm, estimated, rises, informed, row, c):
     first = (row.learns == 0) & estimated & (c.factor < row.factor)
     before = tl.where(first, row.scale / row.factor, row.scale)
     scale, square, moves = log_tuner_update(h, before, informed, row, c)
-    estimate = tl.maximum(norm, loss_estimate(row.anchors, row.ln_anchor, c))
-    ceiling = tl.maximum(before, c.ceiling * estimate / c.factor)
+    shrunk = tl.exp(tl.minimum(tl.maximum(row.start_ratio - ln_ratio, 0.0), 709.0))
+    by_loss = loss_estimate(row.anchors, row.ln_anchor, c)
+    estimate = joint_estimate(by_loss * shrunk, norm, c)
+    multiple = tl.where(row.anchors > 0, c.ceiling, c.norm_ceiling)
+    ceiling = tl.maximum(before, multiple * estimate / c.factor)
     scale = tl.where(estimated, tl.minimum(scale, ceiling), scale)
     again = rises & (row.peak_rate > 0)
     scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
@@ -571,9 +592,11 @@ def log_tune_row(sums, power, loss, row, c):
     informed = row.informed + 1.0
     estimates = (row.learns == 0) & (rises | (informed <= c.held))
     given = (row.weight == 0) & (row.scale > 0)
-    norm, weight, ln_update = norm_estimate(sums, row, c)
+    norm, weight, ln_update, ln_ratio = norm_estimate(sums, row, c)
     estimate, anchors, ln_anchor = estimate_scale(norm, power, loss, row, c)
-    learned, square, count = learn_scale(sums.gd, norm, row.weight > 0, rises, informed, row, c)
+    learned, square, count = learn_scale(
+        sums.gd, norm, ln_ratio, row.weight > 0, rises, informed, row, c
+    )
     scale = tl.where(estimates, tl.where(given, row.scale, estimate), learned)
     factor = tl.where(estimates, tl.maximum(row.factor, c.factor), c.factor)
     # An estimate is of the S at the peak.
@@ -591,6 +614,8 @@ def log_tune_row(sums, power, loss, row, c):
         tl.where(learns, 1.0, row.learns),
         tl.where(averages, weight, row.weight),
         tl.where(averages, ln_update, row.ln_update),
+        tl.where(averages, ln_ratio, row.ln_ratio),
+        tl.where(starts, ln_ratio, row.start_ratio),
         tl.where(starts, anchors, row.anchors),
         tl.where(starts, ln_anchor, row.ln_anchor),
         tl.where(moves, factor, row.factor),

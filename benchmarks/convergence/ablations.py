@@ -41,7 +41,7 @@ ARMS: dict[str, tuple[tuple[str, ...], Arm]] = {
     "anchor 1/26": (ALL, _constants(anchor_share=1 / 26)),
     "anchor 2/13": (ALL, _constants(anchor_share=2 / 13)),
     "loss_range 1": (ALL, _constants(loss_range=1.0)),
-    "no ceiling": (ALL, _constants(ceiling=1e9)),
+    "no ceiling": (ALL, _constants(ceiling=1e9, norm_ceiling=1e9)),
     "held 1": (ALL, _constants(held=1)),
     "x_ref of one block in 8": (ALL, _given(x_ref_every=8)),
     "scale a group": (ONE, _given(scale_per="group")),

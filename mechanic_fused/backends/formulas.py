@@ -259,6 +259,8 @@ class LogRow:
     learns: float
     weight: float
     ln_update: float
+    ln_ratio: float
+    start_ratio: float
     anchors: float
     ln_anchor: float
     factor: float
@@ -283,6 +285,7 @@ class LogConstants:
     outlier: float
     memory: float
     ceiling: float
+    norm_ceiling: float
     regrowth: float
 
 
@@ -305,10 +308,12 @@ def mean_loss(losses: Sequence[float]) -> float:
 
 
 def norm_estimate(sums: ScaleSums, row: LogRow, c: LogConstants) -> float:
-    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps."""
+    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps, as is ‖u‖/‖g‖."""
     norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
     row.weight += (1 - row.weight) / c.average
-    row.ln_update += (0.5 * math.log(sums.uu) - row.ln_update) / (c.average * row.weight)
+    ln_update, memory = 0.5 * math.log(sums.uu), c.average * row.weight
+    row.ln_update += (ln_update - row.ln_update) / memory
+    row.ln_ratio += (ln_update - 0.5 * math.log(sums.gg) - row.ln_ratio) / memory
     return c.norm_share * norm * math.exp(-row.ln_update)
 
 
@@ -316,6 +321,13 @@ def loss_estimate(row: LogRow, c: LogConstants) -> float:
     """S with S·‖g‖·‖u‖ = anchor_share·loss, geometric means over the steps so far; 0: unknown."""
     # No float64 is larger than the exponential of 709.
     return c.anchor_share * math.exp(min(row.ln_anchor, 709.0)) if row.anchors > 0 else 0.0
+
+
+def joint_estimate(by_loss: float, norm: float, c: LogConstants) -> float:
+    """The estimate by the loss, within a factor of that by norms; the latter where no loss is."""
+    if by_loss == 0:
+        return norm
+    return min(max(by_loss, norm / c.loss_range), c.loss_range * norm)
 
 
 def estimate_scale(
@@ -334,12 +346,12 @@ def estimate_scale(
     row.factor = max(row.factor, c.factor)
     if row.weight == 0 and row.scale > 0:
         return
-    row.scale = norm = norm_estimate(sums, row, c)
+    norm = norm_estimate(sums, row, c)
+    row.start_ratio = row.ln_ratio
     if 0 < loss < math.inf and 0 < power < math.inf:
         row.anchors += 1
         row.ln_anchor += (math.log(loss) - math.log(power) - row.ln_anchor) / row.anchors
-    if row.anchors > 0:
-        row.scale = min(max(loss_estimate(row, c), norm / c.loss_range), c.loss_range * norm)
+    row.scale = joint_estimate(loss_estimate(row, c), norm, c)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
@@ -363,8 +375,9 @@ def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
 def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> None:
     """Let S learn from h within bounds.
 
-    S·lr does not grow above a multiple of both estimates as they are now, and where a schedule
-    rises again it stays below a multiple of what it has been before.
+    S·lr does not grow above a multiple of the estimate: of the norms' as they are now, and of the
+    loss's as it was, or larger where the base has since come to make less of a gradient, as
+    Adagrad does. Where a schedule rises again it stays below a multiple of what it has been before.
 
     Args:
         rises: whether the lr has risen since the last step.
@@ -375,8 +388,11 @@ def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> N
     row.learns, row.factor, before = 1.0, c.factor, row.scale
     log_tuner_update(sums.gd, row, c)
     if row.weight > 0:
-        ceiling = c.ceiling * max(norm_estimate(sums, row, c), loss_estimate(row, c)) / c.factor
-        row.scale = min(row.scale, max(before, ceiling))
+        norm = norm_estimate(sums, row, c)
+        shrunk = math.exp(min(max(row.start_ratio - row.ln_ratio, 0.0), 709.0))
+        estimate = joint_estimate(loss_estimate(row, c) * shrunk, norm, c)
+        multiple = c.ceiling if row.anchors > 0 else c.norm_ceiling
+        row.scale = min(row.scale, max(before, multiple * estimate / c.factor))
     if rises and row.peak_rate > 0:
         row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
 

@@ -482,12 +482,16 @@ def test_the_log_tuner_follows_the_reference_through_a_run(kernels, losses):
     assert pair.column("scale")[:7].gt(0).all()
     assert pair.column("scale")[7] == 0
     assert bool(pair.column("anchors")[0] > 0) == anchored
-    still = pair.sums(-1.0)
-    for _ in range(250):  # it learns, up to the ceiling
-        pair.step(still)
+    still = pair.sums()
+    for h, steps in ((1.0, 60), (-1.0, 250)):  # it learns, at last up to the ceiling
+        still[:, layout.GD] = h
+        for _ in range(steps):
+            pair.step(still)
     norm = LOG_TUNING["norm_share"] * still[0, layout.XX].sqrt() / pair.column("ln_update")[0].exp()
-    allowed = LOG_TUNING["anchor_share"] * pair.column("ln_anchor")[0].exp() if anchored else 0.0
-    ceiling = LOG_TUNING["ceiling"] * max(norm, allowed)
+    allowed = LOG_TUNING["anchor_share"] * pair.column("ln_anchor")[0].exp()
+    shrunk = (pair.column("start_ratio") - pair.column("ln_ratio"))[0].clamp(min=0).exp()
+    by_loss, by_norms = LOG_TUNING["ceiling"] * allowed * shrunk, LOG_TUNING["norm_ceiling"] * norm
+    ceiling = by_loss if anchored else by_norms
     torch.testing.assert_close(pair.column("scale")[0], ceiling, rtol=1e-2, atol=0)
     for factor in (0.5, 0.1, 0.5, 1.0):  # a schedule that falls, and rises again
         pair.set(factor=factor)

@@ -279,12 +279,21 @@ def test_a_peak_below_1_is_made_up_for_when_the_lr_falls():
     assert 1e-3 * low.scale == pytest.approx(full.scale, rel=1e-12)
 
 
+@pytest.mark.parametrize(("gg", "rises"), [(1.0, True), (1e-4, False)])
+def test_the_ceiling_by_the_loss_rises_where_updates_shrink_beside_gradients(gg, rises):
+    c, one = constants(), started(loss=0.5)
+    ceiling = LOG_TUNING["ceiling"] * LOG_TUNING["anchor_share"] * 0.5
+    for _ in range(10_000):
+        formulas.log_tune_row(sums(-1.0, gg=gg, uu=1e-4), 1.0, 0.0, one, c)
+    assert one.scale == pytest.approx(100 * ceiling if rises else ceiling)
+
+
 def test_the_ceiling_rises_where_updates_shrink():
     c, shrinking, same = constants(), started(), started()
     for t in range(10_000):
         formulas.log_tune_row(sums(-1.0, uu=1 / (t + 1)), 1.0, 0.0, shrinking, c)
         formulas.log_tune_row(sums(-1.0), 1.0, 0.0, same, c)
-    ceiling = LOG_TUNING["ceiling"] * LOG_TUNING["norm_share"]
+    ceiling = LOG_TUNING["norm_ceiling"] * LOG_TUNING["norm_share"]
     assert same.scale == pytest.approx(ceiling)
     assert 90 * ceiling < shrinking.scale < 110 * ceiling
 

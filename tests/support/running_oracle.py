@@ -9,7 +9,8 @@ from support.oracle import Oracle
 SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 1e-2, 1 / 13, 30.0, 0.02
 HELD = MEMORY_OF_NORM = 10
 GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
-OUTLIER, CEILING, REGROWTH = 10.0, 6.0, 2.0
+OUTLIER, REGROWTH = 10.0, 2.0
+CEILING_BY_LOSS, CEILING_BY_NORMS = 6.0, 2.0
 LEAST_IN_PART = 8192
 """Elements of a weight from which on its start may be kept for one block of 128 in eight."""
 
@@ -21,22 +22,37 @@ class Scale:
         self.s, self.given = start or 0.0, start is not None
         self.learning = False
         self.steps = 0
-        self.updates, self.decreases = [], []  # ‖u‖; loss/(‖g‖·‖u‖), over all scales, at first
+        self.updates, self.ratios = [], []  # ‖u‖; ‖u‖/‖g‖
+        self.decreases = []  # loss/(‖g‖·‖u‖), over all scales, at first
+        self.first_ratio = 1.0
         self.squares, self.moves = 0.0, 0
         self.last_factor = self.highest = self.largest = 0.0
 
-    def by_norms(self, norm, size, update):
-        """S of which a step is a share of ‖x‖, with ‖u‖ averaged over MEMORY_OF_NORM steps."""
+    def note(self, update, gradient):
         self.updates.append(update)
-        weights = (1 - 1 / MEMORY_OF_NORM) ** np.arange(len(self.updates))[::-1]
-        update = np.exp(np.dot(weights, np.log(self.updates)) / weights.sum())
-        return SHARE_OF_NORM * max(norm, LEAST_RMS * size**0.5) / update
+        self.ratios.append(update / gradient)
+
+    def by_norms(self, norm, size):
+        """S of which a step is a share of ‖x‖."""
+        return SHARE_OF_NORM * max(norm, LEAST_RMS * size**0.5) / lately(self.updates)
 
     def by_loss(self):
         """S of which a step lowers the loss by a share of it at most; 0 without losses."""
         if not self.decreases:
             return 0.0
         return SHARE_OF_LOSS * np.exp(np.mean(np.log(self.decreases)))
+
+    def by_both(self, norm, size, grown=1.0):
+        """What the loss says, times ``grown``, unless it is far from what the norms say."""
+        by_norms = self.by_norms(norm, size)
+        by_loss = grown * self.by_loss() or by_norms
+        return np.clip(by_loss, by_norms / LARGEST_RATIO, LARGEST_RATIO * by_norms)
+
+
+def lately(values):
+    """The geometric mean of the last MEMORY_OF_NORM values, roughly."""
+    weights = (1 - 1 / MEMORY_OF_NORM) ** np.arange(len(values))[::-1]
+    return np.exp(np.dot(weights, np.log(values)) / weights.sum())
 
 
 class RunningOracle(Oracle):
@@ -102,31 +118,33 @@ class RunningOracle(Oracle):
             last = row.last_factor if row.learning else row.highest
             rises, row.last_factor = lr_factor > 1.000001 * last, lr_factor
             row.highest = max(row.highest, lr_factor)
+            row.note(np.sqrt(uu), np.sqrt(gg))
             if not row.learning and (rises or row.steps <= HELD):
-                self.estimate(row, loss, power, np.sqrt(uu), np.sqrt(xx), size)
+                self.estimate(row, loss, power, np.sqrt(xx), size)
                 row.largest = max(row.largest, row.s)
             else:
-                self.follow(row, h, lr_factor, rises, np.sqrt(uu), np.sqrt(xx), size)
+                self.follow(row, h, lr_factor, rises, np.sqrt(xx), size)
                 row.largest = max(row.largest, row.s * lr_factor)
 
     @staticmethod
-    def estimate(row, loss, power, update, norm, size):
+    def estimate(row, loss, power, norm, size):
         if row.given:
             return
         if loss is not None and 0 < loss < np.inf and 0 < power < np.inf:
             row.decreases.append(loss / power)
-        by_norms = row.by_norms(norm, size, update)
-        by_loss = row.by_loss() or by_norms
-        row.s = np.clip(by_loss, by_norms / LARGEST_RATIO, LARGEST_RATIO * by_norms)
+        row.s = row.by_both(norm, size)
+        row.first_ratio = lately(row.ratios)
 
     @staticmethod
-    def follow(row, h, lr_factor, rises, update, norm, size):
+    def follow(row, h, lr_factor, rises, norm, size):
         if not row.learning:
             row.learning = True
             if not row.given and lr_factor < row.highest:
                 row.s /= row.highest
         before = row.s
-        bound = CEILING * max(row.by_norms(norm, size, update), row.by_loss()) / lr_factor
+        grown = max(1.0, row.first_ratio / lately(row.ratios))
+        ceiling = CEILING_BY_LOSS if row.decreases else CEILING_BY_NORMS
+        bound = ceiling * row.by_both(norm, size, grown) / lr_factor
         if row.squares > 0:
             h = np.clip(h, -OUTLIER * row.squares**0.5, OUTLIER * row.squares**0.5)
         # Of n squares the last has the weight 1/(1 + n/4).
