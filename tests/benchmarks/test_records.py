@@ -45,7 +45,7 @@ def test_an_environment_gets_a_new_number_only_if_it_differs(records, tmp_path):
     ("module", "result", "cells"),
     [
         ("step", "step", ["35M", "MechanicAdamW wd=0.01", "30.4"]),
-        ("gpu.__main__", "gpu_h100", ["1.5B", "MechanicAdamW wd=0.01, cuda", "23.9"]),
+        ("gpu.__main__", "gpu_h100", ["1.5B", "MechanicAdamW wd=0.01, cuda", "17.5"]),
         ("distributed", "distributed", ["35M", "fsdp2", "MechanicAdamW wd=0.01", "40.7"]),
         ("memory", "memory", ["MechanicAdamW", "released", "2051.8", "2078.1", "26.3"]),
         ("autodrop", "autodrop", ["running sum", "421", "11.3", "16.3", "0.705"]),
