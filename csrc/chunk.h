@@ -104,7 +104,7 @@ enum Constant {
 // A row of the log tuner's state, see LOG_TUNER in backends/layout.py.
 struct LogRow {
   double scale, mean_square, moves, steps, nonfinite, informed, learns;
-  double weight, ln_update, ln_ratio, start_ratio, anchors, ln_anchor, factor, peak_rate;
+  double weight, ln_update, ln_ratio, start_ratio, start, anchors, ln_anchor, factor, peak_rate;
 };
 
 // Its constants.

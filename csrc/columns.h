@@ -66,9 +66,9 @@ constexpr Column kLogTunerColumns[] = {
     MECHANIC_COLUMN(LogRow, nonfinite),   MECHANIC_COLUMN(LogRow, informed),
     MECHANIC_COLUMN(LogRow, learns),      MECHANIC_COLUMN(LogRow, weight),
     MECHANIC_COLUMN(LogRow, ln_update),   MECHANIC_COLUMN(LogRow, ln_ratio),
-    MECHANIC_COLUMN(LogRow, start_ratio), MECHANIC_COLUMN(LogRow, anchors),
-    MECHANIC_COLUMN(LogRow, ln_anchor),   MECHANIC_COLUMN(LogRow, factor),
-    MECHANIC_COLUMN(LogRow, peak_rate)};
+    MECHANIC_COLUMN(LogRow, start_ratio), MECHANIC_COLUMN(LogRow, start),
+    MECHANIC_COLUMN(LogRow, anchors),     MECHANIC_COLUMN(LogRow, ln_anchor),
+    MECHANIC_COLUMN(LogRow, factor),      MECHANIC_COLUMN(LogRow, peak_rate)};
 static_assert(covers<LogRow>(kLogTunerColumns), "the names must be those of LogRow, in order");
 
 constexpr Column kLogConstantColumns[] = {

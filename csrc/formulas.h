@@ -270,14 +270,21 @@ MECHANIC_INLINE double mean_loss(const Losses& losses) {
   return losses.count > 0 ? losses.sum / losses.count : 0;
 }
 
-// S with S |u| = norm_share |x|, |u| a geometric mean over the last steps, as is |u| / |g|.
-MECHANIC_INLINE double norm_estimate(const Sums& sums, LogRow& row, const LogConstants& c) {
+// What all scales have in common: |g| |u|, the number of elements, and the loss of this step.
+struct WholeModel {
+  double power, size, loss;
+};
+
+// S with S |u| = norm_share |x| / cbrt(n): of n elements, the more there are the less each may
+// move. |u| is a geometric mean over the last steps, as is |u| / |g|.
+MECHANIC_INLINE double norm_estimate(const Sums& sums, const WholeModel& model, LogRow& row,
+                                     const LogConstants& c) {
   const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
   row.weight += (1 - row.weight) / c.average;
   const double ln_update = 0.5 * std::log(sums.uu), memory = c.average * row.weight;
   row.ln_update += (ln_update - row.ln_update) / memory;
   row.ln_ratio += (ln_update - 0.5 * std::log(sums.gg) - row.ln_ratio) / memory;
-  return c.norm_share * norm * std::exp(-row.ln_update);
+  return c.norm_share * norm * std::exp(-row.ln_update - std::log(model.size) / 3);
 }
 
 // S with S |g| |u| = anchor_share loss, geometric means over the steps so far; 0: unknown.
@@ -286,27 +293,29 @@ MECHANIC_INLINE double loss_estimate(const LogRow& row, const LogConstants& c) {
   return row.anchors > 0 ? c.anchor_share * std::exp(fmin(row.ln_anchor, 709.0)) : 0;
 }
 
-// The estimate by the loss, within a factor of that by norms; the latter where no loss is.
+// The geometric mean of the two; by the loss (0: unknown) it counts within a factor of that by
+// norms.
 MECHANIC_INLINE double joint_estimate(double by_loss, double norm, const LogConstants& c) {
   if (by_loss == 0) return norm;
-  return fmin(fmax(by_loss, norm / c.loss_range), c.loss_range * norm);
+  return std::sqrt(fmin(fmax(by_loss, norm / c.loss_range), c.loss_range * norm) * norm);
 }
 
-// The start of the running form: a step lowers the loss by no more than a share of it, by Cauchy
-// and Schwarz; but it is a share of the weights' norm within a factor, and exactly where no loss is
-// known. power is |g| |u| over all scales. A scale that was set before any estimate is the user's,
-// and stays.
-MECHANIC_INLINE void estimate_scale(const Sums& sums, double power, double loss, LogRow& row,
+// The start of the running form, between two estimates: a step lowers the loss by no more than a
+// share of it, by Cauchy and Schwarz, and it is a share of the weights' norm; without a loss the
+// latter alone. A scale that was set before any estimate is the user's, and stays.
+MECHANIC_INLINE void estimate_scale(const Sums& sums, const WholeModel& model, LogRow& row,
                                     const LogConstants& c) {
   row.factor = fmax(row.factor, c.factor);
   if (row.weight == 0 && row.scale > 0) return;
-  const double norm = norm_estimate(sums, row, c);
+  const double norm = norm_estimate(sums, model, row, c);
   row.start_ratio = row.ln_ratio;
-  if (loss > 0 && std::isfinite(loss) && power > 0 && std::isfinite(power)) {
+  if (model.loss > 0 && std::isfinite(model.loss) && model.power > 0 &&
+      std::isfinite(model.power)) {
     row.anchors += 1;
-    row.ln_anchor += (std::log(loss) - std::log(power) - row.ln_anchor) / row.anchors;
+    const double decrease = std::log(model.loss) - std::log(model.power);
+    row.ln_anchor += (decrease - row.ln_anchor) / row.anchors;
   }
-  row.scale = joint_estimate(loss_estimate(row, c), norm, c);
+  row.scale = row.start = joint_estimate(loss_estimate(row, c), norm, c);
 }
 
 // z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;
@@ -321,11 +330,12 @@ MECHANIC_INLINE void log_tuner_update(double h, LogRow& row, const LogConstants&
   row.scale *= std::exp(fmin(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias));
 }
 
-// Let S learn from h within bounds: S lr does not grow above a multiple of the estimate, of the
-// norms' as they are now, and of the loss's as it was, or larger where the base has since come to
-// make less of a gradient, as Adagrad does. Where a schedule rises again it stays below a multiple
-// of what it has been before.
-MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, const LogConstants& c) {
+// Let S learn from h within bounds: S lr does not grow above a multiple of where it started, or of
+// more where the base has since come to make less of a gradient, as Adagrad does; without a loss,
+// of the estimate by the norms as they are now. Where a schedule rises again it stays below a
+// multiple of what it has been.
+MECHANIC_INLINE void learn_scale(const Sums& sums, const WholeModel& model, bool rises, LogRow& row,
+                                 const LogConstants& c) {
   if (row.learns == 0 && row.weight > 0 && c.factor < row.factor) {
     // The lr has risen to a fraction of the peak that the estimate was for, and falls.
     row.scale /= row.factor;
@@ -335,11 +345,10 @@ MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, cons
   const double before = row.scale;
   log_tuner_update(sums.gd, row, c);
   if (row.weight > 0) {
-    const double norm = norm_estimate(sums, row, c);
+    const double norm = norm_estimate(sums, model, row, c);
     const double shrunk = std::exp(fmin(fmax(row.start_ratio - row.ln_ratio, 0.0), 709.0));
-    const double estimate = joint_estimate(loss_estimate(row, c) * shrunk, norm, c);
-    const double multiple = row.anchors > 0 ? c.ceiling : c.norm_ceiling;
-    row.scale = fmin(row.scale, fmax(before, multiple * estimate / c.factor));
+    const double ceiling = row.anchors > 0 ? c.ceiling * row.start * shrunk : c.norm_ceiling * norm;
+    row.scale = fmin(row.scale, fmax(before, ceiling / c.factor));
   }
   if (rises && row.peak_rate > 0) {
     row.scale = fmin(row.scale, c.regrowth * row.peak_rate / c.factor);
@@ -348,7 +357,7 @@ MECHANIC_INLINE void learn_scale(const Sums& sums, bool rises, LogRow& row, cons
 
 // Update one row of the log tuner's state from the sums of its scale; return whether they were
 // finite. While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
-MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, LogRow& row,
+MECHANIC_INLINE bool log_tune_row(const Sums& sums, const WholeModel& model, LogRow& row,
                                   const LogConstants& c) {
   row.steps += 1;
   const bool finite = std::isfinite(sums.gd) && std::isfinite(sums.gg) && std::isfinite(sums.xx) &&
@@ -359,10 +368,10 @@ MECHANIC_INLINE bool log_tune_row(const Sums& sums, double power, double loss, L
   const bool rises = c.factor > row.factor * (1 + 1e-6);  // and not by a rounding
   row.informed += 1;
   if (row.learns == 0 && (rises || row.informed <= c.held)) {
-    estimate_scale(sums, power, loss, row, c);
+    estimate_scale(sums, model, row, c);
     row.peak_rate = fmax(row.peak_rate, row.scale);
   } else {
-    learn_scale(sums, rises, row, c);
+    learn_scale(sums, model, rises, row, c);
     row.peak_rate = fmax(row.peak_rate, row.scale * c.factor);
   }
   return true;

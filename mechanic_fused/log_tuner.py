@@ -63,7 +63,7 @@ class LogTuner(ScaleRows):
 
     def rescale(self, factor: float) -> None:
         """Multiply all that is per unit of the peak lr."""
-        for name in ("scale", "peak_rate"):
+        for name in ("scale", "start", "peak_rate"):
             self.state[:, LOG_TUNER.index(name)] *= factor
         self.state[:, LOG_TUNER.index("ln_anchor")] += math.log(factor)
         for name in ("ln_update", "ln_ratio", "start_ratio"):

@@ -67,7 +67,7 @@ RUNNING = "running"
 """The variant without a bettor: x ← x + S·u, with ln S moved by the log tuner."""
 
 LOG_TUNING: dict[str, float] = {
-    "norm_share": 1e-2,
+    "norm_share": 0.46,
     "anchor_share": 1 / 13,
     "loss_range": 30.0,
     "least_rms": 0.02,

@@ -57,6 +57,7 @@ from .layout import (
     LOG_NONFINITE,
     LOG_PEAK_RATE,
     LOG_SCALE,
+    LOG_START,
     LOG_START_RATIO,
     LOG_STEPS,
     LOG_WEIGHT,
@@ -394,6 +395,7 @@ class LogRow(NamedTuple):
     ln_update: tl.tensor
     ln_ratio: tl.tensor
     start_ratio: tl.tensor
+    start: tl.tensor
     anchors: tl.tensor
     ln_anchor: tl.tensor
     factor: tl.tensor
@@ -415,6 +417,7 @@ def log_rows(at, mask):
         read(at + LOG_LN_UPDATE, mask),
         read(at + LOG_LN_RATIO, mask),
         read(at + LOG_START_RATIO, mask),
+        read(at + LOG_START, mask),
         read(at + LOG_ANCHORS, mask),
         read(at + LOG_LN_ANCHOR, mask),
         read(at + LOG_FACTOR, mask),
@@ -476,6 +479,14 @@ class ScaleSums(NamedTuple):
     count: tl.tensor
 
 
+class WholeModel(NamedTuple):
+    """What all scales have in common: ‖g‖·‖u‖, the number of elements, the loss of this step."""
+
+    power: tl.tensor
+    size: tl.tensor
+    loss: tl.tensor
+
+
 @triton.jit
 def mean_loss(losses):
     """The mean of the observed losses; 0 where there is none."""
@@ -484,8 +495,10 @@ def mean_loss(losses):
 
 
 @triton.jit
-def norm_estimate(sums, row, c):
-    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps, as is ‖u‖/‖g‖.
+def norm_estimate(sums, model, row, c):
+    """S with S·‖u‖ = norm_share·‖x‖/∛n: of n elements, the more there are the less each may move.
+
+    ‖u‖ is a geometric mean over the last steps, as is ‖u‖/‖g‖.
 
     Returns:
         S and the new (weight, ln_update, ln_ratio).
@@ -495,7 +508,8 @@ def norm_estimate(sums, row, c):
     now, memory = 0.5 * tl.log(sums.uu), c.average * weight
     ln_update = row.ln_update + (now - row.ln_update) / memory
     ln_ratio = row.ln_ratio + (now - 0.5 * tl.log(sums.gg) - row.ln_ratio) / memory
-    return c.norm_share * norm * tl.exp(-ln_update), weight, ln_update, ln_ratio
+    estimate = c.norm_share * norm * tl.exp(-ln_update - tl.log(model.size) / 3.0)
+    return estimate, weight, ln_update, ln_ratio
 
 
 @triton.jit
@@ -507,26 +521,30 @@ def loss_estimate(anchors, ln_anchor, c):
 
 @triton.jit
 def joint_estimate(by_loss, norm, c):
-    """The estimate by the loss, within a factor of that by norms; the latter where no loss is."""
+    """The geometric mean of the two; by the loss it counts within a factor of that by norms.
+
+    ``by_loss`` 0: unknown.
+    """
     bounded = tl.minimum(tl.maximum(by_loss, norm / c.loss_range), c.loss_range * norm)
-    return tl.where(by_loss == 0, norm, bounded)
+    return tl.where(by_loss == 0, norm, tl.sqrt(bounded * norm))
 
 
 @triton.jit
-def estimate_scale(norm, power, loss, row, c):
-    """S where a run starts.
+def estimate_scale(norm, model, row, c):
+    """S where a run starts, between two estimates.
 
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share
-    of the weights' norm within a factor, and exactly where no loss is known. ``norm`` is the
-    estimate by norms, ``power`` is ‖g‖·‖u‖ over all scales.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and it is a share
+    of the weights' norm. Without a loss the latter alone. ``norm`` is the estimate by norms.
 
     Returns:
         The new (scale, anchors, ln_anchor).
     """
     # Numbers, not `&`, where a scalar meets rows: the interpreter cannot broadcast a truth value.
-    has_loss = (loss > 0) & is_finite(loss) & (power > 0) & is_finite(power)
+    has_loss = (model.loss > 0) & is_finite(model.loss)
+    has_loss = has_loss & (model.power > 0) & is_finite(model.power)
     anchors = row.anchors + tl.where(has_loss, 1.0, 0.0)
-    moved = row.ln_anchor + (tl.log(loss) - tl.log(power) - row.ln_anchor) / anchors
+    decrease = tl.log(model.loss) - tl.log(model.power)
+    moved = row.ln_anchor + (decrease - row.ln_anchor) / anchors
     ln_anchor = tl.where(anchors > row.anchors, moved, row.ln_anchor)
     return joint_estimate(loss_estimate(anchors, ln_anchor, c), norm, c), anchors, ln_anchor
 
@@ -553,9 +571,9 @@ def log_tuner_update(h, before, informed, row, c):
 def learn_scale(h, norm, ln_ratio, estimated, rises, informed, row, c):
     """S learns from h within bounds.
 
-    S·lr does not grow above a multiple of the estimate: of the norms' as they are now, and of the
-    loss's as it was, or larger where the base has since come to make less of a gradient, as
-    Adagrad does. Where a schedule rises again it stays below a multiple of what it has been before.
+    S·lr does not grow above a multiple of where it started, or of more where the base has since
+    come to make less of a gradient, as Adagrad does; without a loss, of the estimate by the norms
+    as they are now. Where a schedule rises again it stays below a multiple of what it has been.
     ``norm`` is the estimate by norms and ``ln_ratio`` the new average, of no meaning where S was
     not ``estimated``.
 
@@ -567,18 +585,16 @@ def learn_scale(h, norm, ln_ratio, estimated, rises, informed, row, c):
     before = tl.where(first, row.scale / row.factor, row.scale)
     scale, square, moves = log_tuner_update(h, before, informed, row, c)
     shrunk = tl.exp(tl.minimum(tl.maximum(row.start_ratio - ln_ratio, 0.0), 709.0))
-    by_loss = loss_estimate(row.anchors, row.ln_anchor, c)
-    estimate = joint_estimate(by_loss * shrunk, norm, c)
-    multiple = tl.where(row.anchors > 0, c.ceiling, c.norm_ceiling)
-    ceiling = tl.maximum(before, multiple * estimate / c.factor)
-    scale = tl.where(estimated, tl.minimum(scale, ceiling), scale)
+    by_start = c.ceiling * row.start * shrunk
+    ceiling = tl.where(row.anchors > 0, by_start, c.norm_ceiling * norm) / c.factor
+    scale = tl.where(estimated, tl.minimum(scale, tl.maximum(before, ceiling)), scale)
     again = rises & (row.peak_rate > 0)
     scale = tl.where(again, tl.minimum(scale, c.regrowth * row.peak_rate / c.factor), scale)
     return scale, square, moves
 
 
 @triton.jit
-def log_tune_row(sums, power, loss, row, c):
+def log_tune_row(sums, model, row, c):
     """The new rows of the log tuner's state, and whether their sums were finite.
 
     While the lr rises to its peak, and in the first steps, S is an estimate; then it learns. A
@@ -592,8 +608,8 @@ def log_tune_row(sums, power, loss, row, c):
     informed = row.informed + 1.0
     estimates = (row.learns == 0) & (rises | (informed <= c.held))
     given = (row.weight == 0) & (row.scale > 0)
-    norm, weight, ln_update, ln_ratio = norm_estimate(sums, row, c)
-    estimate, anchors, ln_anchor = estimate_scale(norm, power, loss, row, c)
+    norm, weight, ln_update, ln_ratio = norm_estimate(sums, model, row, c)
+    estimate, anchors, ln_anchor = estimate_scale(norm, model, row, c)
     learned, square, count = learn_scale(
         sums.gd, norm, ln_ratio, row.weight > 0, rises, informed, row, c
     )
@@ -616,6 +632,7 @@ def log_tune_row(sums, power, loss, row, c):
         tl.where(averages, ln_update, row.ln_update),
         tl.where(averages, ln_ratio, row.ln_ratio),
         tl.where(starts, ln_ratio, row.start_ratio),
+        tl.where(starts, scale, row.start),
         tl.where(starts, anchors, row.anchors),
         tl.where(starts, ln_anchor, row.ln_anchor),
         tl.where(moves, factor, row.factor),

@@ -91,6 +91,7 @@ CONSTANTS_BETAS = tl.constexpr(len(layout.CONSTANTS))
     LOG_LN_UPDATE,
     LOG_LN_RATIO,
     LOG_START_RATIO,
+    LOG_START,
     LOG_ANCHORS,
     LOG_LN_ANCHOR,
     LOG_FACTOR,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechanic_fused.log_tuner import LogTuner
 
-from .formulas import ScaleSums, log_constants, log_rows, log_tune_row, mean_loss
+from .formulas import ScaleSums, WholeModel, log_constants, log_rows, log_tune_row, mean_loss
 from .layout import (
     LOG_COLUMNS,
     LOG_NONFINITE,
@@ -49,14 +49,17 @@ def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.co
     loss = mean_loss(losses)
     gg = tl.zeros((ROWS,), dtype=tl.float64)
     uu = tl.zeros((ROWS,), dtype=tl.float64)
+    size = tl.zeros((ROWS,), dtype=tl.float64)
     start = 0
     # Not `for start in range(...)`: in the interpreter, range takes no tensors.
     while start < rows:
         row = start + tl.arange(0, ROWS)
         gg += read(sums + row * SUMS_COLUMNS + SUMS_GG, row < rows)
         uu += read(sums + row * SUMS_COLUMNS + SUMS_UU, row < rows)
+        size += read(sums + row * SUMS_COLUMNS + SUMS_COUNT, row < rows)
         start += ROWS
     power = tl.sqrt(tl.sum(gg, 0)) * tl.sqrt(tl.sum(uu, 0))
+    model = WholeModel(power, tl.sum(size, 0), loss)
     nonfinite = 0
     start = 0
     while start < rows:
@@ -71,7 +74,7 @@ def log_tune_kernel(sums, state, constants, losses, found_inf, rows, ROWS: tl.co
             read(sums_at + SUMS_COUNT, here),
         )
         row_at = state + row * LOG_COLUMNS
-        new, finite = log_tune_row(of_scales, power, loss, log_rows(row_at, here), c)
+        new, finite = log_tune_row(of_scales, model, log_rows(row_at, here), c)
         for k in tl.static_range(LOG_COLUMNS):
             tl.store(row_at + k, new[k], mask=here)
         nonfinite += tl.sum(tl.where(finite, 0, 1), 0)

@@ -228,12 +228,16 @@ void tune(const Sums* sums, const Tuner& tuner) {
 
 void log_tune(const Sums* sums, const LogTuner& tuner) {
   Sums total = {};
-  for (int64_t i = 0; i < tuner.scales; ++i) total.gg += sums[i].gg, total.uu += sums[i].uu;
-  const double power = std::sqrt(total.gg) * std::sqrt(total.uu);
-  const double loss = mean_loss(*tuner.losses);
+  for (int64_t i = 0; i < tuner.scales; ++i) {
+    total.gg += sums[i].gg;
+    total.uu += sums[i].uu;
+    total.count += sums[i].count;
+  }
+  const WholeModel model = {std::sqrt(total.gg) * std::sqrt(total.uu), total.count,
+                            mean_loss(*tuner.losses)};
   bool finite = true;
   for (int64_t i = 0; i < tuner.scales; ++i) {
-    finite &= log_tune_row(sums[i], power, loss, tuner.rows[i], *tuner.constants);
+    finite &= log_tune_row(sums[i], model, tuner.rows[i], *tuner.constants);
   }
   // The first row counts the steps in which any row was not finite.
   if (!finite) tuner.rows[0].nonfinite += 1;

@@ -15,14 +15,14 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) *tuner.losses = {};
     return;
   }
-  const auto total = SumColumns<&Sums::gg, &Sums::uu>::total(sums, tuner.scales, 1);
-  const double power = std::sqrt(total.of[0]) * std::sqrt(total.of[1]);
-  const double loss = mean_loss(*tuner.losses);
+  const auto total = SumColumns<&Sums::gg, &Sums::uu, &Sums::count>::total(sums, tuner.scales, 1);
+  const WholeModel model = {std::sqrt(total.of[0]) * std::sqrt(total.of[1]), total.of[2],
+                            mean_loss(*tuner.losses)};
   const LogConstants constants = *tuner.constants;
   bool finite = true;
   for (int64_t i = threadIdx.x; i < tuner.scales; i += kThreads) {
     LogRow row = tuner.rows[i];
-    finite &= log_tune_row(sums[i], power, loss, row, constants);
+    finite &= log_tune_row(sums[i], model, row, constants);
     tuner.rows[i] = row;
   }
   // The first row counts the steps in which any row was not finite. After the barrier all threads

@@ -261,6 +261,7 @@ class LogRow:
     ln_update: float
     ln_ratio: float
     start_ratio: float
+    start: float
     anchors: float
     ln_anchor: float
     factor: float
@@ -301,20 +302,32 @@ class ScaleSums:
     count: float
 
 
+@dataclass(frozen=True)
+class WholeModel:
+    """What all scales have in common: ‖g‖·‖u‖, the number of elements, the loss of this step."""
+
+    power: float
+    size: float
+    loss: float
+
+
 def mean_loss(losses: Sequence[float]) -> float:
     """Return the mean of the observed losses, of ``layout.LOSSES``; 0 where there is none."""
     total, count = losses
     return total / count if count > 0 else 0.0
 
 
-def norm_estimate(sums: ScaleSums, row: LogRow, c: LogConstants) -> float:
-    """S with S·‖u‖ = norm_share·‖x‖, ‖u‖ a geometric mean over the last steps, as is ‖u‖/‖g‖."""
+def norm_estimate(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConstants) -> float:
+    """S with S·‖u‖ = norm_share·‖x‖/∛n: of n elements, the more there are the less each may move.
+
+    ‖u‖ is a geometric mean over the last steps, as is ‖u‖/‖g‖.
+    """
     norm = max(math.sqrt(sums.xx), c.least_rms * math.sqrt(sums.count))
     row.weight += (1 - row.weight) / c.average
     ln_update, memory = 0.5 * math.log(sums.uu), c.average * row.weight
     row.ln_update += (ln_update - row.ln_update) / memory
     row.ln_ratio += (ln_update - 0.5 * math.log(sums.gg) - row.ln_ratio) / memory
-    return c.norm_share * norm * math.exp(-row.ln_update)
+    return c.norm_share * norm * math.exp(-row.ln_update - math.log(model.size) / 3)
 
 
 def loss_estimate(row: LogRow, c: LogConstants) -> float:
@@ -324,34 +337,33 @@ def loss_estimate(row: LogRow, c: LogConstants) -> float:
 
 
 def joint_estimate(by_loss: float, norm: float, c: LogConstants) -> float:
-    """The estimate by the loss, within a factor of that by norms; the latter where no loss is."""
-    if by_loss == 0:
-        return norm
-    return min(max(by_loss, norm / c.loss_range), c.loss_range * norm)
-
-
-def estimate_scale(
-    sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants
-) -> None:
-    """Set S where a run starts.
-
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; but it is a share
-    of the weights' norm within a factor, and exactly where no loss is known. A scale that is there
-    before any estimate is the user's and stays.
+    """The geometric mean of the two; by the loss it counts within a factor of that by norms.
 
     Args:
-        power: ‖g‖·‖u‖ over all scales.
-        loss: of this step; not above 0 or not finite: unknown.
+        by_loss: 0: unknown.
+    """
+    if by_loss == 0:
+        return norm
+    return math.sqrt(min(max(by_loss, norm / c.loss_range), c.loss_range * norm) * norm)
+
+
+def estimate_scale(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConstants) -> None:
+    """Set S where a run starts, between two estimates.
+
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and it is a share
+    of the weights' norm. Without a loss (not above 0, not finite) the latter alone. A scale that is
+    there before any estimate is the user's and stays.
     """
     row.factor = max(row.factor, c.factor)
     if row.weight == 0 and row.scale > 0:
         return
-    norm = norm_estimate(sums, row, c)
+    norm = norm_estimate(sums, model, row, c)
     row.start_ratio = row.ln_ratio
-    if 0 < loss < math.inf and 0 < power < math.inf:
+    if 0 < model.loss < math.inf and 0 < model.power < math.inf:
         row.anchors += 1
-        row.ln_anchor += (math.log(loss) - math.log(power) - row.ln_anchor) / row.anchors
-    row.scale = joint_estimate(loss_estimate(row, c), norm, c)
+        decrease = math.log(model.loss) - math.log(model.power)
+        row.ln_anchor += (decrease - row.ln_anchor) / row.anchors
+    row.scale = row.start = joint_estimate(loss_estimate(row, c), norm, c)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
@@ -372,12 +384,14 @@ def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:
         row.scale *= math.exp(min(c.max_move, c.gain / (row.informed + 1)) * (z + c.bias))
 
 
-def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> None:
+def learn_scale(
+    sums: ScaleSums, model: WholeModel, rises: bool, row: LogRow, c: LogConstants
+) -> None:
     """Let S learn from h within bounds.
 
-    S·lr does not grow above a multiple of the estimate: of the norms' as they are now, and of the
-    loss's as it was, or larger where the base has since come to make less of a gradient, as
-    Adagrad does. Where a schedule rises again it stays below a multiple of what it has been before.
+    S·lr does not grow above a multiple of where it started, or of more where the base has since
+    come to make less of a gradient, as Adagrad does; without a loss, of the estimate by the norms
+    as they are now. Where a schedule rises again it stays below a multiple of what it has been.
 
     Args:
         rises: whether the lr has risen since the last step.
@@ -388,22 +402,18 @@ def learn_scale(sums: ScaleSums, rises: bool, row: LogRow, c: LogConstants) -> N
     row.learns, row.factor, before = 1.0, c.factor, row.scale
     log_tuner_update(sums.gd, row, c)
     if row.weight > 0:
-        norm = norm_estimate(sums, row, c)
+        norm = norm_estimate(sums, model, row, c)
         shrunk = math.exp(min(max(row.start_ratio - row.ln_ratio, 0.0), 709.0))
-        estimate = joint_estimate(loss_estimate(row, c) * shrunk, norm, c)
-        multiple = c.ceiling if row.anchors > 0 else c.norm_ceiling
-        row.scale = min(row.scale, max(before, multiple * estimate / c.factor))
+        ceiling = c.ceiling * row.start * shrunk if row.anchors > 0 else c.norm_ceiling * norm
+        row.scale = min(row.scale, max(before, ceiling / c.factor))
     if rises and row.peak_rate > 0:
         row.scale = min(row.scale, c.regrowth * row.peak_rate / c.factor)
 
 
-def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: LogConstants) -> bool:
+def log_tune_row(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConstants) -> bool:
     """Update one row of the log tuner's state; return whether its sums were finite.
 
     While the lr rises to its peak, and in the first steps, S is an estimate; then it learns.
-
-    Args:
-        power, loss: see :func:`estimate_scale`.
     """
     row.steps += 1
     if not all(map(math.isfinite, (sums.gd * sums.gd, sums.gg, sums.xx, sums.uu))):
@@ -414,10 +424,10 @@ def log_tune_row(sums: ScaleSums, power: float, loss: float, row: LogRow, c: Log
     rises = c.factor > row.factor * (1 + 1e-6)  # and not by a rounding
     row.informed += 1
     if not row.learns and (rises or row.informed <= c.held):
-        estimate_scale(sums, power, loss, row, c)
+        estimate_scale(sums, model, row, c)
         row.peak_rate = max(row.peak_rate, row.scale)
     else:
-        learn_scale(sums, rises, row, c)
+        learn_scale(sums, model, rises, row, c)
         row.peak_rate = max(row.peak_rate, row.scale * c.factor)
     return True
 

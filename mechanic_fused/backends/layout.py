@@ -47,13 +47,13 @@ CONSTANTS = (
 
 LOG_TUNER = (
     *("scale", "mean_square", "moves", "steps", "nonfinite", "informed", "learns"),
-    *("weight", "ln_update", "ln_ratio", "start_ratio", "anchors", "ln_anchor", "factor"),
-    "peak_rate",
+    *("weight", "ln_update", "ln_ratio", "start_ratio", "start", "anchors", "ln_anchor"),
+    *("factor", "peak_rate"),
 )
 """Columns of a row of the log tuner's state, float64: S; the mean square of h and the number of
 moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; the
 sum of the weights of moving averages of ln √(u·u) and of ln(√(u·u)/√(g·g)), those averages, and the
-latter when S began to learn; the number and the mean of the ln(loss/(√(g·g)·√(u·u))) before S
+latter and S when S began to learn; the number and the mean of the ln(loss/(√(g·g)·√(u·u))) before S
 learned; lr/(peak lr) of the last step, before S learns the largest; and the largest
 S·lr/(peak lr)."""
 

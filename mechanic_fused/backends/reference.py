@@ -199,10 +199,11 @@ def log_tune(sums: Tensor, tuner: LogTuner) -> None:
     constants = formulas.LogConstants(*tuner.constants.tolist())
     rows = [formulas.LogRow(*row) for row in tuner.state.tolist()]
     of_scales = [formulas.ScaleSums(*row) for row in sums.tolist()]
-    squares = [math.sqrt(sum(getattr(s, name) for s in of_scales)) for name in ("gg", "uu")]
+    gg, uu, size = (sum(getattr(s, name) for s in of_scales) for name in ("gg", "uu", "count"))
     loss = formulas.mean_loss(tuner.losses.tolist())
+    model = formulas.WholeModel(math.sqrt(gg) * math.sqrt(uu), size, loss)
     finite = [
-        formulas.log_tune_row(s, squares[0] * squares[1], loss, row, constants)
+        formulas.log_tune_row(s, model, row, constants)
         for s, row in zip(of_scales, rows, strict=True)
     ]
     rows[0].nonfinite += not all(finite)

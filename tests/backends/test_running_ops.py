@@ -487,11 +487,12 @@ def test_the_log_tuner_follows_the_reference_through_a_run(kernels, losses):
         still[:, layout.GD] = h
         for _ in range(steps):
             pair.step(still)
-    norm = LOG_TUNING["norm_share"] * still[0, layout.XX].sqrt() / pair.column("ln_update")[0].exp()
-    allowed = LOG_TUNING["anchor_share"] * pair.column("ln_anchor")[0].exp()
+    size = still[:, layout.COUNT].sum()
+    norm = LOG_TUNING["norm_share"] * (still[0, layout.XX] ** 3 / size**2) ** (1 / 6)
+    by_norms = LOG_TUNING["norm_ceiling"] * norm / pair.column("ln_update")[0].exp()
     shrunk = (pair.column("start_ratio") - pair.column("ln_ratio"))[0].clamp(min=0).exp()
-    by_loss, by_norms = LOG_TUNING["ceiling"] * allowed * shrunk, LOG_TUNING["norm_ceiling"] * norm
-    ceiling = by_loss if anchored else by_norms
+    by_start = LOG_TUNING["ceiling"] * pair.column("start")[0] * shrunk
+    ceiling = by_start if anchored else by_norms
     torch.testing.assert_close(pair.column("scale")[0], ceiling, rtol=1e-2, atol=0)
     for factor in (0.5, 0.1, 0.5, 1.0):  # a schedule that falls, and rises again
         pair.set(factor=factor)

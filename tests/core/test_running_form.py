@@ -214,6 +214,9 @@ def test_a_group_without_an_lr_stays():
 # What S does in the long run
 
 
+SIZE = 8.0
+
+
 def row(**numbers):
     names = formulas.LogRow.__dataclass_fields__
     return formulas.LogRow(**{name: float(numbers.get(name, 0)) for name in names})
@@ -224,7 +227,17 @@ def constants(**numbers):
 
 
 def sums(h, gg=1.0, xx=1.0, uu=1.0):
-    return formulas.ScaleSums(h, 0.0, gg, xx, uu, 10.0)
+    return formulas.ScaleSums(h, 0.0, gg, xx, uu, SIZE)
+
+
+def model(power, loss):
+    return formulas.WholeModel(power, SIZE, loss)
+
+
+def start(by_loss=None):
+    """The S at which a run starts whose sums are 1 and whose loss/(‖g‖·‖u‖) is this."""
+    by_norms = LOG_TUNING["norm_share"] / 2  # the cube root of SIZE
+    return by_norms if by_loss is None else (LOG_TUNING["anchor_share"] * by_loss * by_norms) ** 0.5
 
 
 @pytest.mark.parametrize("glitch", [1e160, -1e160, 1e100, math.inf, math.nan])
@@ -232,11 +245,11 @@ def test_one_huge_h_leaves_s_able_to_move(glitch):
     c, one = constants(), row(scale=1.0, learns=1, informed=100, factor=1)
     h = itertools.cycle([-1.0, 1.0])
     for _ in range(100):
-        formulas.log_tune_row(sums(next(h)), 1.0, 0.0, one, c)
-    formulas.log_tune_row(sums(glitch), 1.0, 0.0, one, c)
+        formulas.log_tune_row(sums(next(h)), model(1.0, 0.0), one, c)
+    formulas.log_tune_row(sums(glitch), model(1.0, 0.0), one, c)
     before = one.scale
     for _ in range(100):
-        formulas.log_tune_row(sums(-1.0), 1.0, 0.0, one, c)
+        formulas.log_tune_row(sums(-1.0), model(1.0, 0.0), one, c)
     assert before * 1.2 < one.scale < math.inf
 
 
@@ -244,15 +257,15 @@ def test_one_huge_h_leaves_s_able_to_move(glitch):
 def test_a_million_steps_leave_s_finite(sign):
     c, one = constants(), row(scale=1.0, learns=1, factor=1)
     for _ in range(1_000_000):
-        formulas.log_tune_row(sums(sign), 1.0, 0.0, one, c)
+        formulas.log_tune_row(sums(sign), model(1.0, 0.0), one, c)
     assert 1e-30 < one.scale < 1e30
 
 
 def test_s_stays_below_a_multiple_of_what_the_loss_allowed():
     c, one = constants(), row()
     for _ in range(10_000):
-        formulas.log_tune_row(sums(-1.0), 2.0, 1.0, one, c)
-    assert one.scale == pytest.approx(LOG_TUNING["ceiling"] * LOG_TUNING["anchor_share"] / 2.0)
+        formulas.log_tune_row(sums(-1.0), model(2.0, 1.0), one, c)
+    assert one.scale == pytest.approx(LOG_TUNING["ceiling"] * start(by_loss=0.5))
 
 
 def started(spike=1.0, loss=0.0, peak=1.0):
@@ -261,7 +274,7 @@ def started(spike=1.0, loss=0.0, peak=1.0):
     for t in range(10):
         size = (spike if t == 6 else 1.0) ** 2
         c = constants(factor=peak * (t + 1) / 10)
-        formulas.log_tune_row(sums(-1.0, gg=size, uu=size), size, loss, one, c)
+        formulas.log_tune_row(sums(-1.0, gg=size, uu=size), model(size, loss), one, c)
     return one
 
 
@@ -275,25 +288,25 @@ def test_a_peak_below_1_is_made_up_for_when_the_lr_falls():
     low, full = started(peak=1e-3), started()
     assert low.scale == full.scale
     for one, peak in ((low, 1e-3), (full, 1.0)):
-        formulas.log_tune_row(sums(-1.0), 1.0, 0.0, one, constants(factor=0.9 * peak))
+        formulas.log_tune_row(sums(-1.0), model(1.0, 0.0), one, constants(factor=0.9 * peak))
     assert 1e-3 * low.scale == pytest.approx(full.scale, rel=1e-12)
 
 
 @pytest.mark.parametrize(("gg", "rises"), [(1.0, True), (1e-4, False)])
 def test_the_ceiling_by_the_loss_rises_where_updates_shrink_beside_gradients(gg, rises):
     c, one = constants(), started(loss=0.5)
-    ceiling = LOG_TUNING["ceiling"] * LOG_TUNING["anchor_share"] * 0.5
+    ceiling = LOG_TUNING["ceiling"] * start(by_loss=0.5)
     for _ in range(10_000):
-        formulas.log_tune_row(sums(-1.0, gg=gg, uu=1e-4), 1.0, 0.0, one, c)
+        formulas.log_tune_row(sums(-1.0, gg=gg, uu=1e-4), model(1.0, 0.0), one, c)
     assert one.scale == pytest.approx(100 * ceiling if rises else ceiling)
 
 
 def test_the_ceiling_rises_where_updates_shrink():
     c, shrinking, same = constants(), started(), started()
     for t in range(10_000):
-        formulas.log_tune_row(sums(-1.0, uu=1 / (t + 1)), 1.0, 0.0, shrinking, c)
-        formulas.log_tune_row(sums(-1.0), 1.0, 0.0, same, c)
-    ceiling = LOG_TUNING["norm_ceiling"] * LOG_TUNING["norm_share"]
+        formulas.log_tune_row(sums(-1.0, uu=1 / (t + 1)), model(1.0, 0.0), shrinking, c)
+        formulas.log_tune_row(sums(-1.0), model(1.0, 0.0), same, c)
+    ceiling = LOG_TUNING["norm_ceiling"] * start()
     assert same.scale == pytest.approx(ceiling)
     assert 90 * ceiling < shrinking.scale < 110 * ceiling
 
@@ -301,7 +314,7 @@ def test_the_ceiling_rises_where_updates_shrink():
 def test_the_ceiling_stops_the_growth_of_s_and_does_not_lower_it():
     c, one = constants(), started()
     one.scale = before = 10.0
-    formulas.log_tune_row(sums(-1.0), 1.0, 0.0, one, c)
+    formulas.log_tune_row(sums(-1.0), model(1.0, 0.0), one, c)
     assert one.scale == before
 
 

@@ -6,7 +6,7 @@ x += S·u with the S of the steps before; afterwards S moves by what this step h
 import numpy as np
 from support.oracle import Oracle
 
-SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 1e-2, 1 / 13, 30.0, 0.02
+SHARE_OF_NORM, SHARE_OF_LOSS, LARGEST_RATIO, LEAST_RMS = 0.46, 1 / 13, 30.0, 0.02
 HELD = MEMORY_OF_NORM = 10
 GAIN, LARGEST_MOVE, BIAS = 3.0, 0.03, 0.25
 OUTLIER, REGROWTH = 10.0, 2.0
@@ -24,7 +24,7 @@ class Scale:
         self.steps = 0
         self.updates, self.ratios = [], []  # ‖u‖; ‖u‖/‖g‖
         self.decreases = []  # loss/(‖g‖·‖u‖), over all scales, at first
-        self.first_ratio = 1.0
+        self.first_ratio, self.first_s = 1.0, 0.0
         self.squares, self.moves = 0.0, 0
         self.last_factor = self.highest = self.largest = 0.0
 
@@ -32,9 +32,10 @@ class Scale:
         self.updates.append(update)
         self.ratios.append(update / gradient)
 
-    def by_norms(self, norm, size):
-        """S of which a step is a share of ‖x‖."""
-        return SHARE_OF_NORM * max(norm, LEAST_RMS * size**0.5) / lately(self.updates)
+    def by_norms(self, norm, size, sizes):
+        """S of which a step is a share of ‖x‖, a smaller one of more weights."""
+        share = SHARE_OF_NORM / np.cbrt(sizes)
+        return share * max(norm, LEAST_RMS * size**0.5) / lately(self.updates)
 
     def by_loss(self):
         """S of which a step lowers the loss by a share of it at most; 0 without losses."""
@@ -42,11 +43,11 @@ class Scale:
             return 0.0
         return SHARE_OF_LOSS * np.exp(np.mean(np.log(self.decreases)))
 
-    def by_both(self, norm, size, grown=1.0):
-        """What the loss says, times ``grown``, unless it is far from what the norms say."""
-        by_norms = self.by_norms(norm, size)
-        by_loss = grown * self.by_loss() or by_norms
-        return np.clip(by_loss, by_norms / LARGEST_RATIO, LARGEST_RATIO * by_norms)
+    def by_both(self, by_norms):
+        """Between what the loss and what the norms say, the former within limits."""
+        by_loss = self.by_loss() or by_norms
+        by_loss = np.clip(by_loss, by_norms / LARGEST_RATIO, LARGEST_RATIO * by_norms)
+        return np.sqrt(by_loss * by_norms)
 
 
 def lately(values):
@@ -120,31 +121,32 @@ class RunningOracle(Oracle):
             row.highest = max(row.highest, lr_factor)
             row.note(np.sqrt(uu), np.sqrt(gg))
             if not row.learning and (rises or row.steps <= HELD):
-                self.estimate(row, loss, power, np.sqrt(xx), size)
+                self.estimate(row, loss, power, np.sqrt(xx), size, sums[4].sum())
                 row.largest = max(row.largest, row.s)
             else:
-                self.follow(row, h, lr_factor, rises, np.sqrt(xx), size)
+                self.follow(row, h, lr_factor, rises, np.sqrt(xx), size, sums[4].sum())
                 row.largest = max(row.largest, row.s * lr_factor)
 
     @staticmethod
-    def estimate(row, loss, power, norm, size):
+    def estimate(row, loss, power, norm, size, sizes):
         if row.given:
             return
         if loss is not None and 0 < loss < np.inf and 0 < power < np.inf:
             row.decreases.append(loss / power)
-        row.s = row.by_both(norm, size)
+        row.s = row.first_s = row.by_both(row.by_norms(norm, size, sizes))
         row.first_ratio = lately(row.ratios)
 
     @staticmethod
-    def follow(row, h, lr_factor, rises, norm, size):
+    def follow(row, h, lr_factor, rises, norm, size, sizes):
         if not row.learning:
             row.learning = True
             if not row.given and lr_factor < row.highest:
                 row.s /= row.highest
         before = row.s
         grown = max(1.0, row.first_ratio / lately(row.ratios))
-        ceiling = CEILING_BY_LOSS if row.decreases else CEILING_BY_NORMS
-        bound = ceiling * row.by_both(norm, size, grown) / lr_factor
+        bound = CEILING_BY_NORMS * row.by_norms(norm, size, sizes) / lr_factor
+        if row.decreases:
+            bound = CEILING_BY_LOSS * row.first_s * grown / lr_factor
         if row.squares > 0:
             h = np.clip(h, -OUTLIER * row.squares**0.5, OUTLIER * row.squares**0.5)
         # Of n squares the last has the weight 1/(1 + n/4).
