@@ -161,7 +161,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def observe(self, loss: Tensor | float) -> None:
-        """Take a loss of the next step, from which S starts: S·‖g‖·‖u‖ = loss/13.
+        """Take a loss of the next step, from which S starts: by it S·‖g‖·‖u‖ = loss/13.
 
         For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
         are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
