@@ -448,8 +448,9 @@ def mechanize(
 
     x += S·u, where u is Base's update. S starts between the estimate from the loss,
     S·‖g‖·‖u‖ = loss/13, and that from norms of n weights, S·‖u‖ = 0.46·‖x‖/∛n, or at the latter
-    where no loss is observed; then ln S moves by h = ⟨g, x − x_ref⟩ over its root mean square. In the exact forms x = x_ref + S·Δ, where Δ is the sum of Base's updates, and
-    S = Σ s is learned from h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
+    where no loss is observed; then ln S moves by h = ⟨g, x − x_ref⟩ over its root mean square. In
+    the exact forms x = x_ref + S·Δ, where Δ is the sum of Base's updates, and S = Σ s is learned
+    from h = ⟨g, Δ⟩ + λ·S·(‖g‖/‖x‖)·⟨x, Δ⟩.
 
     Args:
         Base: a subclass of torch.optim.Optimizer; the result is a subclass of it.
