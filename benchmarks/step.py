@@ -31,6 +31,7 @@ FUSED_PLAIN = baselines.torch_adamw("fused", decay=0.0)
 FOREACH = baselines.torch_adamw("foreach")
 SGD_FUSED = baselines.torch_sgd("fused")
 SGD_FOREACH = baselines.torch_sgd("foreach")
+FUSED_MASTERS = baselines.adamw_of_masters()
 THEIRS = baselines.mechanic_pytorch()
 THEIRS_FUSED = baselines.mechanic_pytorch(fused=True)
 
@@ -45,10 +46,14 @@ MORE_PAIRS = [
 ]
 """Only for 35M, whose requirements name them."""
 
+BF16_PAIRS = [(OURS, FUSED_MASTERS), (OURS_PART, FUSED_MASTERS), (OURS_BF16_DELTA, FUSED)]
+
 REQUIRED = [
     Requirement("35M", OURS.name, FUSED.name, 1.25, floor=True),
     Requirement("35M", OURS_PLAIN.name, FUSED_PLAIN.name, 1.25, floor=True),
     Requirement("35M", OURS_SGD.name, SGD_FUSED.name, 1.35, floor=True),
+    Requirement("35M", OURS_PART.name, FUSED.name, 1.12, floor=True),
+    Requirement("35M-bf16", OURS.name, FUSED_MASTERS.name, 1.20, floor=True),
     Requirement("35M", OURS_EXACT.name, FUSED.name, 1.70, floor=True),
     Requirement("35M", THEIRS_FUSED.name, OURS.name, 4.2, at_least=True),
     Requirement("35M", THEIRS.name, OURS.name, 8.0, at_least=True),
@@ -96,7 +101,7 @@ def run(chosen: argparse.Namespace) -> Record:
         if case.name not in chosen.cases:
             continue
         pairs = PAIRS + MORE_PAIRS * (case.name == "35M")
-        pairs += [(OURS_BF16_DELTA, FUSED)] * (case.dtype is torch.bfloat16)
+        pairs += BF16_PAIRS * (case.dtype is torch.bfloat16)
         small = case.shrunk() if chosen.quick else case
         for row in measure.measure_case(small, pairs, device, budget):
             record.rows.append(row)

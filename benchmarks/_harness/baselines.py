@@ -55,6 +55,18 @@ def torch_adamw(form: str, decay: float = DECAY, **options: Any) -> OptimizerSpe
     )
 
 
+def adamw_of_masters() -> OptimizerSpec:
+    """Return torch's fused AdamW over float32 copies of the weights and gradients, made once."""
+
+    def make(weights: list[Any]) -> Any:
+        masters = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = weight.grad.float()
+        return torch.optim.AdamW(masters, lr=1e-6, weight_decay=DECAY, fused=True)
+
+    return OptimizerSpec("torch AdamW fused, float32 masters", make)
+
+
 def torch_sgd(form: str) -> OptimizerSpec:
     """Return torch's SGD with momentum; ``form`` is "fused" or "foreach"."""
     return OptimizerSpec(

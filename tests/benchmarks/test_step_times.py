@@ -62,8 +62,13 @@ def test_rows_and_requirements(step, tmp_path, capsys):
     assert {row["case"] for row in record.rows} == {"35M", "1000x16"}
     assert all(row["median_s"] > 0 for row in record.rows if "absent" not in row)
     required = [requirement.judge(record.rows, judged=False) for requirement in step.REQUIRED]
-    assert [row["measured"] is None for row in required] == [False] * 6 + [True, False]
-    assert [round(row["floor"], 2) for row in required[:4]] == [1.14, 1.14, 1.20, 1.57]
+    unmeasured = [
+        r.case for r, row in zip(step.REQUIRED, required, strict=True) if row["measured"] is None
+    ]
+    assert unmeasured == ["35M-bf16", "1000x1000"]
+    floors = [round(row["floor"], 2) for row in required if row["floor"]]
+    # In a miniature more weights are too small to keep a part of x_ref: 1.02 at full size.
+    assert floors == [1.14, 1.14, 1.20, 1.04, 1.57]
     printed = capsys.readouterr().out
     assert "| MechanicAdamW wd=0.01 " in printed
     assert "figures mean nothing" in printed and "not judged" in printed
