@@ -121,6 +121,7 @@ class Bucket:
         self.in_part = sum(phase != WHOLE for phase in self.phases)
         self._strides = [x.stride() for x in self.weights]
         self._shapes = [x.shape for x in self.weights]
+        self._places = [x.get_device() for x in self.weights]
         self._contiguous = [x.is_contiguous() for x in self.weights]
         self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
@@ -166,19 +167,18 @@ class Bucket:
             self.backend, self.kind, [self.slots[i]], len(self.hyper), len(self.sums), self.shards
         )
 
-    def collect_gradients(self, fresh: bool = True) -> bool:
+    def collect_gradients(self) -> bool:
         """Take the gradients in the weights' dtype and layout; return whether there is any.
 
-        Args:
-            fresh: whether the plan is new. Torch compares shapes and devices when a gradient is
-                assigned, so they can differ only where the weight has changed since.
+        Torch compares shapes and devices when a gradient is assigned, but ``g.data``, ``g.set_``
+        and ``g.resize_`` change them later.
 
         Raises:
             ValueError: for a gradient that cannot be used.
         """
         params = self.parameters
         grads = local_gradients(params) if self.is_sharded else [x.grad for x in params]
-        if not fresh and self._are_usable(grads):
+        if self._are_usable(grads):
             self.grads, self.with_gradient = grads, params
             return True
         for i, (g, stride) in enumerate(zip(grads, self._strides, strict=True)):
@@ -189,7 +189,7 @@ class Bucket:
                     f"gradients must be dense, got a gradient of layout {g.layout} "
                     f"for a weight of shape {tuple(self._shapes[i])}"
                 )
-            if fresh and (g.shape != self._shapes[i] or g.device != self.device):
+            if g.shape != self._shapes[i] or g.device != self.device:
                 raise ValueError(
                     "a gradient must have its weight's shape and device, expected "
                     f"{tuple(self._shapes[i])} on {self.device}, got {tuple(g.shape)} on {g.device}"
@@ -201,14 +201,16 @@ class Bucket:
         return bool(self.with_gradient)
 
     def _are_usable(self, grads: list[Tensor | None]) -> bool:
-        """Return whether all gradients exist in the weights' dtype and layout.
+        """Return whether all gradients exist in the weights' shape, dtype, layout and place.
 
         This is the usual case, and costs half of the loop over a thousand small weights.
         """
         try:
             return (
-                self._have_weight_layout(grads)  # type: ignore[arg-type]
+                [g.shape for g in grads] == self._shapes  # type: ignore[union-attr]
+                and self._have_weight_layout(grads)  # type: ignore[arg-type]
                 and all([g.dtype is self.dtype for g in grads])  # type: ignore[union-attr]
+                and [g.get_device() for g in grads] == self._places  # type: ignore[union-attr]
                 and not any([g.is_neg() for g in grads])  # type: ignore[union-attr]
             )
         except (AttributeError, RuntimeError):  # None has no stride, a sparse gradient refuses it

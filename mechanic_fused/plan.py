@@ -371,7 +371,7 @@ class StepPlan:
         """
         if self.release is not None:
             self.release.check(self, has_grad_scaler=self.found_inf is not None)
-        found = any([bucket.collect_gradients(self._fresh) for bucket in self.buckets])
+        found = any([bucket.collect_gradients() for bucket in self.buckets])
         self.has_gradients = found or bool(self.release and self.release.taken)
 
     def load(self, shared: bool) -> bool:

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from support import cases
-from support.cases import FEW, STEPS, Training, assert_same, values
+from support.cases import EXACT, FEW, RUNNING, STEPS, Training, assert_same, snapshot, values
 
 from mechanic_fused import MechanicAdamW, MechanicSGD
 
@@ -135,6 +135,27 @@ def test_a_gradient_may_be_wider_than_its_weight(train):
         assert one.params[0].grad.dtype is torch.float32
         other.run(1)
     assert_same(one.x, other.x)
+
+
+SHAPE_CHANGES = {
+    "data": lambda g: setattr(g, "data", g.new_ones(2)),
+    "data, as many elements": lambda g: setattr(g, "data", g.new_ones(g.numel(), 1)),
+    "set_": lambda g: g.set_(g.new_ones(2)),
+    "resize_": lambda g: g.resize_(2),
+}
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+@pytest.mark.parametrize("change", SHAPE_CHANGES)
+def test_a_gradient_whose_shape_was_changed_in_place_is_refused(train, variant, change):
+    """Torch compares shapes when a gradient is assigned, and not later."""
+    one = train(variant=variant).run(FEW)
+    before = snapshot(one.opt), values(one.params)
+    cases.give(one.params, cases.gradients(one.params, FEW))
+    SHAPE_CHANGES[change](one.params[-1].grad)
+    with pytest.raises(ValueError, match="a gradient must have its weight's shape and device"):
+        one.opt.step()
+    assert_same((snapshot(one.opt), values(one.params)), before)
 
 
 # Whose they are
