@@ -6,6 +6,8 @@ gradient can be used at all.
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from .backends.layout import (
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
 from .param_checks import is_dense
-from .torch_internals import local, local_tensors, read_version
+from .torch_internals import local, local_tensors, padding_of, read_version
 
 
 def chunk_table(sizes: list[int], chunk: int) -> Tensor:
@@ -76,6 +78,7 @@ class Bucket:
         phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
         in_part: how many phases are not WHOLE.
         sizes: numbers of elements.
+        padding: how many of them are no weights; empty where all are.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
         sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
         tensors: (weights, 12) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
@@ -126,6 +129,8 @@ class Bucket:
         self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
         self._dense = all(is_dense(x) for x in self.weights)
+        paddings = [padding_of(x) for x in self.parameters]
+        self.padding = paddings if any(paddings) else []
         self.own_state = [
             {name: slot.state[name] for name in OWN_STATE if name in slot.state} for slot in slots
         ]
@@ -154,9 +159,11 @@ class Bucket:
         self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
-        mine = next(reversed(self.own_state[0]))
-        entries = [(slot.state, name) for slot in slots for name in (mine, *slot.names[:1])]
-        self._state_entries = [(state, name, state[name]) for state, name in entries]
+        names = [*self.own_state[0], *slots[0].names, *(["step"] if self.steps else [])]
+        self._entries_of = [itemgetter(name) for name in names]
+        self._states = [slot.state for slot in slots]
+        self._entries = self._find_entries()
+        self._entry_addresses = self._addresses_of(self._entries)
 
     def _own(self, name: str) -> list[Tensor]:
         return [local(own[name]) for own in self.own_state if name in own]
@@ -270,14 +277,34 @@ class Bucket:
         return 0 if g is None else g.data_ptr() or 1
 
     def is_stale(self) -> bool:
-        """Return whether a weight's storage, shape or layout, or its state, has been replaced."""
+        """Return whether a weight or an entry of its state has been replaced, or has moved.
+
+        Entries move where torch shares them with another process, and by ``t.data = …``.
+        """
         weights = local_tensors(self.parameters) if self.is_sharded else self.parameters
-        return (
+        if (
             [x.data_ptr() for x in weights] != self._addresses
             or [x.numel() for x in weights] != self.sizes
             or not self._have_weight_layout(weights)
-            or not all([state.get(name) is held for state, name, held in self._state_entries])
+        ):
+            return True
+        try:
+            entries = self._find_entries()
+        except KeyError:
+            return True
+        return (
+            not all(map(is_, entries, self._entries))
+            or self._addresses_of(entries) != self._entry_addresses
         )
+
+    def _find_entries(self) -> list[Tensor]:
+        """Return all entries of the state that steps read, as they are now."""
+        return list(chain.from_iterable(map(get, self._states) for get in self._entries_of))
+
+    def _addresses_of(self, entries: list[Tensor]) -> list[int]:
+        if self.is_sharded:
+            entries = list(map(local, entries))
+        return [t.data_ptr() for t in entries]
 
     def _have_weight_layout(self, tensors: list[Tensor]) -> bool:
         """Return whether tensors are laid out as the weights were when the plan was made.

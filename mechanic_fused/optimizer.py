@@ -223,7 +223,11 @@ class Mechanized(SupportsGradScaler, Optimizer):
             RuntimeError: for a copy whose process groups have not been set again.
         """
         plan = self._plan
-        if plan is None or not plan.is_current(self.param_groups, self.reduce_group):
+        if (
+            plan is None
+            or plan.states is not self.state
+            or not plan.is_current(self.param_groups, self.reduce_group)
+        ):
             plan = self._fitting_plan()
         plan.param_groups = self.param_groups
         plan.max_grad_norm, plan.extra_groups = self.max_grad_norm, self.extra_groups
@@ -250,6 +254,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         if (
             plan is not None
             and plan.tuner is tuner
+            and plan.states is self.state
             and plan.options.loss_group is self.loss_group
             and plan.fits(self.param_groups, fused, self.reduce_group)
         ):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import reference
-from .backends.layout import GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .backends.layout import COUNT, GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
 from .distributed import Groups, Reduction, Rows, mesh_groups, shard_index, shards
 from .fallback import FALLBACK, Fallback
@@ -196,7 +196,7 @@ class StepPlan:
         check_weights([local(p) for p in self._members if p.requires_grad])
         self._structure = _structure(param_groups, fused)
         slots = self._slots()
-        self._state_count = len(states)
+        self._state_dicts = list(states.values())
         self.buckets = [
             Bucket(
                 backends.load(key.backend),
@@ -343,7 +343,8 @@ class StepPlan:
             and all(map(is_, members, self._members))
             and [p.requires_grad for p in members] == self._trained
             and self.options.reduce_group is reduce_group
-            and len(self.states) >= self._state_count
+            and len(self.states) >= len(self._state_dicts)
+            and all(map(is_, self.states.values(), self._state_dicts))
             and not any([bucket.is_stale() for bucket in self.buckets])
         )
 
@@ -569,7 +570,14 @@ class StepPlan:
 
     def _counted(self, bucket: Bucket) -> Tensor:
         """Return the sums from which S learns: 0 for weights that S does not move."""
-        return torch.zeros_like(bucket.sums) if bucket in self._still else bucket.sums
+        if bucket in self._still:
+            return torch.zeros_like(bucket.sums)
+        if not bucket.padding:
+            return bucket.sums
+        sums = bucket.sums.clone()
+        for g, row, padding in zip(bucket.grads, bucket.rows, bucket.padding, strict=True):
+            sums[row, COUNT] -= 0 if g is None else padding
+        return sums
 
     def rows_to_reduce(self) -> Rows:
         """Return the sums of the last step with a row for what ranks may disagree about.

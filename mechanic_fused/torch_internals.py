@@ -90,6 +90,14 @@ def is_fsdp1_flat(weight: Tensor) -> bool:
     return bool(getattr(weight, "_fsdp_flattened", False))
 
 
+def padding_of(weight: Tensor) -> int:
+    """Return the number of elements at the end of FSDP1's flat weight that are no weights.
+
+    ``_shard_numel_padded`` (torch 2.0) is the only place that knows it, 0 for all other weights.
+    """
+    return int(getattr(weight, "_shard_numel_padded", 0))
+
+
 def unhooked_step(base: type[Optimizer]) -> Callable[[Optimizer], Any]:
     """Return the base's ``step`` without the wrapper that runs step hooks.
 

@@ -1,9 +1,23 @@
 """Weights and state that others write: before the run starts, and in mid-run."""
 
+import collections
+
 import pytest
 import torch
 from support import cases
-from support.cases import FEW, STEPS, Training, assert_same, double, move, ulp, values
+from support.cases import (
+    EXACT,
+    FEW,
+    RUNNING,
+    STEPS,
+    Training,
+    assert_same,
+    double,
+    move,
+    snapshot,
+    ulp,
+    values,
+)
 
 from mechanic_fused.backends import reference
 
@@ -173,3 +187,31 @@ def test_state_that_was_replaced_or_cleared_is_what_the_next_step_uses(backend):
     one.run(1)
     assert one.opt.state[p]["step"] == 1
     assert set(one.opt.state[p]) >= {"delta", "x_ref", "exp_avg"}
+    one.opt.state[p] = dict(one.opt.state[p], exp_avg=torch.full((3,), 50.0))
+    one.run(1)
+    assert (one.opt.state[p]["exp_avg"] > 40).all()
+    one.opt.state = collections.defaultdict(dict)
+    one.run(1)
+    assert one.opt.state[p]["step"] == 1
+    assert one.opt.state_dict()["state"][0]["step"] == 1
+
+
+def to_new_memory(t):
+    t.data = t.clone()
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+@pytest.mark.parametrize("moved", [to_new_memory, torch.Tensor.share_memory_])
+def test_state_that_has_moved_is_followed(train, variant, moved):
+    """As in offloading, and where torch shares a tensor with another process."""
+    one, other = (train(variant=variant).run(FEW) for _ in range(2))
+    entries = [t for state in one.opt.state.values() for t in state.values() if torch.is_tensor(t)]
+    left = [t.detach() for t in entries]
+    for t in entries:
+        moved(t)
+    kept = values(left)
+    one.run(FEW), other.run(FEW)
+    assert_same(snapshot(one.opt), snapshot(other.opt))
+    assert_same(one.x, other.x)
+    if moved is to_new_memory:
+        assert_same(values(left), kept)

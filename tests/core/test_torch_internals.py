@@ -79,6 +79,18 @@ def test_fsdp_flattened(mesh):
     assert not any(map(torch_internals.is_fsdp1_flat, make_weights()))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_shard_numel_padded(mesh):
+    """Of a flat weight whose elements do not fill the shards of all ranks; here there is one."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    cpu = torch.device("cpu")
+    net = FullyShardedDataParallel(nn.Linear(2, 2), device_id=cpu, use_orig_params=False)
+    (flat,) = net.parameters()
+    assert flat._shard_numel_padded == torch_internals.padding_of(flat) == 0
+    assert not any(map(torch_internals.padding_of, make_weights()))
+
+
 def test_version():
     """Every write through torch advances it, and reading does not."""
     x = torch.zeros(3)
