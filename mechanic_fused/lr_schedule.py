@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .options import RUNNING, VARIANTS, number
+from .param_checks import is_trained
 
 PEAK = "peak_lr"
 """The entry of a param group that holds the largest lr it has had or a scheduler announces."""
@@ -63,7 +64,7 @@ def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:
     factors = [
         _without_device_read(group.get("lr", 1.0)) / group[PEAK]
         for group in param_groups
-        if group.get(PEAK) and any(p.requires_grad for p in group["params"])
+        if group.get(PEAK) and any(is_trained(p) for p in group["params"])
     ]
     if not factors:
         return 1.0

@@ -18,6 +18,11 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def is_trained(weight: Tensor) -> bool:
+    """Return whether steps move a weight: as in torch, also one that is only given gradients."""
+    return weight.requires_grad or weight.grad is not None
+
+
 def check_weights(weights: list[Tensor]) -> None:
     """Raise ValueError for weights that are complex, sparse, without storage, or overlapping."""
     spans = []

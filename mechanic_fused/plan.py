@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +23,7 @@ from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK
 from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
-from .param_checks import check_weights, is_dense
+from .param_checks import check_weights, is_dense, is_trained
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .torch_internals import local
@@ -39,6 +40,9 @@ LOSS = slice(1, 3)
 
 SHARD_BITS = 16
 """Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
+
+PATIENCE = 3
+"""Steps without any gradient until that is said."""
 
 IMMUTABLE_TYPES = (float, int, bool, str, type(None))
 """Option types whose objects cannot change in place, so that identity implies equal values."""
@@ -82,18 +86,31 @@ class Run:
         squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
         pending: the reduction that the last step of the running form has left under way, or None.
         kept_blocks: tells the phase of each weight.
+        idle_steps: how many steps on end have found no gradient.
     """
 
     phase: Phase | None = None
     squared_norm: Tensor | None = None
     pending: Pending | None = None
     kept_blocks: KeptBlocks = field(default_factory=KeptBlocks)
+    idle_steps: int = 0
 
     def settle(self) -> None:
         """Finish the step whose sums are still being reduced, if there is one."""
         if self.pending is not None:
             self.pending.settle()
             self.pending = None
+
+    def note_idle_step(self, weights: int) -> None:
+        """Count a step without any gradient; warn at the third on end."""
+        self.idle_steps += 1
+        if self.idle_steps == PATIENCE and weights:
+            warnings.warn(
+                f"step() has found no gradient {PATIENCE} times on end: expected p.grad of some of "
+                f"the {weights} weights in param_groups, got None for each of them (does the model "
+                "still hold the weights that the optimizer was given?)",
+                stacklevel=2,
+            )
 
     def has_started(self, tuner: ScaleRows) -> bool:
         """Return whether an informative step has been taken; reads the device once in a run."""
@@ -192,8 +209,9 @@ class StepPlan:
         self.param_groups, self.states, self.options = param_groups, states, options
         self.tuner, self.run, self.fused, self.fallback = tuner, run, fused, fallback
         self._members = [p for group in param_groups for p in group["params"]]
-        self._trained = [p.requires_grad for p in self._members]
-        check_weights([local(p) for p in self._members if p.requires_grad])
+        self._require_grad = [p.requires_grad for p in self._members]
+        self._frozen = [p for p in self._members if not is_trained(p)]
+        check_weights([local(p) for p in self._members if is_trained(p)])
         self._structure = _structure(param_groups, fused)
         slots = self._slots()
         self._state_dicts = list(states.values())
@@ -242,14 +260,14 @@ class StepPlan:
         # All keys before any state: an unusable weight must leave the state as it is.
         still = standing_still(self.param_groups)
         keys = [
-            self._bucket_key(p, kind, stands) if p.requires_grad else None
+            self._bucket_key(p, kind, stands) if is_trained(p) else None
             for group, kind, stands in zip(self.param_groups, kinds, still, strict=True)
             for p in group["params"]
         ]
         every = []
         for group in self.param_groups:
             share = checked_x_ref_every(group.get(X_REF_EVERY, 1), group["variant"])
-            every += [(p, share if p.requires_grad else 1) for p in group["params"]]
+            every += [(p, share if is_trained(p) else 1) for p in group["params"]]
         self.run.kept_blocks.reduce_group = self.options.reduce_group
         phases = self.run.kept_blocks.phases(every)
         slots: dict[BucketKey, list[ParamSlot]] = {}
@@ -341,7 +359,8 @@ class StepPlan:
         return (
             len(members) == len(self._members)
             and all(map(is_, members, self._members))
-            and [p.requires_grad for p in members] == self._trained
+            and [p.requires_grad for p in members] == self._require_grad
+            and all([p.grad is None for p in self._frozen])
             and self.options.reduce_group is reduce_group
             and len(self.states) >= len(self._state_dicts)
             and all(map(is_, self.states.values(), self._state_dicts))
@@ -386,7 +405,9 @@ class StepPlan:
                 takes part without a gradient too.
         """
         if not (self.has_gradients or shared):
+            self.run.note_idle_step(len(self._members))
             return False
+        self.run.idle_steps = 0
         found_inf = self.found_inf
         if shared and found_inf is not None:
             found_inf = self._reduce_found_inf(found_inf)

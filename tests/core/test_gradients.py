@@ -158,6 +158,48 @@ def test_a_gradient_whose_shape_was_changed_in_place_is_refused(train, variant, 
     assert_same((snapshot(one.opt), values(one.params)), before)
 
 
+# Weights that only their owner gives gradients
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+def test_a_weight_without_requires_grad_is_trained_where_it_is_given_gradients(train, variant):
+    """As by torch's optimizers: master weights, offloading, evolution strategies."""
+    one, other = (train(variant=variant) for _ in range(2))
+    for p in other.params:
+        p.requires_grad_(False)
+    for _ in range(STEPS):
+        one.run(1), other.run(1)
+        other.opt.zero_grad()
+    assert_same(one.x, other.x)
+
+
+def test_a_weight_that_is_given_gradients_later_is_trained_from_then_on(train):
+    one = train()
+    given, frozen = one.params[0].requires_grad_(False), one.params[1].requires_grad_(False)
+    start = values(one.params)
+    grads = cases.gradients(one.params, 0)
+    one.step([None, None, *grads[2:]])
+    assert given not in one.opt.state or "x_ref" not in one.opt.state[given]
+    for t in range(1, STEPS):
+        grads = cases.gradients(one.params, t)
+        one.step([grads[0], None, *grads[2:]])
+    assert not torch.equal(given, start[0])
+    assert torch.equal(frozen, start[1]) and not one.opt.state.get(frozen)
+
+
+def test_the_third_step_without_any_gradient_says_so_once(train):
+    one = train().run(1)
+    one.opt.zero_grad()
+    for _ in range(2):
+        one.opt.step()
+    with pytest.warns(UserWarning, match="no gradient 3 times on end: expected p.grad"):
+        one.opt.step()
+    one.opt.step()
+    one.run(1)
+    one.opt.zero_grad()
+    one.opt.step()
+
+
 # Whose they are
 
 
