@@ -63,11 +63,13 @@ MECHANIC_INLINE float widen(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
 #else
-  // Shifted to a float's fields, exponent and mantissa are too small by 2^112; multiplying by that
-  // is right for subnormal halves, too. An exponent of all ones (inf, NaN) must stay all ones.
-  const uint32_t shifted = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(shifted) * 0x1p112f);
-  const uint32_t magnitude = shifted >= 0x0f800000u ? (shifted | 0x7f800000u) : scaled;
+  // A normal half is shifted to a float's fields and its exponent rebased; one of all ones (inf,
+  // NaN) stays so. A subnormal half counts units of 2^-24. No float here is subnormal itself: where
+  // the processor is told to take such numbers for 0 (torch.set_flush_denormal) nothing is lost.
+  const uint32_t half = x.bits & 0x7fff;
+  const uint32_t normal = (half << 13) + (half >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(half)) * 0x1p-24f);
+  const uint32_t magnitude = half < 0x0400u ? subnormal : normal;
   return bit_cast<float>(magnitude | uint32_t(x.bits & 0x8000) << 16);
 #endif
 }

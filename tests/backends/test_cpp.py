@@ -53,6 +53,20 @@ def test_threads_change_no_bit_of_a_step(kernels, base, dtype):
     assert_same(*found)
 
 
+def test_subnormal_float16_numbers_are_no_zeros_where_subnormal_floats_are(kernels, monkeypatch):
+    """Of every finite float16 number, as a weight and as a gradient."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite()]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        Lockstep(kernels, monkeypatch).run(
+            "sgd", lambda: [finite.clone()], 2, lambda p, t, i: finite.roll(t), lr=0.1
+        )
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_threads_change_no_bit_of_a_norm(kernels):
     opt, [p] = optimizer(kernels, "sgd", drawn(torch.float32, (1 << 17,)), lr=0.1)
     give_gradients([p], 0)
