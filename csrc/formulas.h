@@ -275,8 +275,8 @@ struct WholeModel {
   double power, size, loss;
 };
 
-// S with S |u| = norm_share |x| / cbrt(n): of n elements, the more there are the less each may
-// move. |u| is a geometric mean over the last steps, as is |u| / |g|.
+// S with S |u| = norm_share |x| / cbrt(n): the more elements (n), the less each may move. |u| is a
+// geometric mean over the last steps, as is |u| / |g|.
 MECHANIC_INLINE double norm_estimate(const Sums& sums, const WholeModel& model, LogRow& row,
                                      const LogConstants& c) {
   const double norm = fmax(std::sqrt(sums.xx), c.least_rms * std::sqrt(sums.count));
@@ -301,8 +301,8 @@ MECHANIC_INLINE double joint_estimate(double by_loss, double norm, const LogCons
 }
 
 // The start of the running form, between two estimates: a step lowers the loss by no more than a
-// share of it, by Cauchy and Schwarz, and it is a share of the weights' norm; without a loss the
-// latter alone. A scale that was set before any estimate is the user's, and stays.
+// share of it, by Cauchy and Schwarz, and a step is a share of the weights' norm; without a loss
+// the latter alone. A scale that was set before any estimate is the user's, and stays.
 MECHANIC_INLINE void estimate_scale(const Sums& sums, const WholeModel& model, LogRow& row,
                                     const LogConstants& c) {
   row.factor = fmax(row.factor, c.factor);

@@ -6,6 +6,7 @@ gradient can be used at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
@@ -296,6 +297,13 @@ class Bucket:
             not all(map(is_, entries, self._entries))
             or self._addresses_of(entries) != self._entry_addresses
         )
+
+    def note_states(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Take the dicts that hold this bucket's entries now."""
+        for i, p in enumerate(self.parameters):
+            held = states.get(p)
+            if held is not None and OWN_STATE[0] in held:
+                self._states[i] = held
 
     def _find_entries(self) -> list[Tensor]:
         """Return all entries of the state that steps read, as they are now."""

@@ -118,8 +118,7 @@ class Fallback:
         had_state = {p for p in grads if OWN_STATE[0] in optimizer.state.get(p, ())}
         try:
             for p in grads:
-                # A frozen weight may still have a gradient, and torch's optimizers would move it.
-                p.grad = None
+                p.grad = None  # those in buckets get a copy below
             for bucket, of_bucket in zip(buckets, copies, strict=True):
                 factors = reference.gradient_multipliers(bucket)
                 for i, p in enumerate(bucket.parameters):

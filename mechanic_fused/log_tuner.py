@@ -20,8 +20,8 @@ class LogTuner(ScaleRows):
     """The log tuner; ``formulas.log_tune_row`` says what it computes.
 
     Attributes:
-        state: (scales, 13) float64: ``layout.LOG_TUNER``.
-        constants: (15,) float64: ``layout.LOG_CONSTANTS``.
+        state: (scales, 16) float64: ``layout.LOG_TUNER``.
+        constants: (16,) float64: ``layout.LOG_CONSTANTS``.
         losses: (2,) float64: ``layout.LOSSES``.
     """
 
@@ -80,6 +80,17 @@ class LogTuner(ScaleRows):
         state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64)
         state[:, SCALE] = self._start
         return state
+
+
+def check_columns(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError if saved groups hold a log tuner's state of another version."""
+    for group in groups:
+        if KEY in group and group[KEY].shape[1] != len(LOG_TUNER):
+            raise ValueError(
+                "the checkpoint's tuner state must have the columns of this version: expected "
+                f"{len(LOG_TUNER)}, got {group[KEY].shape[1]}; load it with the version that wrote "
+                "it, and give s_init= the learned scale here"
+            )
 
 
 def in_running_form(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

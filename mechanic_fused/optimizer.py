@@ -17,7 +17,7 @@ from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
 from .kept_blocks import keep
-from .log_tuner import LogTuner, in_running_form
+from .log_tuner import LogTuner, check_columns, in_running_form
 from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
@@ -161,7 +161,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def observe(self, loss: Tensor | float) -> None:
-        """Take a loss of the next step, from which S starts: by it S·‖g‖·‖u‖ = loss/13.
+        """Take a loss of the next step, from which S is estimated: S·‖g‖·‖u‖ = loss/13.
 
         For training loops that cannot pass it to :meth:`step`. Losses observed between two steps
         are averaged, as in gradient accumulation; so are those of the ranks. A loss that is not
@@ -512,8 +512,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
         lr that is a tensor on the device needs no call.
         """
         if self._run.has_started(self._current_tuner()):
-            track_peak_lr(self.param_groups, started=True)
+            growth = track_peak_lr(self.param_groups, started=True)
             plan = self.plan_step()
+            if growth > 1:
+                plan.rescale(1 / growth)
             plan.write_tables(None, None)
             plan.tuner.set_annealing_factor(annealing_factor(self.param_groups))
 
@@ -623,6 +625,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
             )
         state_dict = {**state_dict, "param_groups": groups}
         check_saved(groups, self.param_groups, self._scale_per)
+        if self._is_running:
+            check_columns(groups)
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:

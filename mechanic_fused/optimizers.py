@@ -34,7 +34,7 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
             None: 0.01.
         tuner_betas: the betas of an exact form's tuner (not the base's), each in (0, 1); None:
             those of the paper's code.
-        s_init: the initial scale, above 0; "auto": from the loss or from norms; None: the variant's
+        s_init: the initial scale, above 0; "auto": from the loss and norms; None: the variant's
             own.
         tuner_eps: ε of an exact form's tuner, above 0; None: 1e-8.
         variant: "running", or an exact form x = x_ref + S·Δ: "annealed", or one of the published

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .torch_internals import dtensor, is_fsdp1_flat
+
 
 def is_dense(x: Tensor) -> bool:
     """Return whether x fills its range of memory exactly once, in any order of its axes."""
@@ -20,7 +22,15 @@ def is_dense(x: Tensor) -> bool:
 
 def is_trained(weight: Tensor) -> bool:
     """Return whether steps move a weight: as in torch, also one that is only given gradients."""
-    return weight.requires_grad or weight.grad is not None
+    return weight.requires_grad or (may_be_given(weight) and weight.grad is not None)
+
+
+def may_be_given(weight: Tensor) -> bool:
+    """Return whether a weight that requires no gradient is trained once it has one.
+
+    Not a sharded one: plans must be made on all ranks alike, and gradients may be on some of them.
+    """
+    return not isinstance(weight, dtensor()) and not is_fsdp1_flat(weight)
 
 
 def check_weights(weights: list[Tensor]) -> None:

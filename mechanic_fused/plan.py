@@ -23,7 +23,7 @@ from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK
 from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
-from .param_checks import check_weights, is_dense, is_trained
+from .param_checks import check_weights, is_dense, is_trained, may_be_given
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .torch_internals import local
@@ -42,7 +42,7 @@ SHARD_BITS = 16
 """Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
 
 PATIENCE = 3
-"""Steps without any gradient until that is said."""
+"""Steps without any gradient before a warning."""
 
 IMMUTABLE_TYPES = (float, int, bool, str, type(None))
 """Option types whose objects cannot change in place, so that identity implies equal values."""
@@ -86,7 +86,7 @@ class Run:
         squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
         pending: the reduction that the last step of the running form has left under way, or None.
         kept_blocks: tells the phase of each weight.
-        idle_steps: how many steps on end have found no gradient.
+        idle_steps: how many steps in a row have found no gradient.
     """
 
     phase: Phase | None = None
@@ -102,13 +102,13 @@ class Run:
             self.pending = None
 
     def note_idle_step(self, weights: int) -> None:
-        """Count a step without any gradient; warn at the third on end."""
+        """Count a step without any gradient; warn at the third in a row."""
         self.idle_steps += 1
         if self.idle_steps == PATIENCE and weights:
             warnings.warn(
-                f"step() has found no gradient {PATIENCE} times on end: expected p.grad of some of "
-                f"the {weights} weights in param_groups, got None for each of them (does the model "
-                "still hold the weights that the optimizer was given?)",
+                f"step() has found no gradient {PATIENCE} times in a row: expected p.grad of "
+                f"some of the {weights} weights in param_groups, got None for each of them (does "
+                "the model still hold the weights that the optimizer was given?)",
                 stacklevel=2,
             )
 
@@ -210,11 +210,11 @@ class StepPlan:
         self.tuner, self.run, self.fused, self.fallback = tuner, run, fused, fallback
         self._members = [p for group in param_groups for p in group["params"]]
         self._require_grad = [p.requires_grad for p in self._members]
-        self._frozen = [p for p in self._members if not is_trained(p)]
+        self._frozen = [p for p in self._members if not is_trained(p) and may_be_given(p)]
         check_weights([local(p) for p in self._members if is_trained(p)])
         self._structure = _structure(param_groups, fused)
         slots = self._slots()
-        self._state_dicts = list(states.values())
+        self._state_dicts = self._states_of_weights()
         self.buckets = [
             Bucket(
                 backends.load(key.backend),
@@ -362,10 +362,25 @@ class StepPlan:
             and [p.requires_grad for p in members] == self._require_grad
             and all([p.grad is None for p in self._frozen])
             and self.options.reduce_group is reduce_group
-            and len(self.states) >= len(self._state_dicts)
-            and all(map(is_, self.states.values(), self._state_dicts))
+            and self._has_same_states()
             and not any([bucket.is_stale() for bucket in self.buckets])
         )
+
+    def _states_of_weights(self) -> list[dict[str, Any]]:
+        """Return the state of each weight; the fallback's base may have entries of its own."""
+        if self.fused is not None:
+            return list(self.states.values())
+        return [state for key, state in self.states.items() if torch.is_tensor(key)]
+
+    def _has_same_states(self) -> bool:
+        now, noted = self._states_of_weights(), self._state_dicts
+        return len(now) >= len(noted) and all(map(is_, now, noted))
+
+    def note_states(self) -> None:
+        """Note which dicts hold the weights' state: the fallback's base makes and replaces some."""
+        self._state_dicts = self._states_of_weights()
+        for bucket in self.buckets:
+            bucket.note_states(self.states)
 
     def note_settings(self) -> None:
         """Note the options of the param groups, by which :meth:`is_current` compares."""
@@ -554,6 +569,7 @@ class StepPlan:
         """
         if self.fallback is not None:
             self.fallback.accumulate(self.buckets)
+            self.note_states()
         else:
             for bucket in self.buckets:
                 bucket.backend.accumulate(bucket)
@@ -573,6 +589,7 @@ class StepPlan:
         """Take the sums of the running form; move the base's state and the weights: x += S·u."""
         if self.fallback is not None:
             self.fallback.step(self.buckets, self._log_tuner)
+            self.note_states()
             return
         for bucket in self.buckets:
             self.step_bucket(bucket)

@@ -496,7 +496,7 @@ def mean_loss(losses):
 
 @triton.jit
 def norm_estimate(sums, model, row, c):
-    """S with S·‖u‖ = norm_share·‖x‖/∛n: of n elements, the more there are the less each may move.
+    """S with S·‖u‖ = norm_share·‖x‖/∛n: the more elements (n), the less each may move.
 
     ‖u‖ is a geometric mean over the last steps, as is ‖u‖/‖g‖.
 
@@ -533,8 +533,8 @@ def joint_estimate(by_loss, norm, c):
 def estimate_scale(norm, model, row, c):
     """S where a run starts, between two estimates.
 
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and it is a share
-    of the weights' norm. Without a loss the latter alone. ``norm`` is the estimate by norms.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and a step is a
+    share of the weights' norm. Without a loss the latter alone. ``norm`` is the estimate by norms.
 
     Returns:
         The new (scale, anchors, ln_anchor).

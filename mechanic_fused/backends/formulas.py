@@ -318,7 +318,7 @@ def mean_loss(losses: Sequence[float]) -> float:
 
 
 def norm_estimate(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConstants) -> float:
-    """S with S·‖u‖ = norm_share·‖x‖/∛n: of n elements, the more there are the less each may move.
+    """S with S·‖u‖ = norm_share·‖x‖/∛n: the more elements (n), the less each may move.
 
     ‖u‖ is a geometric mean over the last steps, as is ‖u‖/‖g‖.
     """
@@ -350,9 +350,9 @@ def joint_estimate(by_loss: float, norm: float, c: LogConstants) -> float:
 def estimate_scale(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConstants) -> None:
     """Set S where a run starts, between two estimates.
 
-    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and it is a share
-    of the weights' norm. Without a loss (not above 0, not finite) the latter alone. A scale that is
-    there before any estimate is the user's and stays.
+    A step lowers the loss by no more than a share of it, by Cauchy and Schwarz; and a step is a
+    share of the weights' norm. Without a loss (not above 0, not finite) the latter alone. A scale
+    that is there before any estimate is the user's and stays.
     """
     row.factor = max(row.factor, c.factor)
     if row.weight == 0 and row.scale > 0:

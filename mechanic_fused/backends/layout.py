@@ -53,7 +53,7 @@ LOG_TUNER = (
 """Columns of a row of the log tuner's state, float64: S; the mean square of h and the number of
 moves of ln S; the counters; the steps with a gradient and an update; 1 once S learns from h; the
 sum of the weights of moving averages of ln √(u·u) and of ln(√(u·u)/√(g·g)), those averages, and the
-latter and S when S began to learn; the number and the mean of the ln(loss/(√(g·g)·√(u·u))) before S
+latter and S at the last estimate; the number and the mean of the ln(loss/(√(g·g)·√(u·u))) before S
 learned; lr/(peak lr) of the last step, before S learns the largest; and the largest
 S·lr/(peak lr)."""
 

@@ -19,6 +19,7 @@ from support.cases import (
     values,
 )
 
+from mechanic_fused import mechanize
 from mechanic_fused.backends import reference
 
 # Of x_ref, of x and, in float64, of the two sums that are expected here.
@@ -176,7 +177,7 @@ def test_a_broken_weight_can_be_repaired_by_hand(broken):
 # State written in mid-run
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "auto", "fallback"])
 def test_state_that_was_replaced_or_cleared_is_what_the_next_step_uses(backend):
     one = Training(backend, shapes=[(3,)]).run(1)
     (p,) = one.params
@@ -215,3 +216,40 @@ def test_state_that_has_moved_is_followed(train, variant, moved):
     assert_same(one.x, other.x)
     if moved is to_new_memory:
         assert_same(values(left), kept)
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+def test_own_state_that_was_replaced_is_what_the_next_step_uses(implementation, variant):
+    one = Training(implementation, shapes=[(3,)], variant=variant).run(1)
+    (p,) = one.params
+    for replaced in (lambda state: state, dict):
+        moved = one.opt.state[p]["x_ref"] + 1
+        one.opt.state[p] = replaced(one.opt.state[p])
+        one.opt.state[p]["x_ref"] = moved
+        one.run(1)
+        assert one.opt.state[p]["x_ref"] is moved
+
+
+class Restless(torch.optim.SGD):
+    """Counts in an entry that is no weight's, and makes the state of each weight anew."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = dict(self.state[p])
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+def test_what_the_base_does_to_its_state_makes_no_new_plan(variant):
+    params = cases.make_weights()
+    opt = mechanize(Restless, variant=variant)(params, lr=1.0)
+    for t in range(STEPS):
+        cases.give(params, cases.gradients(params, t))
+        opt.step()
+        if t == FEW:
+            opt.load_state_dict(opt.state_dict())
+        if t == FEW + 1:
+            plan = opt._plan
+    assert opt._plan is plan

@@ -192,7 +192,7 @@ def test_the_third_step_without_any_gradient_says_so_once(train):
     one.opt.zero_grad()
     for _ in range(2):
         one.opt.step()
-    with pytest.warns(UserWarning, match="no gradient 3 times on end: expected p.grad"):
+    with pytest.warns(UserWarning, match="no gradient 3 times in a row: expected p.grad"):
         one.opt.step()
     one.opt.step()
     one.run(1)

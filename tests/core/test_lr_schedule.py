@@ -5,7 +5,16 @@ import functools
 import pytest
 import torch
 from support import cases
-from support.cases import FEW, STEPS, SUM_RTOL, Training, assert_same, make_weights
+from support.cases import (
+    EXACT,
+    FEW,
+    RUNNING,
+    STEPS,
+    SUM_RTOL,
+    Training,
+    assert_same,
+    make_weights,
+)
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, step_together
 from mechanic_fused.lr_schedule import PEAK
@@ -203,3 +212,16 @@ def test_a_number_takes_the_place_of_a_factor_on_the_device():
     for factor in (1.0, torch.tensor(0.25), 1.0, torch.tensor(0.5)):
         tuner.set_annealing_factor(factor)
         assert float(tuner.constants[Tuner.FACTOR]) == float(factor)
+
+
+@pytest.mark.parametrize("variant", [EXACT, RUNNING])
+def test_a_refreshed_peak_counts_as_one_that_the_step_has_found(variant):
+    """For CUDA graphs, whose replays run no Python."""
+    one, other = (Training(variant=variant, s_init=None).run(STEPS) for _ in range(2))
+    for each in (one, other):
+        each.group["lr"] = 4.0
+    other.opt.refresh_hyperparameters()
+    for each in (one, other):
+        each.run(FEW)
+    assert_same(one.opt.scale, other.opt.scale)
+    assert_same(one.x, other.x)
