@@ -19,10 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mechanic_fused import MechanicSGD
 
-LONG = 16
-"""S is an estimate for 10 steps and then learns. A few steps later some gradients of this net are
-sums that cancel to a rounding error, of which Adam makes whole steps."""
-
+LONG = 20
 CALIBRATION_BYTES, FLAG_BYTES = 3 * 8, 8
 
 
@@ -47,7 +44,10 @@ RUNNING_FORM = {"variant": RUNNING, "s_init": None, "steps": LONG}
 
 @on(*SHARDED)
 def test_the_running_form_equals_a_single_process(ranks, layout):
-    options = {**RUNNING_FORM, "own_batches": 0 if "tp" in layout else LAYOUTS[layout].ranks}
+    # A hidden unit that comes alive late has gradients of 5e-8 at first, rounding errors of the
+    # sums over ranks, of which Adam's own ε of 1e-8 would make a whole step. Others are of 2e-3.
+    own_batches = 0 if "tp" in layout else LAYOUTS[layout].ranks
+    options = {**RUNNING_FORM, "eps": 1e-6, "own_batches": own_batches}
     if layout != "fsdp1 flat":
         _, expected = assert_equals_single_process(ranks, layout, observed=True, **options)
         assert expected["source"] == "loss"
