@@ -85,11 +85,11 @@ class LogTuner(ScaleRows):
 def check_columns(groups: list[dict[str, Any]]) -> None:
     """Raise ValueError if saved groups hold a log tuner's state of another version."""
     for group in groups:
-        if KEY in group and group[KEY].shape[1] != len(LOG_TUNER):
+        if KEY in group and group[KEY].shape[1:] != (len(LOG_TUNER),):
             raise ValueError(
-                "the checkpoint's tuner state must have the columns of this version: expected "
-                f"{len(LOG_TUNER)}, got {group[KEY].shape[1]}; load it with the version that wrote "
-                "it, and give s_init= the learned scale here"
+                "the checkpoint's tuner state must have the columns of this version: expected the "
+                f"shape (scales, {len(LOG_TUNER)}), got {tuple(group[KEY].shape)}; load it with "
+                "the version that wrote it, and give s_init= the learned scale here"
             )
 
 

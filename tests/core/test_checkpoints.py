@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support import cases, checkpoint_runs
-from support.cases import FEW, SCALE_PER, STEPS, WIDE, Training, assert_same, make_weights, values
+from support.cases import (
+    FEW,
+    RUNNING,
+    SCALE_PER,
+    STEPS,
+    WIDE,
+    Training,
+    assert_same,
+    make_weights,
+    values,
+)
 from support.checkpoint_runs import RUNS
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -175,6 +185,16 @@ def test_a_checkpoint_of_other_scales_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"scale_per='parameter': expected 3 scales .* got 1"):
         other.opt.load_state_dict(one.opt.state_dict())
     assert_same(other.snapshot(), before)
+
+
+def test_a_log_tuner_of_other_columns_is_refused_and_nothing_changes(train):
+    one = train(variant=RUNNING, s_init=None).run(FEW)
+    before, saved = one.snapshot(), one.opt.state_dict()
+    for group in saved["param_groups"]:
+        group["mechanic_state"] = group["mechanic_state"][:, :-1]
+    with pytest.raises(ValueError, match=r"expected the shape \(scales, 16\), got \(1, 15\)"):
+        one.opt.load_state_dict(saved)
+    assert_same(one.snapshot(), before)
 
 
 def test_a_description_in_place_of_the_state_is_refused():
