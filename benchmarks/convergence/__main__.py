@@ -117,7 +117,7 @@ def report(store: Store, tasks: list[str], chosen: protocol.Protocol) -> None:
             print(f"\n{title}\n\n{tables.markdown(table)}")
     if len(compared):
         print(f"\n{int(compared.met.sum())} of {len(compared)} comparisons met")
-    # Of all tasks, whichever were named: the picture is that of the file.
+    # Draw every task in the file, not only those named: the picture belongs to the file.
     drawn = [task for task in TASKS if tables.select(rows, task, 1, "Mechanic AdamW").size]
     picture.draw(rows, drawn or tasks, chosen, store.path.with_suffix(".png"))
     print(f"{store.path.with_suffix('')}.csv, .png")
