@@ -231,7 +231,7 @@ def test_own_state_that_was_replaced_is_what_the_next_step_uses(implementation, 
 
 
 class Restless(torch.optim.SGD):
-    """Counts in an entry that is no weight's, and makes the state of each weight anew."""
+    """Keep a counter under a key that is not a weight, and replace every weight's state dict."""
 
     def step(self, closure=None):
         super().step(closure)

@@ -30,7 +30,7 @@ def forkserver():
 
 
 def hide_gpus():
-    """Let torch see no GPU: beside one each mesh of gloo has a process group of its own."""
+    """Hide all GPUs: where torch sees one, each gloo mesh gets its own process group."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
