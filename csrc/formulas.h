@@ -40,7 +40,7 @@ struct Coefficients {
   T rate;         // lr, for Adam over its first bias correction
   T decay;        // lr * decoupled weight decay
   T correction2;  // Adam's 1 / sqrt(1 - beta2^t)
-  bool nesterov;
+  T nesterov;     // 1 or 0; as a bool it would keep the loops over elements from vectorizing
 };
 
 template <class T>
@@ -56,7 +56,7 @@ MECHANIC_INLINE Coefficients<T> plain_coefficients(const Hyper& h) {
   c.rate = T(h.lr);
   c.decay = T(h.lr * h.decay);
   c.correction2 = T(1);
-  c.nesterov = h.nesterov != 0;
+  c.nesterov = T(h.nesterov != 0);
   return c;
 }
 
@@ -90,7 +90,7 @@ struct Momentum {
   static MECHANIC_INLINE T update(T g, T x, T& buffer, T&, const Coefficients<T>& c) {
     const T d = g + c.l2 * x;
     buffer = c.beta1 * buffer + c.rest1 * d;
-    return -(c.rate * (c.nesterov ? d + c.beta1 * buffer : buffer));
+    return -(c.rate * (c.nesterov != T(0) ? d + c.beta1 * buffer : buffer));
   }
 };
 

@@ -116,6 +116,12 @@ MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restric
   }
 }
 
+template <class T>
+MECHANIC_INLINE void add_lanes(const T* ab, const T* aa, Lanes& lanes) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
+}
+
 // The same for a whole block. First eight float products a lane are summed in float, since
 // converting each would take longer than the memory accesses; a block in which that could overflow
 // or underflow (gradients of 1e20 or 1e-25, or all 0) is summed in double.
@@ -131,8 +137,7 @@ MECHANIC_INLINE void add_block_products(const T* __restrict a, const T* __restri
     }
   }
   if ((!Second::kAdds || in_range(ab)) && in_range(aa)) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
+    add_lanes(ab, aa, lanes);
   } else {
     add_products_wide<Second>(a, b, kBlock, lanes);
   }
@@ -264,30 +269,39 @@ struct StepStreams {
   KeptBlocks kept;
 };
 
-// lanes.ab += g.(x - x_ref) over those of n elements from `start` on that have an x_ref, and
-// lanes.aa += g.g over all.
-template <class X>
-MECHANIC_INLINE void add_kept_products(const X* x_refs, const KeptBlocks& kept, int64_t start,
-                                       int n, const opmath_t<X>* __restrict gradient,
-                                       const opmath_t<X>* __restrict x,
-                                       opmath_t<X>* __restrict displacement, Lanes& lanes) {
+// Those of n elements from `start` on that have an x_ref. So few have at most one run of them.
+struct KeptRun {
+  int first, count;
+
+  MECHANIC_INLINE KeptRun(const KeptBlocks& kept, int64_t start, int n) {
+    static_assert(kBlock <= kReferencePeriod - kReferenceBlock);
+    const int at = (kept.phase + int(start)) % kReferencePeriod;
+    first = at < kReferenceBlock ? 0 : kReferencePeriod - at;
+    const int left = at < kReferenceBlock ? kReferenceBlock - at : kReferenceBlock;
+    count = left < n - first ? left : n - first;
+  }
+};
+
+// lanes += g.(x - x_ref) over those of n elements that have an x_ref, in double, given x.
+template <bool kInPart, class X, class S>
+MECHANIC_INLINE void add_displacement(const StepStreams<X, S>& at, int64_t start, int n,
+                                      const opmath_t<X>* __restrict gradient,
+                                      const opmath_t<X>* __restrict x, double* __restrict lanes) {
   using T = opmath_t<X>;
-  add_products<Nothing>(gradient, gradient, n, lanes);
-  // So few elements have at most one run of them.
-  static_assert(kAccumulateBlock <= kReferencePeriod - kReferenceBlock);
-  const int at = (kept.phase + int(start)) % kReferencePeriod;
-  const int first = at < kReferenceBlock ? 0 : kReferencePeriod - at;
-  const int left = at < kReferenceBlock ? kReferenceBlock - at : kReferenceBlock;
-  const int count = left < n - first ? left : n - first;
+  const KeptRun run(at.kept, start, n);
+  const int first = kInPart ? run.first : 0, count = kInPart ? run.count : n;
   if (count <= 0) return;
-  const X* __restrict x_ref = x_refs + kept.place(int(start) + first);
+  const X* __restrict x_ref = at.x_ref + (kInPart ? at.kept.place(int(start) + first) : start);
+  alignas(64) T displacement[kBlock];
   for (int i = 0; i < count; ++i) displacement[i] = x[first + i] - T(widen(x_ref[i]));
-  add_dot_wide(gradient + first, displacement, count, lanes.ab);
+  add_dot_wide(gradient + first, displacement, count, lanes);
 }
 
-// x += S u, after the sums with the x before it. kInPart: not all elements have an x_ref; as a
-// branch it cost the weights that have it whole 2 %.
-template <class Base, bool kInPart, class X, class S>
+// x += S u for n elements, at most kBlock (kWhole: exactly), and the sums with the x before it. All
+// in one loop, so that loads and sums go on while roots and divisions are computed: 35 M floats of
+// AdamW on two cores take 11.1 ms, with a loop for each over 512 elements 13.5. kInPart: not all
+// elements have an x_ref; as a branch it cost the weights that have it whole 2 %.
+template <class Base, bool kInPart, bool kWhole, class X, class S>
 MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int n,
                                 const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
                                 StepLanes& lanes) {
@@ -296,31 +310,46 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
   const X* __restrict x_ref = kInPart ? nullptr : at.x_ref + start;
   S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
   S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
-  alignas(64) T joined[kAccumulateBlock];
+  alignas(64) T joined[kBlock];
   T* __restrict x = at.weights.read(start, n, joined);
-  alignas(64) T gradient[kAccumulateBlock];
-  alignas(64) T displacement[kAccumulateBlock];
-  alignas(64) T update[kAccumulateBlock];
-  for (int i = 0; i < n; ++i) {
-    gradient[i] = widen(g[i]) * c.gradient;
-    if constexpr (!kInPart) displacement[i] = x[i] - T(widen(x_ref[i]));
-  }
-  if constexpr (kInPart) {
-    add_kept_products(at.x_ref, at.kept, start, n, gradient, x, displacement, lanes.gradient);
-  } else {
-    add_products(gradient, displacement, n, lanes.gradient);
-  }
+  alignas(64) T gradient[kBlock];
+  alignas(64) T x_old[kBlock];
+  alignas(64) T update[kBlock];
+  T gd[kLanes] = {}, gg[kLanes] = {}, xx[kLanes] = {}, uu[kLanes] = {};
+  for (int first = 0; first < n; first += kLanes) {
+    const int count = kWhole || n - first > kLanes ? kLanes : n - first;
 #pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
-    T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
-    update[i] = Base::update(finite_or_zero(gradient[i]), x[i], a, b, c);
-    if (Base::kStates > 0) narrow(a, state0[i]);
-    if (Base::kStates > 1) narrow(b, state1[i]);
+    for (int l = 0; l < count; ++l) {
+      const int i = first + l;
+      gradient[i] = widen(g[i]) * c.gradient;
+      x_old[i] = x[i];
+      if constexpr (!kInPart) gd[l] += gradient[i] * (x_old[i] - T(widen(x_ref[i])));
+      gg[l] += gradient[i] * gradient[i];
+      T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
+      T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
+      update[i] = Base::update(finite_or_zero(gradient[i]), x_old[i], a, b, c);
+      if (Base::kStates > 0) narrow(a, state0[i]);
+      if (Base::kStates > 1) narrow(b, state1[i]);
+      xx[l] += x_old[i] * x_old[i];
+      uu[l] += update[i] * update[i];
+      x[i] = apply_update(x_old[i], scale, update[i]);
+    }
   }
-  add_products<Square>(update, x, n, lanes.update);
-  for (int i = 0; i < n; ++i) x[i] = apply_update(x[i], scale, update[i]);
   at.weights.write(start, n, x);
+  const bool gradient_in_range = kWhole && in_range(gg) && (kInPart || in_range(gd));
+  if (gradient_in_range) {
+    add_lanes(gd, gg, lanes.gradient);
+  } else {
+    add_products_wide<Nothing>(gradient, gradient, n, lanes.gradient);
+  }
+  if (kInPart || !gradient_in_range) {
+    add_displacement<kInPart>(at, start, n, gradient, x_old, lanes.gradient.ab);
+  }
+  if (kWhole && in_range(xx) && in_range(uu)) {
+    add_lanes(xx, uu, lanes.update);
+  } else {
+    add_products_wide<Square>(update, x_old, n, lanes.update);
+  }
 }
 
 template <class Base, bool kInPart, class X, class S>
@@ -330,10 +359,10 @@ MECHANIC_CLONES void step_chunk(const StepStreams<X, S>& at, int64_t n,
   const Coefficients<opmath_t<X>> c = coefficients;
   StepLanes lanes = {};
   int64_t i = 0;
-  for (; i + kAccumulateBlock <= n; i += kAccumulateBlock) {
-    step_block<Base, kInPart>(at, i, kAccumulateBlock, c, scale, lanes);
+  for (; i + kBlock <= n; i += kBlock) {
+    step_block<Base, kInPart, true>(at, i, kBlock, c, scale, lanes);
   }
-  step_block<Base, kInPart>(at, i, int(n - i), c, scale, lanes);
+  step_block<Base, kInPart, false>(at, i, int(n - i), c, scale, lanes);
   out = lanes;
 }
 
