@@ -32,11 +32,11 @@ from .torch_internals import local, local_tensors, padding_of, read_version
 
 def chunk_table(sizes: list[int], chunk: int) -> Tensor:
     """Return (chunks, 3) int64, a row of ``layout.CHUNK`` for each piece of such tensors."""
-    elements = torch.tensor(sizes, dtype=torch.int64)
+    elements = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     counts = (elements + chunk - 1) // chunk
-    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
+    tensor = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
     first = (counts.cumsum(0) - counts)[tensor]
-    offset = (torch.arange(len(tensor)) - first) * chunk
+    offset = (torch.arange(len(tensor), device="cpu") - first) * chunk
     return torch.stack([tensor, offset, (elements[tensor] - offset).clamp(max=chunk)], 1)
 
 
@@ -143,7 +143,7 @@ class Bucket:
         self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(slots)
         self.with_gradient: list[Tensor] = []
-        self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64)
+        self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64, device="cpu")
         self.hyper_rows: list[list[float]] = []
         self.sums = torch.zeros(scales, len(SUMS), dtype=torch.float64, device=self.device)
         self.tensors = self._tensor_table()
@@ -259,11 +259,11 @@ class Bucket:
         if addresses != self._gradient_addresses:
             self._gradient_addresses = addresses
             column = TENSOR.index("gradient")
-            self.tensors[:, column] = torch.tensor(addresses, dtype=torch.int64)
+            self.tensors[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             self.tensors_stale = True
         if hyper_rows != self.hyper_rows:
             self.hyper_rows = hyper_rows
-            self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64))
+            self.hyper.copy_(torch.tensor(hyper_rows, dtype=torch.float64, device="cpu"))
             self.hyper_stale = True
         # In the running form a weight is where it is found.
         self.modified = self.externally_modified() if self.delta else []
@@ -344,7 +344,7 @@ class Bucket:
         return found
 
     def _tensor_table(self) -> Tensor:
-        table = torch.zeros(len(self.weights), len(TENSOR), dtype=torch.int64)
+        table = torch.zeros(len(self.weights), len(TENSOR), dtype=torch.int64, device="cpu")
         for i, x in enumerate(self.weights):
             state0, state1 = ([state.data_ptr() for state in self.states[i]] + [0, 0])[:2]
             row = {
@@ -361,5 +361,5 @@ class Bucket:
                 "number": self.numbers[i],
                 "phase": self.phases[i],
             }
-            table[i] = torch.tensor([row[name] for name in TENSOR])
+            table[i] = torch.tensor([row[name] for name in TENSOR], device="cpu")
         return table

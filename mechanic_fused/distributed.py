@@ -163,7 +163,7 @@ def element_ranges(weights: Sequence[Tensor], group: Any) -> list[tuple[int, int
     """
     sizes = torch.zeros(group.size(), len(weights), dtype=torch.int64, device=weights[0].device)
     rank = torch.distributed.get_rank(group)
-    sizes[rank] = torch.tensor([p.numel() for p in weights], dtype=torch.int64)
+    sizes[rank] = torch.tensor([p.numel() for p in weights], dtype=torch.int64, device=sizes.device)
     torch.distributed.all_reduce(sizes, group=group)
     starts = sizes[:rank].sum(0).tolist()
     return list(zip(starts, sizes.sum(0).tolist(), strict=True))

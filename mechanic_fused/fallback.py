@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Fallback:
         for bucket in buckets:
             reference.inner_products(bucket)
         with self._float32_copies(buckets) as copies:
-            self._step(self.optimizer)
+            self._let_base_step()
             updated = [[local(p.detach()) for p in of_bucket] for of_bucket in copies]
         for bucket, of_bucket in zip(buckets, updated, strict=True):
             for i, x in enumerate(bucket.weights):
@@ -66,7 +66,7 @@ class Fallback:
         u = x' − x, where x' is a copy of x that the base has updated, as for ``accumulate``.
         """
         with self._float32_copies(buckets) as copies:
-            self._step(self.optimizer)
+            self._let_base_step()
             updated = [[local(p.detach()) for p in of_bucket] for of_bucket in copies]
         for bucket, of_bucket in zip(buckets, updated, strict=True):
             bucket.sums.zero_()
@@ -86,10 +86,16 @@ class Fallback:
         optimizer = self.optimizer
         groups = [dict(group) for group in optimizer.param_groups]
         with self._float32_copies(buckets):
-            self._step(optimizer)
+            self._let_base_step()
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
             group.update(before)
+
+    def _let_base_step(self) -> None:
+        # Bases make counts without naming a device, and read them on the host.
+        on_cpu = torch.get_default_device().type == "cpu"
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            self._step(self.optimizer)
 
     @property
     def optimizer(self) -> Optimizer:

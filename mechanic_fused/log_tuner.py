@@ -77,20 +77,9 @@ class LogTuner(ScaleRows):
         self.losses[1] += 1
 
     def _initial(self, rows: int) -> Tensor:
-        state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64)
+        state = torch.zeros(rows, len(LOG_TUNER), dtype=torch.float64, device="cpu")
         state[:, SCALE] = self._start
         return state
-
-
-def check_columns(groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError if saved groups hold a log tuner's state of another version."""
-    for group in groups:
-        if KEY in group and group[KEY].shape[1:] != (len(LOG_TUNER),):
-            raise ValueError(
-                "the checkpoint's tuner state must have the columns of this version: expected the "
-                f"shape (scales, {len(LOG_TUNER)}), got {tuple(group[KEY].shape)}; load it with "
-                "the version that wrote it, and give s_init= the learned scale here"
-            )
 
 
 def in_running_form(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from . import backends, state
 from .backends.layout import REFERENCE_EVERY
+from .checkpoint_checks import check_entries, check_scales, check_tuner_states
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
 from .gradient_release import GradientRelease, check_releasable
 from .kept_blocks import keep
-from .log_tuner import LogTuner, check_columns, in_running_form
+from .log_tuner import LogTuner, in_running_form
 from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, track_peak_lr
 from .options import (
@@ -40,7 +41,7 @@ from .options import (
     with_own_x_ref_every,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan
-from .scale_rows import KEY, ScaleRows, check_saved, scale_keys
+from .scale_rows import KEY, ScaleRows, scale_keys
 from .step import take_step
 from .torch_internals import SupportsGradScaler, is_fsdp1_flat, local, mute_capturable_warning
 from .tuner import Tuner
@@ -610,9 +611,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
         Raises:
             ValueError: for a checkpoint with scales for other parts of the model, or other groups,
                 or one of the running form in an exact one, or one whose x_ref was kept in part
-                where it is to be whole.
+                where it is to be whole; or for an entry that cannot be this weight's or tuner's:
+                of another shape, dtype or number of columns, without storage, or not finite where
+                it is the tuner's. Nothing has changed then.
         """
         groups = [with_new_group_keys(group) for group in state_dict["param_groups"]]
+        check_tuner_states(groups)
         if self._is_running:
             if not any(group.get("variant") == RUNNING for group in groups):
                 groups = in_running_form(groups)
@@ -624,10 +628,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 "load what to_base() gives"
             )
         state_dict = {**state_dict, "param_groups": groups}
-        check_saved(groups, self.param_groups, self._scale_per)
-        if self._is_running:
-            check_columns(groups)
-        state.load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        check_scales(groups, self.param_groups, self._scale_per)
+        state.load_keeping_dtypes(self, super().load_state_dict, state_dict, self._check_loaded)
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        names = None if self.fallback_reason else (*TABLE[self._base].state_names, "step")
+        check_entries(loaded, self.param_groups, names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles keep; hooks and process groups are lost."""

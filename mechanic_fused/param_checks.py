@@ -69,6 +69,41 @@ def check_weights(weights: list[Tensor]) -> None:
     check_disjoint(neighbours)
 
 
+def has_storage(t: Tensor) -> bool:
+    """Return whether all elements of a plain strided tensor are in memory of its own.
+
+    Not those of a wrapper subclass, a fake or meta tensor, or one whose storage has been freed or
+    cut; not those at an odd address, where kernels may not read them.
+    """
+    if t.layout is not torch.strided or t.device.type == "meta":
+        return False
+    if t.numel() == 0:
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    try:
+        address, stored = t.data_ptr(), t.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # a wrapper's, a fake tensor's
+        return False
+    size = t.element_size()
+    within = (t.storage_offset() + last + 1) * size <= stored
+    return address != 0 and address % size == 0 and within
+
+
+def check_readable(t: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless kernels can read a tensor's memory as that of a weight's elements."""
+    if t.shape != x.shape or t.device != x.device:
+        raise ValueError(
+            "expected tensors of the shape and on the device of their weight, "
+            f"{tuple(x.shape)} on {x.device}, got {tuple(t.shape)} on {t.device}"
+        )
+    if not has_storage(t):
+        raise ValueError(
+            "expected plain tensors with storage of their own for plain weights, got a "
+            f"{type(t).__name__} of shape {tuple(t.shape)} whose storage is missing, cut or "
+            "misaligned"
+        )
+
+
 def check_disjoint(weights: list[Tensor]) -> None:
     """Raise ValueError if two elements of weights with intersecting spans share an address."""
     if not weights or (len(weights) == 1 and is_dense(weights[0])):
@@ -77,9 +112,9 @@ def check_disjoint(weights: list[Tensor]) -> None:
         # Interleaved views may be disjoint all the same; only their elements' addresses can tell.
         addresses = []
         for p in weights:
-            offsets = torch.zeros((), dtype=torch.int64)
+            offsets = torch.zeros((), dtype=torch.int64, device="cpu")
             for size, stride in zip(p.shape, p.stride(), strict=True):
-                offsets = offsets[..., None] + torch.arange(size) * stride
+                offsets = offsets[..., None] + torch.arange(size, device="cpu") * stride
             addresses.append(offsets.flatten() * p.element_size() + p.data_ptr())
         if len(torch.cat(addresses).unique()) == sum(map(len, addresses)):
             return

@@ -34,32 +34,6 @@ def scale_keys(param_groups: list[dict[str, Any]], scale_per: str) -> list[Hasha
     return [id(p) for group in param_groups for p in group["params"]]
 
 
-def check_saved(
-    saved: list[dict[str, Any]], param_groups: list[dict[str, Any]], scale_per: str
-) -> None:
-    """Raise ValueError if saved groups have scales for other parts of the model."""
-    tensors = [group[KEY] for group in saved if KEY in group]
-    for found in tensors:
-        if not torch.is_tensor(found):
-            raise ValueError(
-                f"the tuner's state must be a tensor, got a {type(found).__name__}: with FSDP1 and "
-                "broadcast_from_rank0 torch hands the other ranks a description of it; load the "
-                "full state dict on every rank instead"
-            )
-    for theirs, group in zip(tensors, param_groups, strict=False):
-        rows = len(group["params"]) if scale_per == "parameter" else 1
-        if len(theirs) != rows:
-            raise ValueError(
-                f"the checkpoint must be of an optimizer with scale_per={scale_per!r}: expected "
-                f"{rows} scales for a group of {len(group['params'])} parameters, got {len(theirs)}"
-            )
-    if scale_per == "model" and not all(torch.equal(t, tensors[0]) for t in tensors):
-        raise ValueError(
-            "the checkpoint must be of an optimizer with scale_per='model', got groups that have "
-            "learned different scales"
-        )
-
-
 class ScaleRows(ABC):
     """A tuner's numbers: one row per scale, float64, on one device.
 
@@ -83,7 +57,7 @@ class ScaleRows(ABC):
         self.keys = keys
         self.device = device
         self.options: tuple[Any, ...] = ()
-        self.constants = torch.empty(0)
+        self.constants = torch.empty(0, device="cpu")
         self._numbers: list[float] = []
         self._sent: list[float] = []
         self.set_options(options)
@@ -130,7 +104,7 @@ class ScaleRows(ABC):
         """Write the constants to where kernels read them, if they have changed; never waits."""
         if self._numbers == self._sent:
             return
-        numbers = torch.tensor(self._numbers, dtype=torch.float64)
+        numbers = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
         if self.constants.shape != numbers.shape:
             self.constants = numbers.to(self.device)
         else:

@@ -23,7 +23,7 @@ from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
-from .param_checks import is_dense
+from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
 from .torch_internals import dtensor, local
 
@@ -49,7 +49,8 @@ def ensure_state(
         phase: of x_ref, see ``kept_blocks.py``.
 
     Raises:
-        ValueError: for an entry of another shape, or an x_ref that lacks elements.
+        ValueError: for an entry of another shape or without storage, or an x_ref that lacks
+            elements.
     """
     names = STATES.get(kind, ())
     if kind not in STATES:
@@ -69,14 +70,20 @@ def ensure_state(
         if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == x.device):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=x.device)
     state["x_ref"] = _reference(state.get("x_ref"), x, phase)
-    if delta_dtype is not None:
-        state["delta"] = conform(state.get("delta"), x, delta_dtype)
-        return
-    state.pop("delta", None)
-    if x.dtype in HALF_DTYPES:
-        state["x_low"] = conform(state.get("x_low"), x, torch.int16)
-    else:
-        state.pop("x_low", None)
+    own = {"delta": delta_dtype, "x_low": None}
+    if delta_dtype is None and x.dtype in HALF_DTYPES:
+        own["x_low"] = torch.int16
+    for name, own_dtype in own.items():
+        if own_dtype is None:
+            state.pop(name, None)
+        else:
+            state[name] = conform(state.get(name), x, own_dtype)
+    for name in (*names, *OWN_STATE, "step"):
+        if torch.is_tensor(state.get(name)) and not has_storage(local(state[name])):
+            raise ValueError(
+                f"{name} of a weight of shape {tuple(x.shape)} must be a plain tensor with storage "
+                f"of its own, got a {type(state[name]).__name__}"
+            )
 
 
 def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
@@ -174,17 +181,24 @@ def save_spread(
 
 
 def load_keeping_dtypes(
-    optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]
+    optimizer: Optimizer,
+    load: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+    check: Callable[[dict[str, Any]], None],
 ) -> None:
     """Load as torch does, but give every state tensor the dtype in which it was saved.
 
     Torch casts state to the weight's dtype, which would round a float32 Δ to bfloat16 and destroy
     low bits. Our hooks see the state dict as the user's own hooks have left it, and run before the
     user's post hooks do.
+
+    Args:
+        check: raises for a state dict that does not fit; nothing has changed then.
     """
     seen: dict[str, Any] = {}
 
     def note(_: Optimizer, loaded: dict[str, Any]) -> None:
+        check(loaded)
         seen.update(loaded)
 
     def restore_dtypes(loading: Optimizer) -> None:

@@ -102,7 +102,7 @@ class Tuner(ScaleRows):
 
     def _initial(self, rows: int) -> Tensor:
         n = len(self.betas)
-        state = torch.zeros(rows, tuner_width(n), dtype=torch.float64)
+        state = torch.zeros(rows, tuner_width(n), dtype=torch.float64, device="cpu")
         if self._variant.s_starts_at_init:
             # Where s is not annealed, the first step takes it from s_init to s_init/n.
             state[:, :n] = self._s_init / (n if self._variant.anneals else 1)

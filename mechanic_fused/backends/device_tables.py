@@ -88,7 +88,7 @@ class DeviceTables:
 
 def _spans(bucket: Bucket) -> Tensor:
     scales = len(bucket.sums)
-    tensor_rows = torch.tensor(bucket.rows, dtype=torch.int64)
+    tensor_rows = torch.tensor(bucket.rows, dtype=torch.int64, device="cpu")
     columns = []
     for rows in (tensor_rows[bucket.chunks[:, 0]], tensor_rows):
         counts = torch.bincount(rows, minlength=scales)

@@ -207,7 +207,9 @@ def log_tune(sums: Tensor, tuner: LogTuner) -> None:
         for s, row in zip(of_scales, rows, strict=True)
     ]
     rows[0].nonfinite += not all(finite)
-    tuner.state.copy_(torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64))
+    tuner.state.copy_(
+        torch.tensor([list(vars(row).values()) for row in rows], dtype=torch.float64, device="cpu")
+    )
     tuner.losses.zero_()
 
 

@@ -111,7 +111,9 @@ class AdaRem(VectorOptimizer):
         )
         self._peaks[item.group_index] = space, m, peaks
         for p in space.parameters:
-            step = self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32))
+            step = self.state[p].setdefault(
+                "step", torch.zeros((), dtype=torch.float32, device="cpu")
+            )
             step.fill_(self._steps())
 
     def _last_peaks(self, index: int, space: Space, m: Vector) -> Tensor:

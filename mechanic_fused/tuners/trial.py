@@ -103,7 +103,11 @@ def mean_loss(loss: Any, group: Any = None) -> Tensor:
     Raises:
         ValueError: if the closure returned anything but one number.
     """
-    number = loss.detach() if torch.is_tensor(loss) else torch.tensor(loss, dtype=torch.float64)
+    number = (
+        loss.detach()
+        if torch.is_tensor(loss)
+        else torch.tensor(loss, dtype=torch.float64, device="cpu")
+    )
     number = number.double()
     if number.numel() != 1:
         raise ValueError(

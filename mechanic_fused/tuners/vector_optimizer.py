@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends.layout import compute_dtype
+from ..checkpoint_checks import check_entries
 from ..options import number
 from ..state import conform, load_keeping_dtypes
 from ..torch_internals import local
@@ -26,6 +27,10 @@ class GroupGradients(NamedTuple):
     group: dict[str, Any]
     space: Space
     gradients: Vector
+
+
+STATE_VECTORS = ("exp_avg", "momentum_buffer", "last_gradient")
+"""The entries of the state that ops read, each laid out as its weight."""
 
 
 class VectorOptimizer(Optimizer):
@@ -68,8 +73,15 @@ class VectorOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep the dtype in which the state was saved."""
-        load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        """Load as torch does, but keep the dtype in which the state was saved.
+
+        Raises:
+            ValueError: for state that cannot be its weight's; nothing has changed then.
+        """
+        load_keeping_dtypes(self, super().load_state_dict, state_dict, self._check_loaded)
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        check_entries(loaded, self.param_groups, (*STATE_VECTORS, "step"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles keep."""

@@ -18,7 +18,7 @@ from .. import backends, distributed
 from ..backends.layout import CPU_CHUNK, KERNEL_DTYPES, compute_dtype
 from ..bucket import chunk_table
 from ..distributed import Groups, shards
-from ..param_checks import is_dense
+from ..param_checks import check_readable, check_weights, is_dense
 from ..torch_internals import local
 from .reference import AdaRemOptions, Stream
 
@@ -42,9 +42,13 @@ class VectorBucket:
     ``handle`` belongs to the backend.
     """
 
-    def __init__(self, key: BucketKey, indices: list[int], sizes: list[int]) -> None:
+    def __init__(self, key: BucketKey, indices: list[int], weights: Vector) -> None:
+        sizes = [x.numel() for x in weights]
         self.key = key
         self.indices = indices
+        self.weights = weights
+        self.shapes = [x.shape for x in weights]
+        self._checked: dict[int, list[int]] = {}  # place of a stream → the last addresses
         self.backend = backends.load_vectors(key.backend)
         self.dtype, self.device = key.dtype, key.device
         self.compute_dtype = compute_dtype(key.dtype)
@@ -65,10 +69,19 @@ class VectorBucket:
         return torch.zeros(count, dtype=torch.float64, device=self.device)
 
     def addresses(self, streams: Sequence[Stream]) -> Tensor:
-        """Return (weights, 4) int64, the addresses of the streams; valid until the next call."""
+        """Return (weights, 4) int64, the addresses of the streams; valid until the next call.
+
+        Raises:
+            ValueError: for a tensor that a kernel cannot read as its weight.
+        """
         columns = [[t.data_ptr() for t in stream] for stream in streams]
+        for place, (stream, addresses) in enumerate(zip(streams, columns, strict=True)):
+            if [t.shape for t in stream] != self.shapes or addresses != self._checked.get(place):
+                for x, t in zip(self.weights, stream, strict=True):
+                    check_readable(t, x)
+                self._checked[place] = addresses
         columns += [[0] * len(self.indices)] * (4 - len(streams))
-        self._addresses = torch.tensor(columns, dtype=torch.int64).t().contiguous()
+        self._addresses = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
         return self._addresses
 
     def folded(self) -> Tensor:
@@ -90,7 +103,8 @@ class Space:
         reduce_group: the process group over which plain weights are sharded, or None.
 
     Raises:
-        ValueError: without weights, or for a backend that does not serve their device.
+        ValueError: without weights, for weights that cannot be trained (without storage, or sharing
+            memory), or for a backend that does not serve their device.
     """
 
     def __init__(
@@ -104,6 +118,7 @@ class Space:
         if not self.parameters:
             raise ValueError("expected weights to work on, got none")
         self.weights: Vector = [local(p).detach() for p in self.parameters]
+        check_weights(self.weights)
         self.device = self.weights[0].device
         members: dict[BucketKey, list[int]] = {}
         for i, (p, x) in enumerate(zip(self.parameters, self.weights, strict=True)):
@@ -112,9 +127,8 @@ class Space:
                 name = "reference"
             key = BucketKey(x.device, x.dtype, name, shards(p, reduce_group))
             members.setdefault(key, []).append(i)
-        sizes = [x.numel() for x in self.weights]
         self.buckets = [
-            VectorBucket(key, indices, [sizes[i] for i in indices])
+            VectorBucket(key, indices, [self.weights[i] for i in indices])
             for key, indices in members.items()
         ]
 
@@ -146,7 +160,8 @@ class Space:
         A weight without a gradient counts as one whose gradient is 0.
 
         Raises:
-            ValueError: for sparse or complex gradients.
+            ValueError: for sparse or complex gradients, and those of another shape or device than
+                their weight's.
         """
         grads = distributed.local_gradients(self.parameters)
         if all(g is None for g in grads):
@@ -162,7 +177,9 @@ class Space:
             d: a vector in the dtype of the arithmetic.
             c: a number, or a 0-dim float64 tensor on any device.
         """
-        c = torch.as_tensor(c, dtype=torch.float64)
+        if not torch.is_tensor(c):
+            c = torch.tensor(c, dtype=torch.float64, device="cpu")
+        c = c.to(torch.float64)
         for bucket in self.buckets:
             near = c.to(bucket.device, non_blocking=True)
             bucket.backend.step_along(bucket, bucket.of(x), bucket.of(w), bucket.of(d), near)
@@ -235,6 +252,12 @@ def _in_weight_layout(g: Tensor | None, x: Tensor) -> Tensor:
         return torch.zeros_like(x, memory_format=torch.preserve_format)
     if g.layout is not torch.strided or g.is_complex():
         raise ValueError(f"gradients must be dense and real, got {g.layout}, {g.dtype}")
+    # g.data, g.set_ and g.resize_ change what torch compared when the gradient was assigned.
+    if g.shape != x.shape or g.device != x.device:
+        raise ValueError(
+            "a gradient must have its weight's shape and device, expected "
+            f"{tuple(x.shape)} on {x.device}, got {tuple(g.shape)} on {g.device}"
+        )
     if g.dtype is x.dtype and g.stride() == x.stride() and not g.is_neg():
         return g
     return torch.empty_like(x, memory_format=torch.preserve_format).copy_(g)
