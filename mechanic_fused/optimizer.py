@@ -34,6 +34,7 @@ from .options import (
     checked_x_ref_every,
     max_norm,
     one_of,
+    options_of_groups,
     resolve_variant,
     tuner_options,
     warn_renamed,
@@ -103,7 +104,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
             "scale_per": scale_per,
             "backend": backend,
         }
-        chosen = {**self._class_options, **{k: v for k, v in given.items() if v is not None}}
+        params = params if torch.is_tensor(params) else list(params)  # or torch's error below
+        chosen = {
+            **self._class_options,
+            **options_of_groups(params),
+            **{k: v for k, v in given.items() if v is not None},
+        }
         exact = (chosen["s_decay"], chosen["tuner_betas"], chosen["tuner_eps"], delta_dtype)
         chosen["variant"] = resolve_variant(chosen["variant"], *exact)
         self._tuner_options = tuner_options(**{k: chosen[k] for k in USER_OPTIONS})
@@ -562,8 +568,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         param_group = with_new_group_keys(param_group)
         now = self.param_groups[0] if self.param_groups else {}
         for name, value in self._tuner_options.items():
-            if name in CALIBRATED:
-                value = now.get(name, value)
+            # A load may have changed what the constructor was given.
+            value = now.get(name, value)
             if name == "max_peak_lr":
                 # Recomputed every step; a value already here was left by another optimizer.
                 param_group[name] = value

@@ -238,6 +238,17 @@ def _betas(given: Sequence[float]) -> tuple[float, ...]:
     return betas
 
 
+def options_of_groups(params: Any) -> dict[str, Any]:
+    """Return the tuner's options that param groups carry, as ``opt.param_groups`` do; or none.
+
+    Torch's optimizers, too, can be made anew by ``type(opt)(opt.param_groups)``.
+    """
+    groups = [] if torch.is_tensor(params) else params
+    groups = [with_new_group_keys(group) for group in groups if isinstance(group, dict)]
+    first = next((g for g in groups if "variant" in g), {})
+    return {name: first[name] for name in USER_OPTIONS if first.get(name) is not None}
+
+
 def checked_x_ref_every(value: Any, variant: str) -> int:
     """Return ``x_ref_every``, or raise ValueError."""
     one_of(X_REF_EVERY, value, X_REF_SHARES)

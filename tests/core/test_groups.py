@@ -5,6 +5,8 @@ import torch
 from support import cases
 from support.cases import FEW, LEARNED, SCALE_PER, STEPS, assert_same, double, make_weights, move
 
+from mechanic_fused import MechanicAdamW
+
 # Of x_ref, when it is shifted, and of x.
 ROUNDINGS = 2
 # How many roundings a jump must be worth, to be seen if it happened.
@@ -219,3 +221,59 @@ def test_a_step_without_any_gradient_changes_nothing(train, steps):
     assert_same(one.opt.scale, scale)
     if steps:  # at the start state may be created
         assert_same(one.snapshot(), before)
+
+
+# Groups of another optimizer
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"s_init": 1e-3},
+        {"s_decay": 0.0},
+        {"tuner_betas": (0.9, 0.99)},
+        {"variant": "optax", "tuner_eps": 1e-6},
+        {"x_ref_every": 8},
+    ],
+)
+def test_an_optimizer_made_anew_from_param_groups_has_their_options(options, started):
+    """Wrappers (Horovod's DistributedOptimizer) do this, and torch's optimizers allow it."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = MechanicAdamW([weight], lr=0.5, **options)
+    if started:
+        weight.grad = torch.ones(3)
+        opt.step()
+    kept = {k: v for k, v in opt.param_groups[0].items() if k in options or k == "lr"}
+    again = type(opt)(opt.param_groups)
+    assert {k: again.param_groups[0][k] for k in kept} == kept
+    weight.grad = torch.ones(3)
+    again.step()
+    again.step()
+    assert float(again.scale[0]) > 0
+
+
+def test_options_that_contradict_the_groups_are_refused():
+    opt = MechanicAdamW([torch.nn.Parameter(torch.ones(3))], variant="optax")
+    with pytest.raises(ValueError, match="variant must be the same in all groups"):
+        MechanicAdamW(opt.param_groups, variant="paper")
+
+
+def test_a_group_added_after_a_load_takes_over_the_loaded_options():
+    def make(**options):
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.ones(3)
+        opt = MechanicAdamW([weight], **options)
+        opt.step()
+        return opt
+
+    opt = make(variant="annealed")
+    opt.load_state_dict(make(tuner_betas=(0.9, 0.99), s_decay=0.0).state_dict())
+    opt.freeze_scale()
+    added = torch.nn.Parameter(torch.ones(2))
+    opt.add_param_group({"params": [added]})
+    for name in ("tuner_betas", "s_decay", "s_init", "tune_scale"):
+        assert opt.param_groups[1][name] == opt.param_groups[0][name], name
+    added.grad = torch.ones(2)
+    opt.step()
