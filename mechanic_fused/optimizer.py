@@ -598,6 +598,60 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 raise
             self._release.watch(self.param_groups[-1]["params"])
 
+    @torch.no_grad()
+    def replace_parameter(
+        self, old: torch.nn.Parameter, new: torch.nn.Parameter, index_map: Tensor
+    ) -> None:
+        """Train another weight in the place of one, with the state of its rows.
+
+        For weights that grow or shrink in mid-run: points that are split, cloned and pruned,
+        vocabularies that are extended. S and the step count go on.
+
+        Args:
+            old: a weight of this optimizer.
+            new: the weight in its place, (rows, …), of the same dtype and on the same device.
+            index_map: (rows,) int64: the row of ``old`` that each row of ``new`` continues, or −1
+                for a row that starts without state.
+
+        Raises:
+            ValueError: for an ``old`` that is not here, or a ``new`` or a map that does not fit it,
+                or a sharded weight; nothing has changed then.
+
+        Example:
+            >>> from mechanic_fused import MechanicAdamW
+            >>> points = torch.nn.Parameter(torch.ones(3, 2))
+            >>> opt = MechanicAdamW([points])
+            >>> points.grad = torch.ones(3, 2)
+            >>> opt.step()
+            >>> kept = torch.tensor([0, 2, 2, -1])  # without point 1, point 2 twice, a new one
+            >>> more = torch.nn.Parameter(points.detach()[kept])
+            >>> opt.replace_parameter(points, more, kept)
+            >>> opt.state[more]["exp_avg"].shape
+            torch.Size([4, 2])
+        """
+        places = [
+            (group["params"], i)
+            for group in self.param_groups
+            for i, p in enumerate(group["params"])
+            if p is old
+        ]
+        if not places or any(p is new for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                f"expected an old weight that is in a param group, and a new one that is not, got "
+                f"shapes {tuple(old.shape)} and {tuple(new.shape)}"
+            )
+        state.check_replacement(old, new, index_map)
+        self._current_tuner()
+        entries = self.state.get(old)
+        mapped = None if entries is None else state.mapped_state(entries, old, new, index_map)
+        [(params, place)] = places
+        params[place] = new
+        self.state.pop(old, None)
+        if mapped is not None:
+            self.state[new] = mapped
+        if self._release is not None:
+            self._release.watch([new])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, after the reduction of the last step has ended.
 

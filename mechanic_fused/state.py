@@ -25,7 +25,7 @@ from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
 from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
-from .torch_internals import dtensor, local
+from .torch_internals import dtensor, is_fsdp1_flat, local
 
 
 def ensure_state(
@@ -53,6 +53,7 @@ def ensure_state(
             elements.
     """
     names = STATES.get(kind, ())
+    _check_shapes(state, x, (*names, *OWN_STATE))
     if kind not in STATES:
         # The fallback's base steps on copies in the compute dtype, and so does its state.
         for name, value in state.items():
@@ -86,6 +87,22 @@ def ensure_state(
             )
 
 
+def _check_shapes(state: dict[str, Any], x: Tensor, names: tuple[str, ...]) -> None:
+    found = {
+        name: tuple(state[name].shape)
+        for name in names
+        if torch.is_tensor(state.get(name))
+        and state[name].shape != x.shape
+        and not (name == "x_ref" and is_part(state[name], x) and x.numel() >= LEAST_ELEMENTS)
+    }
+    if found:
+        raise ValueError(
+            f"the state of a weight must have its shape, expected {tuple(x.shape)}, got "
+            f"{', '.join(f'{name} of shape {shape}' for name, shape in found.items())}; a weight "
+            "that grows or shrinks keeps its state with opt.replace_parameter(old, new, index_map)"
+        )
+
+
 def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
     """Return x_ref: laid out as x, or the elements that are kept of this rank's shard."""
     mine = local(x).detach()
@@ -110,6 +127,73 @@ def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:
             "same layout over ranks, or an x_ref that is whole"
         )
     return kept
+
+
+def check_replacement(old: Tensor, new: Tensor, index_map: Tensor) -> None:
+    """Raise ValueError unless rows of ``new`` can be those of ``old`` that a map names."""
+    for name, p in (("old", old), ("new", new)):
+        if isinstance(p, dtensor()) or is_fsdp1_flat(p):
+            raise ValueError(
+                f"{name} must be a plain weight, whose rows are all here, got a {type(p).__name__}"
+            )
+    if not isinstance(new, torch.nn.Parameter) or not new.is_leaf:
+        raise ValueError(f"new must be a torch.nn.Parameter, got a {type(new).__name__}")
+    wanted = (old.shape[1:], old.dtype, old.device)
+    if old.dim() == 0 or new.dim() == 0 or (new.shape[1:], new.dtype, new.device) != wanted:
+        raise ValueError(
+            f"new must have rows as old has them, expected the shape (rows, "
+            f"{', '.join(map(str, old.shape[1:]))}), {old.dtype} on {old.device}, got "
+            f"{tuple(new.shape)}, {new.dtype} on {new.device}"
+        )
+    if index_map.dtype is not torch.int64 or index_map.shape != new.shape[:1]:
+        raise ValueError(
+            f"index_map must name a row of old for each row of new, expected ({len(new)},) int64, "
+            f"got {tuple(index_map.shape)} {index_map.dtype}"
+        )
+    if len(new) and not -1 <= int(index_map.min()) <= int(index_map.max()) < len(old):
+        raise ValueError(
+            f"index_map must hold row numbers of old, expected -1 (a row of its own) to "
+            f"{len(old) - 1}, got {int(index_map.min())} to {int(index_map.max())}"
+        )
+
+
+def mapped_state(
+    state: dict[str, Any], old: Tensor, new: Tensor, index_map: Tensor
+) -> dict[str, Any]:
+    """Return the entries of ``old`` for ``new``: row i is the row that ``index_map`` names.
+
+    A row of its own (−1) starts as at the start of a run: x_ref = x and zeros elsewhere. So does
+    the x_ref of all rows where it is kept in part. In the exact forms x_ref also takes what the
+    weights' values changed by, since x = x_ref + S·Δ.
+
+    Args:
+        state: the entries of ``old``.
+        old, new, index_map: as checked by :func:`check_replacement`.
+    """
+    rows = index_map.to(old.device)
+    kept = rows >= 0
+
+    def of_rows(t: Tensor, otherwise: Tensor | None = None) -> Tensor:
+        mapped = (
+            t.new_zeros(new.shape)
+            if otherwise is None
+            else otherwise.detach().to(t.dtype, copy=True)
+        )
+        mapped[kept] = t[rows[kept]]
+        return mapped
+
+    found = {
+        name: of_rows(value) if torch.is_tensor(value) and value.shape == old.shape else value
+        for name, value in state.items()
+    }
+    x_ref = state.get("x_ref")
+    if x_ref is not None and x_ref.shape == old.shape:
+        found["x_ref"] = of_rows(x_ref, new)
+        if "delta" in state:
+            found["x_ref"][kept] += (new.detach() - of_rows(old.detach()))[kept]
+    else:
+        found.pop("x_ref", None)
+    return found
 
 
 def is_part(x_ref: Tensor, x: Tensor) -> bool:
