@@ -18,12 +18,27 @@ MAX_PEAK = "max_peak_lr"
 """The entry of every param group that holds the largest PEAK of all groups."""
 
 
-def check_lrs(param_groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError for an lr that is not finite; one on a device is not read."""
+def lr_of(group: dict[str, Any]) -> Any:
+    """Return the lr of a group; 1 for a base that has none, or that sets its own where it is None.
+
+    Transformers' Adafactor does the latter.
+    """
+    lr = group.get("lr")
+    return 1.0 if lr is None else lr
+
+
+def check_lrs(param_groups: list[dict[str, Any]], fused: bool) -> None:
+    """Raise ValueError for an lr below 0 or not finite; one on a device is not read.
+
+    Args:
+        param_groups: the optimizer's own.
+        fused: whether the update needs a number, which a base may do without.
+    """
     for i, group in enumerate(param_groups):
-        lr = _without_device_read(group.get("lr", 1.0))
+        lr: Any = group.get("lr") if fused else lr_of(group)
+        lr = _without_device_read(lr)
         if not torch.is_tensor(lr):
-            number(f"lr of param group {i}", lr)
+            number(f"lr of param group {i}", lr, 0)
 
 
 def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
@@ -39,7 +54,7 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
     growths = []
     for group in param_groups:
         announced = [group[name] for name in ("max_lr", "initial_lr") if name in group][:1]
-        lrs = [*announced, group.get("lr", 1.0)]
+        lrs = [*announced, lr_of(group)]
         if started and PEAK in group:
             lrs = [lr for lr in lrs if not torch.is_tensor(lr)]
         if PEAK in group and (started or not announced):
@@ -62,7 +77,7 @@ def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:
     if variant != RUNNING and not VARIANTS[variant].anneals:
         return 1.0
     factors = [
-        _without_device_read(group.get("lr", 1.0)) / group[PEAK]
+        _without_device_read(lr_of(group)) / group[PEAK]
         for group in param_groups
         if group.get(PEAK) and any(is_trained(p) for p in group["params"])
     ]

@@ -20,7 +20,7 @@ from .gradient_release import GradientRelease, check_releasable
 from .kept_blocks import keep
 from .log_tuner import LogTuner, in_running_form
 from .loss import LossWatcher, check_loss_groups, observed
-from .lr_schedule import PEAK, annealing_factor, track_peak_lr
+from .lr_schedule import PEAK, annealing_factor, lr_of, track_peak_lr
 from .options import (
     AUTO,
     CALIBRATED,
@@ -350,7 +350,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """
         known = [[scale for scale in scales if scale] for scales in self.group_scales()]
         return [
-            sum(scales) / len(scales) * float(group.get("lr", 1.0)) if scales else 0.0
+            sum(scales) / len(scales) * float(lr_of(group)) if scales else 0.0
             for group, scales in zip(self.param_groups, known, strict=True)
         ]
 
@@ -582,7 +582,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             param_group.setdefault(X_REF_EVERY, self._x_ref_every)
         checked_x_ref_every(param_group.get(X_REF_EVERY, 1), param_group["variant"])
         super().add_param_group(param_group)
-        lr = float(param_group.get("lr", 1.0))
+        lr = float(lr_of(param_group))
         # A group that joins a run late in its schedule is not at its peak.
         param_group[PEAK] = max(lr, param_group["max_peak_lr"]) if self.state else lr
         if self._release is not None:

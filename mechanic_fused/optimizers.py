@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -536,8 +537,24 @@ def _class_of(base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
             "__reduce_ex__": _reduce,
             "__doc__": f"{base.__name__} with a learned scale: see mechanic_fused.mechanize.",
         }
-        _made[key] = type(f"Mechanic{base.__name__}", (Mechanized, base), members)
+        # A base whose class has a metaclass of its own keeps it, and its class is not pickled.
+        metaclass: Any = _MadeClass if type(base) is type else type(base)
+        _made[key] = metaclass(f"Mechanic{base.__name__}", (Mechanized, base), members)
     return _made[key]
+
+
+class _MadeClass(type):
+    """The class of mechanize()'s classes, by which pickle knows them: no module names them."""
+
+
+def _reduce_class(cls: Any) -> Any:
+    base, options = cls._base, cls._class_options
+    if cls is _made.get((base, *options.values())):
+        return _class_of, (base, options)
+    return cls.__qualname__  # a subclass of the user's, which a module names
+
+
+copyreg.pickle(_MadeClass, _reduce_class)
 
 
 def _signature(base: type[Optimizer]) -> inspect.Signature:

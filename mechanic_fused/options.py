@@ -245,7 +245,7 @@ def options_of_groups(params: Any) -> dict[str, Any]:
     """
     groups = [] if torch.is_tensor(params) else params
     groups = [with_new_group_keys(group) for group in groups if isinstance(group, dict)]
-    first = next((g for g in groups if "variant" in g), {})
+    first: dict[str, Any] = next((g for g in groups if "variant" in g), {})
     return {name: first[name] for name in USER_OPTIONS if first.get(name) is not None}
 
 

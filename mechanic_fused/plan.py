@@ -21,7 +21,7 @@ from .fallback import FALLBACK, Fallback
 from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
-from .lr_schedule import PEAK
+from .lr_schedule import PEAK, lr_of
 from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
 from .scale_rows import KEY, ScaleRows
@@ -468,7 +468,7 @@ class StepPlan:
         unscale = 1.0 if grad_scale is None or self.reads_on_device else 1.0 / float(grad_scale)
         self._hyper_rows, self._live_lr = [], {}
         for number, group in enumerate(self.param_groups):
-            lr: Any = group.get("lr", 1.0)
+            lr: Any = lr_of(group)
             rest: Any = (0.0,) * 6
             if self.fused is not None:
                 lr, *rest = self.fused.hyper(group)
@@ -685,8 +685,7 @@ class StepPlan:
         d = Δ·lr₀/lr is the base's first update at the peak lr. Groups whose lr is 0 do not count.
         """
         to_peak = [
-            group[PEAK] / lr if (lr := float(group.get("lr", 1.0))) else 0.0
-            for group in self.param_groups
+            group[PEAK] / lr if (lr := float(lr_of(group))) else 0.0 for group in self.param_groups
         ]
 
         def norms(bucket: Bucket) -> Tensor:
@@ -753,7 +752,7 @@ def standing_still(param_groups: Sequence[Group]) -> list[bool]:
     S is for the others, so the norms and gradients of these say nothing about it. An lr on a GPU is
     not read.
     """
-    lrs = [group.get("lr", 1.0) for group in param_groups]
+    lrs = [lr_of(group) for group in param_groups]
     zero = [not (torch.is_tensor(lr) and lr.device.type != "cpu") and float(lr) == 0 for lr in lrs]
     running = all(group["variant"] == RUNNING for group in param_groups)
     return [running and each and not all(zero) for each in zero]

@@ -326,7 +326,11 @@ def to_base(
         # A group with a scale for each weight becomes a group for each weight.
         members = [group["params"]] if len(scales) == 1 else [[p] for p in group["params"]]
         for params, scale in zip(members, scales, strict=True):
-            lrs = {k: float(options[k]) * scale for k in ("lr", "initial_lr") if k in options}
+            lrs = {
+                k: float(options[k]) * scale
+                for k in ("lr", "initial_lr")
+                if options.get(k) is not None
+            }
             groups.append({**options, **lrs, "params": params})
             weights += params
     required = {

@@ -132,9 +132,9 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
     Raises:
         ValueError: in the running form, for an lr that is not finite; nothing has changed then.
     """
+    for plan in plans:
+        check_lrs(plan.param_groups, plan.fused is not None)
     groups = [group for plan in plans for group in plan.param_groups]
-    if plans[0].options.is_running:
-        check_lrs(groups)
     growth = track_peak_lr(groups, started)
     factor = annealing_factor(groups)
     for plan in plans:

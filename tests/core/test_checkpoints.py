@@ -295,6 +295,16 @@ class Mine(MechanicAdamW):
     """A user's own subclass, at module level as pickle wants it."""
 
 
+class MineToo(mechanize(torch.optim.RAdam)):
+    """The same of a class that mechanize() made."""
+
+
+def test_the_class_itself_can_be_pickled_for_a_worker_that_is_spawned():
+    made = mechanize(torch.optim.RAdam, s_init=1e-3)
+    for cls in (made, MineToo, MechanicAdamW):
+        assert pickle.loads(pickle.dumps(cls)) is cls
+
+
 def test_a_subclass_of_the_user_can_be_pickled():
     one = Training(Mine).run(FEW)
     twin = pickle.loads(pickle.dumps(one))

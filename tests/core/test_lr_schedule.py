@@ -1,6 +1,7 @@
 """Learning rates: every scheduler of torch, the peak lr, and the annealing factor."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -129,6 +130,49 @@ def test_the_base_may_have_no_lr():
     opt = mechanize(NoLr)(params)
     cases.run(opt, params)
     assert 0 < opt.learned_lr()[0] == float(opt.scale)
+
+
+def test_a_base_may_set_its_own_lr_where_it_is_none():
+    """As transformers' Adafactor does."""
+
+    class OwnLr(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                assert group["lr"] is None
+                for p in group["params"]:
+                    p.sub_(0.1 * p.grad)
+
+    params = make_weights()
+    opt = mechanize(OwnLr)(params)
+    for group in opt.param_groups:
+        group["lr"] = None
+    cases.run(opt, params)
+    assert 0 < opt.learned_lr()[0] == float(opt.scale)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.to_base().param_groups[0]["lr"] is None
+
+
+@pytest.mark.parametrize("variant", ["running", "annealed", "optax"])
+@pytest.mark.parametrize("lr", [math.inf, math.nan, -1.0, "0.1"])
+def test_an_lr_that_is_none_is_refused_and_leaves_no_trace(train, variant, lr):
+    one = train(variant=variant).run(FEW)
+    before = one.snapshot()
+    one.group["lr"], kept = lr, one.group["lr"]
+    with pytest.raises(ValueError, match="lr of param group 0 must be a finite number of 0 or mor"):
+        one.run(1)
+    one.group["lr"] = kept
+    assert_same(one.snapshot(), before)
+    assert_same(one.run(FEW).x, train(variant=variant).run(2 * FEW).x)
+
+
+def test_a_fused_update_needs_an_lr():
+    params = make_weights()
+    opt = MechanicAdamW(params)
+    cases.run(opt, params)
+    opt.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match=r"lr of param group 0 must be .* got None"):
+        cases.run(opt, params)
 
 
 def test_the_lr_may_be_a_tensor_of_one_element():
