@@ -60,6 +60,12 @@ MECHANIC_INLINE Coefficients<T> plain_coefficients(const Hyper& h) {
   return c;
 }
 
+// a + c x, or a where c = 0, so that an infinite x cannot spoil the sum.
+template <class T>
+MECHANIC_INLINE T add_scaled(T a, T c, T x) {
+  return c != T(0) ? a + c * x : a;
+}
+
 // u = -lr (g + l2 x)
 struct Sgd {
   static constexpr int kStates = 0;
@@ -71,7 +77,7 @@ struct Sgd {
 
   template <class T>
   static MECHANIC_INLINE T update(T g, T x, T&, T&, const Coefficients<T>& c) {
-    return -(c.rate * (g + c.l2 * x));
+    return -(c.rate * add_scaled(g, c.l2, x));
   }
 };
 
@@ -88,7 +94,7 @@ struct Momentum {
 
   template <class T>
   static MECHANIC_INLINE T update(T g, T x, T& buffer, T&, const Coefficients<T>& c) {
-    const T d = g + c.l2 * x;
+    const T d = add_scaled(g, c.l2, x);
     buffer = c.beta1 * buffer + c.rest1 * d;
     return -(c.rate * (c.nesterov != T(0) ? d + c.beta1 * buffer : buffer));
   }
@@ -108,12 +114,11 @@ struct Adam {
 
   template <class T>
   static MECHANIC_INLINE T update(T g, T x, T& m, T& v, const Coefficients<T>& c) {
-    // Beside a decoupled decay x may be infinite, and 0 times it would spoil m and v.
-    g = c.l2 != 0 ? g + c.l2 * x : g;
+    g = add_scaled(g, c.l2, x);
     m = c.beta1 * m + c.rest1 * g;
     v = c.beta2 * v + c.rest2 * (g * g);
     const T direction = (c.rate * m) / (std::sqrt(v) * c.correction2 + c.eps);
-    return -direction - c.decay * x;
+    return add_scaled(-direction, -c.decay, x);
   }
 };
 
@@ -132,7 +137,7 @@ struct Lion {
     const T mixed = c.beta1 * m + c.rest1 * g;
     const T direction = T(mixed > 0) - T(mixed < 0);
     m = c.beta2 * m + c.rest2 * g;
-    return -(c.rate * direction) - c.decay * x;
+    return add_scaled(-(c.rate * direction), -c.decay, x);
   }
 };
 

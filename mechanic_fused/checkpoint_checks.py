@@ -133,5 +133,5 @@ def _check_entry(name: str, value: Any, p: Tensor, what: str) -> None:
 
 
 def _may_be_part(x_ref: Tensor, p: Tensor) -> bool:
-    size = local(p).numel()
-    return x_ref.dim() == 1 and size >= LEAST_ELEMENTS and may_be_kept(len(x_ref), size)
+    long_enough = p.numel() >= LEAST_ELEMENTS
+    return x_ref.dim() == 1 and long_enough and may_be_kept(len(x_ref), local(p).numel())

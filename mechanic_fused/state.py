@@ -53,7 +53,7 @@ def ensure_state(
             elements.
     """
     names = STATES.get(kind, ())
-    _check_shapes(state, x, (*names, *OWN_STATE))
+    _check_shapes(state, x, (*names, *OWN_STATE), phase)
     if kind not in STATES:
         # The fallback's base steps on copies in the compute dtype, and so does its state.
         for name, value in state.items():
@@ -87,13 +87,14 @@ def ensure_state(
             )
 
 
-def _check_shapes(state: dict[str, Any], x: Tensor, names: tuple[str, ...]) -> None:
+def _check_shapes(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase: int) -> None:
+    may_be_part = phase != WHOLE or x.numel() >= LEAST_ELEMENTS
     found = {
         name: tuple(state[name].shape)
         for name in names
         if torch.is_tensor(state.get(name))
         and state[name].shape != x.shape
-        and not (name == "x_ref" and is_part(state[name], x) and x.numel() >= LEAST_ELEMENTS)
+        and not (name == "x_ref" and may_be_part and is_part(state[name], x))
     }
     if found:
         raise ValueError(

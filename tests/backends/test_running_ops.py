@@ -12,6 +12,7 @@ from support.cases import (
     CASES,
     DTYPES,
     FULL,
+    FUSED,
     OPTIONS,
     RUNNING,
     SCALE_PER,
@@ -521,3 +522,20 @@ def test_a_scale_that_the_user_gave_stays_until_it_learns(kernels):
         pair.set(factor=factor)
         pair.step(pair.sums(), (3.0, 1.0))
     assert (pair.column("scale")[:7] != 0.25).any()
+
+
+@pytest.mark.parametrize("base", FUSED)
+def test_an_infinite_weight_is_not_made_nan_by_a_decay_of_0(running, base):
+    """0 times it would be NaN; torch's optimizers leave it out."""
+    make = drawn(torch.float32, (300,))
+
+    def with_infinity():
+        [x] = make()
+        x[7] = torch.inf
+        return [x]
+
+    pairs = running.twins(base, with_infinity, weight_decay=0.0)
+    for t in range(3):
+        running.step(pairs, t, random_gradient)
+        for _, [p] in pairs:
+            assert torch.equal(p.detach().isinf().nonzero().cpu(), torch.tensor([[7]]))
