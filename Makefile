@@ -5,6 +5,7 @@
 #: make test-stacks  the tests with training frameworks, which it installs
 #: make test-slow    the slow tests of these three: every combination
 #: make test-all     all of these, with CUDA compiled where nvcc is
+#: make fuzz         random events between steps, C++ beside the reference: FUZZ_CASES=100000, an hour
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
 #: make checkstyle   ruff, clang-format, mypy, import-linter
@@ -14,7 +15,7 @@
 #: ARGS goes to the program of a verb: make test ARGS="-k checkpoint", make demo ARGS=--compare.
 #: CUDA is compiled where a GPU is visible; MECHANIC_CUDA=1 or 0 in the environment decides it.
 .PHONY: help build demo test test-triton test-stacks test-slow test-all
-.PHONY: bench convergence checkstyle format clean always
+.PHONY: fuzz bench convergence checkstyle format clean always
 # One pip at a time in .venv; ninja and pytest use all cores by themselves.
 .NOTPARALLEL:
 
@@ -59,6 +60,10 @@ NVCC = $(shell command -v nvcc || command -v $${CUDA_HOME:-/usr/local/cuda}/bin/
 test-all: SLOW =
 test-all: export MECHANIC_CUDA ?= $(if $(NVCC),1)
 test-all: test test-triton test-stacks
+
+fuzz: export FUZZ_CASES ?= 100000
+fuzz: build .venv/test.done
+	$(PY) -m pytest tests/fuzz $(ARGS)
 
 bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)

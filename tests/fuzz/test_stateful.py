@@ -1,0 +1,256 @@
+"""What users do between steps, in any order: the C++ backend beside the reference, to the bit.
+
+Twins get the same weights, gradients and events. Sums may differ by their order alone, see
+``support/lockstep.py``; everything else that a step writes must be equal. A finding becomes a test
+of its own where its kind belongs, or an ``@example`` here.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.cases import FUSED, assert_same
+from support.kernels import kernels_of
+from support.lockstep import Lockstep, random_gradient, written
+
+# In float64 powers and roots of the libraries differ by an ulp, and nothing rounds that away.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((3,), (), (0,), (5, 3), (130,), (2, 3, 4), (9000,))
+
+
+def _with_one(number):
+    def change(g):
+        if g.numel():
+            g.view(-1)[g.numel() // 2] = number
+        return g
+
+    return change
+
+
+def _strided(g):
+    return torch.stack([g, g], -1)[..., 0]
+
+
+GRADIENTS = {
+    "plain": lambda g: g,
+    "none": lambda g: None,
+    "zero": lambda g: g * 0,
+    "large": lambda g: g * 1e4,
+    "tiny": lambda g: g * 1e-30,
+    "with NaN": _with_one(math.nan),
+    "with infinity": _with_one(math.inf),
+    "transposed": lambda g: g.transpose(0, -1).contiguous().transpose(0, -1) if g.dim() else g,
+    "strided": _strided,
+    "negated view": lambda g: torch._neg_view(-g),
+}
+
+WRITES = {
+    "in place": lambda p: p.mul_(0.5),
+    "through data": lambda p: p.data.clamp_(-0.5, 0.5),
+    "pruned": lambda p: p.data[:1].zero_() if p.dim() else None,
+    "moved": lambda p: setattr(p, "data", p.data.clone(memory_format=torch.preserve_format)),
+    "noisy": lambda p: p.add_(0.25),
+}
+
+options = st.fixed_dictionaries(
+    {
+        "variant": st.sampled_from(["running", "running", "annealed", "optax", "paper", "pytorch"]),
+        "scale_per": st.sampled_from(["model", "group", "parameter"]),
+        "s_init": st.sampled_from([None, 0.1]),
+    }
+)
+
+
+class Twins(RuleBasedStateMachine):
+    """An optimizer of the reference and one of the C++ backend, through the same events."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.t = 0
+
+    @initialize(
+        base=st.sampled_from(sorted(FUSED)),
+        dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=2),
+        shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4),
+        options=options,
+        more=st.sampled_from([{}, {"maximize": True}, {"weight_decay": 0.1}]),
+        part=st.booleans(),
+    )
+    def begin(self, base, dtypes, shapes, options, more, part):
+        """Make twins."""
+        options = {k: v for k, v in options.items() if v is not None} | more
+        if part and options["variant"] == "running":
+            options["x_ref_every"] = 8
+        kernels = kernels_of("cpp", self.patch)
+        self.lockstep = Lockstep(kernels, self.patch, options["variant"])
+        self.pairs = []
+        for name in ("reference", "cpp"):
+            torch.manual_seed(len(shapes))
+            params = [
+                torch.nn.Parameter(torch.randn(shape).to(dtypes[i % len(dtypes)]))
+                for i, shape in enumerate(shapes)
+            ]
+            self.pairs.append((FUSED[base](params, lr=1.0, backend=name, **options), params))
+
+    def each(self, event):
+        """Let the same thing happen to both."""
+        for i, (opt, params) in enumerate(self.pairs):
+            self.pairs[i] = event(opt, params) or (opt, params)
+
+    @rule(
+        kinds=st.lists(st.sampled_from(sorted(GRADIENTS)), min_size=1, max_size=3),
+        loss=st.sampled_from([None, None, 1.0, 0.5, 0.0, -1.0, math.nan]),
+        steps=st.integers(1, 3),
+    )
+    def step(self, kinds, loss, steps):
+        """Take steps with gradients of these kinds."""
+        for _ in range(steps):
+            if loss is not None:
+                self.each(lambda opt, _: opt.observe(loss))
+
+            def gradient(p, t, i):
+                return GRADIENTS[kinds[(i + t) % len(kinds)]](random_gradient(p, t, i))
+
+            # A loaded x_ref gets its layout in the plan, and tolerances are derived from it.
+            self.each(lambda opt, _: opt.plan_step() and None)
+            self.lockstep.step(self.pairs, self.t, gradient)
+            self.t += 1
+
+    @rule(kind=st.sampled_from(sorted(WRITES)), index=st.integers(0, 9))
+    def write(self, kind, index):
+        """Write a weight as users do."""
+
+        def event(_, params):
+            with torch.no_grad():
+                WRITES[kind](params[index % len(params)])
+
+        self.each(event)
+
+    @rule(index=st.integers(0, 9))
+    def freeze_or_unfreeze(self, index):
+        """Change requires_grad."""
+
+        def event(_, params):
+            p = params[index % len(params)]
+            p.requires_grad_(not p.requires_grad)
+
+        self.each(event)
+
+    @rule(lr=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 3.0]), group=st.integers(0, 3))
+    def set_lr(self, lr, group):
+        """Change the lr of a group."""
+
+        def event(opt, _):
+            opt.param_groups[group % len(opt.param_groups)]["lr"] = lr
+
+        self.each(event)
+
+    @precondition(lambda self: len(self.pairs[0][1]) < 6)
+    @rule(shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES))
+    def add_group(self, shape, dtype):
+        """Add a group of one weight."""
+
+        def event(opt, params):
+            p = torch.nn.Parameter(random_gradient(torch.empty(shape), 0, len(params)).to(dtype))
+            opt.add_param_group({"params": [p], "lr": 0.5})
+            params.append(p)
+
+        self.each(event)
+
+    @rule()
+    def load_each_others_checkpoint(self):
+        """Save both and load each into the other."""
+        saved = [copy.deepcopy(opt.state_dict()) for opt, _ in self.pairs]
+        for (opt, _), other in zip(self.pairs, reversed(saved), strict=True):
+            opt.load_state_dict(other)
+
+    @rule()
+    def copy(self):
+        """Go on with copies."""
+        self.each(lambda opt, params: copy.deepcopy((opt, params)))
+
+    @rule(index=st.integers(0, 9), entry=st.integers(0, 9), how=st.sampled_from("cmd"))
+    def replace_state(self, index, entry, how):
+        """Replace an entry of a weight's state, move it, or replace the dict around it."""
+
+        def event(opt, params):
+            p = params[index % len(params)]
+            entries = opt.state.get(p)
+            if not entries:
+                return
+            name = sorted(entries)[entry % len(entries)]
+            if how == "c":
+                entries[name] = entries[name].clone(memory_format=torch.preserve_format)
+            elif how == "m":
+                entries[name].data = entries[name].data.clone(memory_format=torch.preserve_format)
+            else:
+                opt.state[p] = dict(entries)
+
+        self.each(event)
+
+    @rule(index=st.integers(0, 9))
+    def forget_state(self, index):
+        """Drop a weight's state."""
+        self.each(lambda opt, params: opt.state.pop(params[index % len(params)], None) and None)
+
+    @rule(frozen=st.booleans())
+    def freeze_scale(self, frozen):
+        """Stop or resume learning S."""
+        self.each(lambda opt, _: opt.freeze_scale(frozen))
+
+    @rule()
+    def reset_scale(self):
+        """Start a new run."""
+        self.each(lambda opt, _: opt.reset_scale())
+
+    @rule(index=st.integers(0, 9), rows=st.lists(st.integers(-1, 99), max_size=6))
+    def replace_parameter(self, index, rows):
+        """Let a weight grow or shrink."""
+
+        def event(opt, params):
+            place = index % len(params)
+            old = params[place]
+            if old.dim() == 0:
+                return
+            index_map = torch.tensor([r % len(old) if len(old) and r >= 0 else -1 for r in rows])
+            index_map = index_map.to(torch.int64)
+            new = torch.zeros(len(rows), *old.shape[1:], dtype=old.dtype)
+            new[index_map >= 0] = old.detach()[index_map[index_map >= 0]]
+            params[place] = torch.nn.Parameter(new)
+            opt.replace_parameter(old, params[place], index_map)
+
+        self.each(event)
+
+    @rule()
+    def read(self):
+        """Read all that can be read."""
+
+        def event(opt, _):
+            with torch.inference_mode():
+                repr(opt), opt.learned_lr(), opt.scale, opt.grad_norm, opt.scale_source
+
+        self.each(event)
+
+    @invariant()
+    def twins_are_alike(self):
+        """Compare all that steps and events write."""
+        if not hasattr(self, "pairs") or len(self.pairs) < 2:
+            return
+        (opt, params), (other, others) = self.pairs
+        assert_same(written(other, others), written(opt, params))
+        torch.testing.assert_close(other.scale, opt.scale, rtol=1e-10, atol=0, equal_nan=True)
+
+    def teardown(self):
+        """Undo the patches."""
+        self.patch.undo()
+
+
+TestTwins = Twins.TestCase
+TestTwins.pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:step.. has found no gradient"),
+]
