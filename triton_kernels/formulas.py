@@ -229,21 +229,15 @@ def stochastic_round(bits, x):
 
 
 @triton.jit
-def add_scaled(a, c, x):
-    """Return a + c·x, or a where c = 0, so that an infinite x cannot spoil the sum."""
-    return tl.where(c != 0, a + c * x, a)
-
-
-@triton.jit
 def sgd(g, x, c):
     """u = −lr·(g + l2·x)."""
-    return -(c.rate * add_scaled(g, c.l2, x))
+    return -(c.rate * (g + c.l2 * x))
 
 
 @triton.jit
 def momentum(g, x, buffer, c):
     """buffer = μ·buffer + (1 − dampening)·d, at first d; u = −lr·buffer, or Nesterov's."""
-    d = add_scaled(g, c.l2, x)
+    d = g + c.l2 * x
     buffer = c.beta1 * buffer + c.rest1 * d
     return -(c.rate * tl.where(c.nesterov, d + c.beta1 * buffer, buffer)), buffer
 
@@ -251,18 +245,19 @@ def momentum(g, x, buffer, c):
 @triton.jit
 def adam(g, x, m, v, c):
     """u = −(lr/(1−β₁ᵗ))·m / (√v·1/√(1−β₂ᵗ) + ε) − lr·decay·x, as torch's Adam and AdamW."""
-    g = add_scaled(g, c.l2, x)
+    # Beside a decoupled decay x may be infinite, and 0 times it would spoil m and v.
+    g = tl.where(c.l2 != 0, g + c.l2 * x, g)
     m = c.beta1 * m + c.rest1 * g
     v = c.beta2 * v + c.rest2 * (g * g)
     direction = divide(c.rate * m, root(v) * c.correction2 + c.eps)
-    return add_scaled(-direction, -c.decay, x), m, v
+    return -direction - c.decay * x, m, v
 
 
 @triton.jit
 def lion(g, x, m, c):
     """u = −lr·(sign(β₁·m + (1−β₁)·g) + decay·x); m = β₂·m + (1−β₂)·g. Source: arXiv 2302.06675."""
     direction = sign(c.beta1 * m + c.rest1 * g)
-    return add_scaled(-(c.rate * direction), -c.decay, x), c.beta2 * m + c.rest2 * g
+    return -(c.rate * direction) - c.decay * x, c.beta2 * m + c.rest2 * g
 
 
 @triton.jit
