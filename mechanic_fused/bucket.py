@@ -26,7 +26,7 @@ from .backends.layout import (
 )
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
-from .param_checks import is_dense
+from .param_checks import check_gradient, is_dense
 from .torch_internals import local, local_tensors, padding_of, read_version
 
 
@@ -178,9 +178,6 @@ class Bucket:
     def collect_gradients(self) -> bool:
         """Take the gradients in the weights' dtype and layout; return whether there is any.
 
-        Torch compares shapes and devices when a gradient is assigned, but ``g.data``, ``g.set_``
-        and ``g.resize_`` change them later.
-
         Raises:
             ValueError: for a gradient that cannot be used.
         """
@@ -197,11 +194,7 @@ class Bucket:
                     f"gradients must be dense, got a gradient of layout {g.layout} "
                     f"for a weight of shape {tuple(self._shapes[i])}"
                 )
-            if g.shape != self._shapes[i] or g.device != self.device:
-                raise ValueError(
-                    "a gradient must have its weight's shape and device, expected "
-                    f"{tuple(self._shapes[i])} on {self.device}, got {tuple(g.shape)} on {g.device}"
-                )
+            check_gradient(g, self._shapes[i], self.device)
             if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
                 grads[i] = self._in_weight_layout(g, self.weights[i])
         self.grads = grads

@@ -19,9 +19,9 @@ MAX_PEAK = "max_peak_lr"
 
 
 def lr_of(group: dict[str, Any]) -> Any:
-    """Return the lr of a group; 1 for a base that has none, or that sets its own where it is None.
+    """Return a group's lr, or 1 where the base has no lr or computes its own.
 
-    Transformers' Adafactor does the latter.
+    Transformers' Adafactor computes its own where lr is None.
     """
     lr = group.get("lr")
     return 1.0 if lr is None else lr

@@ -241,7 +241,7 @@ def _betas(given: Sequence[float]) -> tuple[float, ...]:
 def options_of_groups(params: Any) -> dict[str, Any]:
     """Return the tuner's options that param groups carry, as ``opt.param_groups`` do; or none.
 
-    Torch's optimizers, too, can be made anew by ``type(opt)(opt.param_groups)``.
+    Wrappers construct optimizers by ``type(opt)(opt.param_groups)``, as torch's own allow.
     """
     groups = [] if torch.is_tensor(params) else params
     groups = [with_new_group_keys(group) for group in groups if isinstance(group, dict)]

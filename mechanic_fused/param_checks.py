@@ -90,7 +90,7 @@ def has_storage(t: Tensor) -> bool:
 
 
 def check_readable(t: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless kernels can read a tensor's memory as that of a weight's elements."""
+    """Raise ValueError unless a tensor has its weight's shape and device, and readable memory."""
     if t.shape != x.shape or t.device != x.device:
         raise ValueError(
             "expected tensors of the shape and on the device of their weight, "
@@ -101,6 +101,19 @@ def check_readable(t: Tensor, x: Tensor) -> None:
             "expected plain tensors with storage of their own for plain weights, got a "
             f"{type(t).__name__} of shape {tuple(t.shape)} whose storage is missing, cut or "
             "misaligned"
+        )
+
+
+def check_gradient(g: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError unless a gradient has its weight's shape and device.
+
+    Torch compares them when a gradient is assigned, but ``g.data``, ``g.set_`` and ``g.resize_``
+    change them later.
+    """
+    if g.shape != shape or g.device != device:
+        raise ValueError(
+            f"a gradient must have its weight's shape and device, expected {tuple(shape)} on "
+            f"{device}, got {tuple(g.shape)} on {g.device}"
         )
 
 

@@ -54,8 +54,11 @@ def take_step(plans: Sequence[StepPlan]) -> None:
     # Lists, not generators: they are faster, and every plan is asked.
     started = any([plan.has_started() for plan in plans])
     is_running = plans[0].options.is_running
-    if (started or is_running) and any([plan.settings_changed for plan in plans]):
-        follow_settings(plans, started)
+    if any([plan.settings_changed for plan in plans]):
+        if started or is_running:
+            follow_settings(plans, started)
+        else:  # that comes after the first update, too late for an error
+            check_lrs_of(plans)
     if len(plans) > 1:
         check_alike(plans)
     extra_groups = tuple(dict.fromkeys(group for plan in plans for group in plan.extra_groups))
@@ -130,10 +133,9 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
     """Take the options of all param groups: peak lrs, the tuner's options, the annealing factor.
 
     Raises:
-        ValueError: in the running form, for an lr that is not finite; nothing has changed then.
+        ValueError: for an lr that is below 0 or not finite; nothing has changed then.
     """
-    for plan in plans:
-        check_lrs(plan.param_groups, plan.fused is not None)
+    check_lrs_of(plans)
     groups = [group for plan in plans for group in plan.param_groups]
     growth = track_peak_lr(groups, started)
     factor = annealing_factor(groups)
@@ -144,6 +146,12 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
         plan.tuner.set_annealing_factor(factor)
         plan.awaits_calibration = awaits_calibration(plan.param_groups)
         plan.note_settings()
+
+
+def check_lrs_of(plans: Sequence[StepPlan]) -> None:
+    """Raise ValueError for an lr that is below 0 or not finite."""
+    for plan in plans:
+        check_lrs(plan.param_groups, plan.fused is not None)
 
 
 def start(plans: Sequence[StepPlan], informative: Tensor) -> bool:

@@ -98,6 +98,13 @@ struct Square {
   }
 };
 
+// Add the float sums of a block.
+template <class T>
+MECHANIC_INLINE void add_lanes(const T* ab, const T* aa, Lanes& lanes) {
+#pragma omp simd
+  for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
+}
+
 // lanes.ab += a.b, b.b or nothing, lanes.aa += a.a, in double, which is accurate for any floats.
 template <class Second = Dot, class T>
 MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restrict b, int n,
@@ -114,12 +121,6 @@ MECHANIC_INLINE void add_products_wide(const T* __restrict a, const T* __restric
     lanes.ab[l] += Second::of(double(a[i + l]), double(b[i + l]));
     lanes.aa[l] += double(a[i + l]) * double(a[i + l]);
   }
-}
-
-template <class T>
-MECHANIC_INLINE void add_lanes(const T* ab, const T* aa, Lanes& lanes) {
-#pragma omp simd
-  for (int l = 0; l < kLanes; ++l) lanes.ab[l] += ab[l], lanes.aa[l] += aa[l];
 }
 
 // The same for a whole block. First eight float products a lane are summed in float, since

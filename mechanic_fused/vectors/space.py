@@ -18,7 +18,7 @@ from .. import backends, distributed
 from ..backends.layout import CPU_CHUNK, KERNEL_DTYPES, compute_dtype
 from ..bucket import chunk_table
 from ..distributed import Groups, shards
-from ..param_checks import check_readable, check_weights, is_dense
+from ..param_checks import check_gradient, check_readable, check_weights, is_dense
 from ..torch_internals import local
 from .reference import AdaRemOptions, Stream
 
@@ -252,12 +252,7 @@ def _in_weight_layout(g: Tensor | None, x: Tensor) -> Tensor:
         return torch.zeros_like(x, memory_format=torch.preserve_format)
     if g.layout is not torch.strided or g.is_complex():
         raise ValueError(f"gradients must be dense and real, got {g.layout}, {g.dtype}")
-    # g.data, g.set_ and g.resize_ change what torch compared when the gradient was assigned.
-    if g.shape != x.shape or g.device != x.device:
-        raise ValueError(
-            "a gradient must have its weight's shape and device, expected "
-            f"{tuple(x.shape)} on {x.device}, got {tuple(g.shape)} on {g.device}"
-        )
+    check_gradient(g, x.shape, x.device)
     if g.dtype is x.dtype and g.stride() == x.stride() and not g.is_neg():
         return g
     return torch.empty_like(x, memory_format=torch.preserve_format).copy_(g)

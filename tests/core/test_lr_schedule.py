@@ -155,7 +155,7 @@ def test_a_base_may_set_its_own_lr_where_it_is_none():
 
 @pytest.mark.parametrize("variant", ["running", "annealed", "optax"])
 @pytest.mark.parametrize("lr", [math.inf, math.nan, -1.0, "0.1"])
-def test_an_lr_that_is_none_is_refused_and_leaves_no_trace(train, variant, lr):
+def test_a_bad_lr_is_refused_and_leaves_no_trace(train, variant, lr):
     one = train(variant=variant).run(FEW)
     before = one.snapshot()
     one.group["lr"], kept = lr, one.group["lr"]
@@ -164,6 +164,16 @@ def test_an_lr_that_is_none_is_refused_and_leaves_no_trace(train, variant, lr):
     one.group["lr"] = kept
     assert_same(one.snapshot(), before)
     assert_same(one.run(FEW).x, train(variant=variant).run(2 * FEW).x)
+
+
+@pytest.mark.parametrize("variant", ["running", "annealed", "optax"])
+def test_a_bad_lr_of_the_first_step_is_refused_and_leaves_no_trace(train, variant):
+    one = train(variant=variant)
+    one.group["lr"], kept = math.inf, one.group["lr"]
+    with pytest.raises(ValueError, match="lr of param group 0 must be a finite number"):
+        one.run(1)
+    one.group["lr"] = kept
+    assert_same(one.run(FEW).x, train(variant=variant).run(FEW).x)
 
 
 def test_a_fused_update_needs_an_lr():
