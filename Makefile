@@ -5,7 +5,7 @@
 #: make test-stacks  the tests with training frameworks, which it installs
 #: make test-slow    the slow tests of these three: every combination
 #: make test-all     all of these, with CUDA compiled where nvcc is
-#: make fuzz         random events between steps, C++ beside the reference: FUZZ_CASES=100000, an hour
+#: make fuzz         random events between steps, C++ beside the reference: FUZZ_CASES=100000
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
 #: make checkstyle   ruff, clang-format, mypy, import-linter

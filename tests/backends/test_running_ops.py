@@ -525,10 +525,11 @@ def test_a_scale_that_the_user_gave_stays_until_it_learns(kernels):
 
 
 @pytest.mark.parametrize("base", FUSED)
-def test_an_infinite_weight_is_not_made_nan_by_a_decay_of_0(running, base):
+def test_an_infinite_weight_is_not_made_nan_by_a_decay_of_0(running, base, request):
     """0 times it would be NaN; torch's optimizers leave it out."""
     if running.kernels.name == "triton":
-        pytest.skip("the selects spill registers there")
+        reason = "selects and branches there break the bounds of registers in test_codegen.py"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     make = drawn(torch.float32, (300,))
 
     def with_infinity():
