@@ -299,8 +299,8 @@ MECHANIC_INLINE void add_displacement(const StepStreams<X, S>& at, int64_t start
 }
 
 // x += S u for n elements, at most kBlock (kWhole: exactly), and the sums with the x before it. All
-// in one loop, so that loads and sums go on while roots and divisions are computed: 35 M floats of
-// AdamW on two cores take 11.1 ms, with a loop for each over 512 elements 13.5. kInPart: not all
+// in one loop, so that loads and sums go on while roots and divisions are computed: 1.15 times the
+// time of torch's AdamW, and 1.30 with a loop for each (benchmarks/README.md). kInPart: not all
 // elements have an x_ref; as a branch it cost the weights that have it whole 2 %.
 template <class Base, bool kInPart, bool kWhole, class X, class S>
 MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int n,
