@@ -76,7 +76,7 @@ def draw_rates(axes: plt.Axes, mechanic: "Run", grid: Sequence["Run"]) -> None:
         steps, _, rates, _ = zip(*run.history, strict=True)
         axes.plot(steps, rates, color=colour, lw=1)
     steps, _, rates, scales = zip(*mechanic.history, strict=True)
-    axes.plot(steps, scales, color=SCALE, ls=":", label="S = Σs, the learned scale")
+    axes.plot(steps, scales, color=SCALE, ls=":", label="S, the learned scale")
     label = f"S × lr, the learned learning rate (at most {mechanic.peak_rate():.1e})"
     axes.plot(steps, rates, color=MECHANIC, lw=2, label=label)
     axes.set_yscale("log")
