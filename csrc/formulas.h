@@ -30,17 +30,18 @@ MECHANIC_INLINE double gradient_multiplier(const Hyper& h, const float* grad_sca
 // The peak lr over lr; 0 where lr is 0, so that there is no update to speak of.
 MECHANIC_INLINE double peak_ratio(const Hyper& h) { return h.lr != 0 ? h.peak_lr / h.lr : 0; }
 
-// The scalars of one update: computed in double once a chunk, then rounded to T.
+// The scalars of one update: computed in double once a chunk, then rounded to T. Their order
+// decides which of them a GPU reads together: with another one, a kernel of step.cuh spilled.
 template <class T>
 struct Coefficients {
   T gradient;      // multiplies g, see gradient_multiplier
   T beta1, rest1;  // rest1 = 1 - beta1, or SGD's 1 - dampening
+  T nesterov;      // 1 or 0; as a bool it would keep the loops over elements from vectorizing
   T beta2, rest2;
   T eps, l2;
   T rate;         // lr, for Adam over its first bias correction
   T decay;        // lr * decoupled weight decay
   T correction2;  // Adam's 1 / sqrt(1 - beta2^t)
-  T nesterov;     // 1 or 0; as a bool it would keep the loops over elements from vectorizing
 };
 
 template <class T>
@@ -60,10 +61,10 @@ MECHANIC_INLINE Coefficients<T> plain_coefficients(const Hyper& h) {
   return c;
 }
 
-// a + c x, or a where c = 0, so that an infinite x cannot spoil the sum.
-template <class T>
+// a + c x. Where x is given though c may be 0, an infinite x must not spoil the sum.
+template <bool kMayBeZero, class T>
 MECHANIC_INLINE T add_scaled(T a, T c, T x) {
-  return c != T(0) ? a + c * x : a;
+  return !kMayBeZero || c != T(0) ? a + c * x : a;
 }
 
 // u = -lr (g + l2 x)
@@ -75,9 +76,9 @@ struct Sgd {
     return plain_coefficients<T>(h);
   }
 
-  template <class T>
+  template <bool kAnyX, class T>
   static MECHANIC_INLINE T update(T g, T x, T&, T&, const Coefficients<T>& c) {
-    return -(c.rate * add_scaled(g, c.l2, x));
+    return -(c.rate * add_scaled<kAnyX>(g, c.l2, x));
   }
 };
 
@@ -92,9 +93,9 @@ struct Momentum {
     return c;
   }
 
-  template <class T>
+  template <bool kAnyX, class T>
   static MECHANIC_INLINE T update(T g, T x, T& buffer, T&, const Coefficients<T>& c) {
-    const T d = add_scaled(g, c.l2, x);
+    const T d = add_scaled<kAnyX>(g, c.l2, x);
     buffer = c.beta1 * buffer + c.rest1 * d;
     return -(c.rate * (c.nesterov != T(0) ? d + c.beta1 * buffer : buffer));
   }
@@ -112,13 +113,14 @@ struct Adam {
     return c;
   }
 
-  template <class T>
+  template <bool kAnyX, class T>
   static MECHANIC_INLINE T update(T g, T x, T& m, T& v, const Coefficients<T>& c) {
-    g = add_scaled(g, c.l2, x);
+    // Beside a decoupled decay, too, x is given where l2 is 0.
+    g = add_scaled<true>(g, c.l2, x);
     m = c.beta1 * m + c.rest1 * g;
     v = c.beta2 * v + c.rest2 * (g * g);
     const T direction = (c.rate * m) / (std::sqrt(v) * c.correction2 + c.eps);
-    return add_scaled(-direction, -c.decay, x);
+    return add_scaled<kAnyX>(-direction, -c.decay, x);
   }
 };
 
@@ -132,12 +134,12 @@ struct Lion {
     return plain_coefficients<T>(h);
   }
 
-  template <class T>
+  template <bool kAnyX, class T>
   static MECHANIC_INLINE T update(T g, T x, T& m, T&, const Coefficients<T>& c) {
     const T mixed = c.beta1 * m + c.rest1 * g;
     const T direction = T(mixed > 0) - T(mixed < 0);
     m = c.beta2 * m + c.rest2 * g;
-    return add_scaled(-(c.rate * direction), -c.decay, x);
+    return add_scaled<kAnyX>(-(c.rate * direction), -c.decay, x);
   }
 };
 

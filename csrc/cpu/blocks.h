@@ -216,7 +216,8 @@ MECHANIC_INLINE void accumulate_block(const AccumulateStreams<X, S>& at, int64_t
     T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
     T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
     const T weight = kReadsX ? T(widen(x[i])) : T(0);
-    delta[i] = delta[i] + Base::update(finite_or_zero(gradient[i]), weight, a, b, c);
+    delta[i] =
+        delta[i] + Base::template update<false>(finite_or_zero(gradient[i]), weight, a, b, c);
     if (Base::kStates > 0) narrow(a, state0[i]);
     if (Base::kStates > 1) narrow(b, state1[i]);
   }
@@ -328,7 +329,7 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
       gg[l] += gradient[i] * gradient[i];
       T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
       T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
-      update[i] = Base::update(finite_or_zero(gradient[i]), x_old[i], a, b, c);
+      update[i] = Base::template update<true>(finite_or_zero(gradient[i]), x_old[i], a, b, c);
       if (Base::kStates > 0) narrow(a, state0[i]);
       if (Base::kStates > 1) narrow(b, state1[i]);
       xx[l] += x_old[i] * x_old[i];

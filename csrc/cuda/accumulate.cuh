@@ -42,7 +42,8 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
     // Products of floats are exact in double, so the fused form rounds no differently.
     sum.of[0] = fma(double(gradient), double(delta[l]), sum.of[0]);
     sum.of[1] = fma(double(gradient), double(gradient), sum.of[1]);
-    delta[l] = delta[l] + Base::update(finite_or_zero(gradient), x[l], a[l], b[l], c);
+    delta[l] =
+        delta[l] + Base::template update<false>(finite_or_zero(gradient), x[l], a[l], b[l], c);
   }
   at.delta.template store<Reuse::kSoon>(i, delta);
   if constexpr (Base::kStates > 0) store<Reuse::kNever>(a, at.state0 + i);

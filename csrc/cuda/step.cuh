@@ -88,7 +88,7 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
   }
 #pragma unroll
   for (int l = 0; l < N; ++l) {
-    const T u = Base::update(finite_or_zero(g[l]), x[l], a[l], b[l], c);
+    const T u = Base::template update<true>(finite_or_zero(g[l]), x[l], a[l], b[l], c);
     sum.of[3] = fma(double(u), double(u), sum.of[3]);
     x[l] = apply_update(x[l], scale, u);
   }
