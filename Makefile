@@ -63,7 +63,7 @@ test-all: test test-triton test-stacks
 
 fuzz: export FUZZ_CASES ?= 100000
 fuzz: build .venv/test.done
-	$(PY) -m pytest tests/fuzz $(ARGS)
+	$(PY) -m pytest -m "not slow" tests/fuzz $(ARGS)
 
 bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)

@@ -1,4 +1,5 @@
-"""What users do between steps, in any order: the C++ backend beside the reference, to the bit.
+"""What users do between steps, in any order: the C++ backend beside the reference, to the bit, and
+the reference beside an oracle of each step in float64.
 
 Twins get the same weights, gradients and events. Sums may differ by their order alone, see
 ``support/lockstep.py``; everything else that a step writes must be equal. A finding becomes a test
@@ -7,14 +8,17 @@ of its own where its kind belongs.
 
 import copy
 import math
+import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.cases import FUSED, assert_same
 from support.kernels import kernels_of
-from support.lockstep import Lockstep, random_gradient, written
+from support.lockstep import Lockstep, give_gradients, random_gradient, written
+from support.single_step import SingleStep
 
 # In float64 powers and roots of the libraries differ by an ulp, and nothing rounds that away.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +89,7 @@ class Twins(RuleBasedStateMachine):
     def begin(self, base, dtypes, shapes, options, more, part):
         """Make twins."""
         options = {k: v for k, v in options.items() if v is not None} | more
+        self.scale_per = options["scale_per"]
         self.in_part = part and options["variant"] == "running"
         if self.in_part:
             options["x_ref_every"] = 8
@@ -124,7 +129,11 @@ class Twins(RuleBasedStateMachine):
 
             # A loaded x_ref gets its layout in the plan, and tolerances are derived from it.
             self.each(lambda opt, _: opt.plan_step() and None)
+            opt, params = self.pairs[0]
+            give_gradients(params, self.t, gradient)
+            oracle = SingleStep(opt, self.scale_per)
             self.lockstep.step(self.pairs, self.t, gradient)
+            oracle.check(self.lockstep.recorded)
             self.t += 1
 
     @rule(kind=st.sampled_from(sorted(WRITES)), index=st.integers(0, 9))
@@ -256,8 +265,22 @@ class Twins(RuleBasedStateMachine):
         self.patch.undo()
 
 
+class MoreTwins(Twins):
+    """The same for longer."""
+
+
+COMMON = settings(
+    deadline=None, suppress_health_check=list(HealthCheck), stateful_step_count=20, database=None
+)
+nothing_to_do = pytest.mark.filterwarnings("ignore:step.. has found no gradient")
+
 TestTwins = Twins.TestCase
-TestTwins.pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:step.. has found no gradient"),
-]
+TestTwins.pytestmark = [nothing_to_do]
+TestTwins.settings = settings(COMMON, max_examples=600, derandomize=True)
+if "FUZZ_CASES" in os.environ:  # other cases each time
+    cases = int(os.environ["FUZZ_CASES"])
+    TestTwins.settings = settings(COMMON, max_examples=cases, print_blob=True)
+
+TestMoreTwins = MoreTwins.TestCase
+TestMoreTwins.pytestmark = [nothing_to_do, pytest.mark.slow]
+TestMoreTwins.settings = settings(COMMON, max_examples=6000, derandomize=True)

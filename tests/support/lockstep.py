@@ -22,6 +22,10 @@ class Lockstep:
     Only sums may differ, since backends add in other orders. So in each step the sums must agree
     within a derived tolerance; then the backend goes on with the reference's, must tune alike, and
     all that follows must be equal to the bit.
+
+    Attributes:
+        recorded: the reference's sums in the last step and its tuner's rows before it was tuned;
+            None if it was not.
     """
 
     def __init__(self, kernels, monkeypatch, variant=EXACT):
@@ -29,6 +33,7 @@ class Lockstep:
         name = "log_tune" if variant == RUNNING else "tune"
         self._tune = getattr(kernels.ops, name)
         self._expected = []
+        self.recorded = None
         self._distance = 0.0
         self._rtol = SUM_RTOL
         record = functools.partial(self._record, getattr(reference, name))
@@ -60,6 +65,7 @@ class Lockstep:
 
     def step(self, pairs, t, gradient):
         (opt, params), (other, others) = pairs
+        self.recorded = None
         self._distance = distance(opt)
         self._rtol = max(self.kernels.sum_rtol(p.dtype) for p in params)
         in_float64 = isinstance(opt, torch.optim.Adam) and params[0].dtype is torch.float64
@@ -81,6 +87,7 @@ class Lockstep:
 
     def _record(self, tune, sums, tuner):
         before = sums.clone()
+        self.recorded = before, tuner.state.clone()
         tune(sums, tuner)
         self._expected.append((before, tuner.state.clone()))
 
