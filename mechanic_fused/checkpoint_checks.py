@@ -81,7 +81,7 @@ def check_scales(saved: list[Group], param_groups: list[Group], scale_per: str) 
 def check_entries(
     saved: dict[str, Any], param_groups: list[Group], names: tuple[str, ...] | None
 ) -> None:
-    """Raise ValueError if a weight's saved state cannot be its state.
+    """Raise ValueError if a weight's saved state cannot be its state, or groups have other sizes.
 
     Args:
         saved: a state dict.
@@ -89,9 +89,17 @@ def check_entries(
         names: of the base's own state, which the fused updates read; None for the fallback, whose
             base may keep anything.
     """
-    for i, (theirs, group) in enumerate(zip(saved["param_groups"], param_groups, strict=False)):
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    expected = [len(group["params"]) for group in param_groups]
+    if sizes != expected:
+        raise ValueError(
+            f"the checkpoint's param groups must hold as many weights as the optimizer's, expected "
+            f"{expected}, got {sizes}; a plain base that was made with scale_per='parameter' has a "
+            "group for each weight"
+        )
+    for i, (theirs, group) in enumerate(zip(saved["param_groups"], param_groups, strict=True)):
         called = group.get("param_names")
-        for j, (key, p) in enumerate(zip(theirs["params"], group["params"], strict=False)):
+        for j, (key, p) in enumerate(zip(theirs["params"], group["params"], strict=True)):
             entries = saved["state"].get(key)
             if entries is None:
                 continue

@@ -172,3 +172,12 @@ def test_a_checkpoint_with_dropped_or_swapped_entries_loads_or_is_refused(name):
             # torch's AdamW takes a second moment below 0 as well, and makes NaN of it.
             finite = all(p.isfinite().all() for p in weights)
             assert finite or first == "exp_avg_sq", (key, first, second)
+
+
+def test_a_checkpoint_of_other_groups_is_refused_by_their_sizes():
+    """As that of to_base() with a scale for each weight, whose weights have groups of their own."""
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    opt = MechanicAdamW(weights, lr=1.0, scale_per="parameter", s_init=0.1)
+    _step(weights, opt)
+    with pytest.raises(ValueError, match=r"expected \[3\], got \[1, 1, 1\]"):
+        opt.load_state_dict(opt.to_base().state_dict())

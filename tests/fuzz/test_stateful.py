@@ -76,6 +76,7 @@ class Twins(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
+        self.threads_before = torch.get_num_threads()
         self.t = 0
 
     @initialize(
@@ -89,7 +90,7 @@ class Twins(RuleBasedStateMachine):
     def begin(self, base, dtypes, shapes, options, more, part):
         """Make twins."""
         options = {k: v for k, v in options.items() if v is not None} | more
-        self.scale_per = options["scale_per"]
+        self.base, self.options, self.scale_per = base, options, options["scale_per"]
         self.in_part = part and options["variant"] == "running"
         if self.in_part:
             options["x_ref_every"] = 8
@@ -102,7 +103,15 @@ class Twins(RuleBasedStateMachine):
                 torch.nn.Parameter(torch.randn(shape).to(dtypes[i % len(dtypes)]))
                 for i, shape in enumerate(shapes)
             ]
-            self.pairs.append((FUSED[base](params, lr=1.0, backend=name, **options), params))
+            self.pairs.append((self.make(params, name), params))
+
+    def make(self, params, backend):
+        """Return an optimizer as the case began with."""
+        return FUSED[self.base](params, lr=1.0, backend=backend, **self.options)
+
+    def made_anew(self, opt):
+        """Return an optimizer of the same groups that has seen nothing."""
+        return self.make([{"params": group["params"]} for group in opt.param_groups], opt._backend)
 
     def each(self, event):
         """Let the same thing happen to both."""
@@ -185,6 +194,38 @@ class Twins(RuleBasedStateMachine):
             opt.load_state_dict(other)
 
     @rule()
+    def resume(self):
+        """Go on with a new optimizer that loads the checkpoint."""
+
+        def event(opt, params):
+            other = self.made_anew(opt)
+            other.load_state_dict(copy.deepcopy(opt.state_dict()))
+            return other, params
+
+        self.each(event)
+
+    # A scale for each weight makes a group for each.
+    @precondition(lambda self: self.scale_per != "parameter" and self.pairs[0][0].scale.gt(0).any())
+    @rule()
+    def to_base_and_back(self):
+        """Take a plain step of the base in between."""
+
+        def event(opt, params):
+            base = opt.to_base()
+            give_gradients(params, self.t, random_gradient)
+            base.step()
+            other = self.made_anew(opt)
+            other.load_state_dict(copy.deepcopy(base.state_dict()))
+            return other, params
+
+        self.each(event)
+
+    @rule(threads=st.sampled_from([1, 2]))
+    def threads(self, threads):
+        """Share the weights out over more threads or fewer."""
+        torch.set_num_threads(threads)
+
+    @rule()
     def copy(self):
         """Go on with copies."""
         self.each(lambda opt, params: copy.deepcopy((opt, params)))
@@ -263,6 +304,7 @@ class Twins(RuleBasedStateMachine):
     def teardown(self):
         """Undo the patches."""
         self.patch.undo()
+        torch.set_num_threads(self.threads_before)
 
 
 class MoreTwins(Twins):
