@@ -39,7 +39,7 @@ class Weight:
         self.p, self.row, self.group, self.lr = p, row, group, float(group["lr"])
         self.x = array(joined(p, entries))
         self.is_whole = "x_ref" not in entries or entries["x_ref"].shape == p.shape
-        self.moved = 0 * self.x
+        self.moved = np.zeros_like(self.x)
         if "x_ref" in entries and self.is_whole:
             self.moved = array(displacement(opt, p, entries))
         self.steps = float(entries.get("step", 0))
@@ -95,7 +95,8 @@ class Weight:
         u = -self.lr * (direction + decay * self.x)
         rounding = 12 * EPS * (np.abs(direction) + decay * np.abs(self.x))
         entries = {"exp_avg": (state["m"], m_off), "exp_avg_sq": (state["v"], v_off)}
-        return u, self.lr * (off + rounding), entries
+        # The kernels multiply by the lr before they divide.
+        return u, self.lr * (off + rounding) + TINY / below, entries
 
     def lion(self, g, betas, weight_decay):
         b1, b2 = betas
@@ -118,6 +119,7 @@ class SingleStep:
         scale_per: its option.
     """
 
+    @np.errstate(all="ignore")  # elements that are out of range are left out
     def __init__(self, opt, scale_per):
         self.opt, self.weights = opt, []
         for number, group in enumerate(opt.param_groups):
@@ -129,6 +131,7 @@ class SingleStep:
             for w in self.weights:
                 w.moved = w.x - array(w.p)
 
+    @np.errstate(all="ignore")
     def check(self, recorded):
         """Compare with what is there after the step; return the number of elements compared.
 
@@ -140,18 +143,17 @@ class SingleStep:
         for w in self.weights:
             after = self.opt.state.get(w.p, {})
             if recorded is None:
-                agree("x", w, joined(w.p, after), w.x, 0 * w.x)
+                agree("x", w, joined(w.p, after), w.x, np.zeros_like(w.x))
             if w.g is None or recorded is None:
                 continue
-            with np.errstate(all="ignore"):
-                u, off, entries = w.update()
-                for name, (expected, entry_off) in entries.items():
-                    agree(name, w, after[name], expected, entry_off)
-                if "delta" in after:
-                    self.check_exact(w, after, u, off)
-                else:
-                    self.check_running(w, after, recorded, u, off)
-                    self.add_sums(sums, w, u, off)
+            u, off, entries = w.update()
+            for name, (expected, entry_off) in entries.items():
+                agree(name, w, after[name], expected, entry_off)
+            if "delta" in after:
+                self.check_exact(w, after, u, off)
+            else:
+                self.check_running(w, after, recorded, u, off)
+                self.add_sums(sums, w, u, off)
             compared += w.x.size
         for row, (values, allowed) in sums.items():
             for name, value in values.items():
@@ -179,7 +181,8 @@ class SingleStep:
         allowed = abs(scale) * off + 2 * EPS * size
         if w.p.dtype is torch.float16:  # 2⁻¹⁶ of the last place, of subnormal numbers too
             allowed = allowed + 2.0**-16 * np.maximum(2.0**-10 * size, 2.0**-24)
-        agree("x", w, joined(w.p, after), w.x + scale * u, allowed)
+        if abs(scale) < 1e37:  # it enters as a float32 number
+            agree("x", w, joined(w.p, after), w.x + scale * u, allowed)
 
     def add_sums(self, sums, w, u, off):
         """Add what a weight gives to the sums of its scale, and how far those may be off."""
