@@ -41,10 +41,17 @@ from .options import (
     with_new_group_keys,
     with_own_x_ref_every,
 )
-from .plan import Phase, PlanOptions, Run, StepPlan
+from .plan import Phase, PlanOptions, Run, StepPlan, create_state_of_fakes
 from .scale_rows import KEY, ScaleRows, scale_keys
 from .step import take_step
-from .torch_internals import SupportsGradScaler, is_fsdp1_flat, local, mute_capturable_warning
+from .torch_internals import (
+    SupportsGradScaler,
+    is_fake,
+    is_fsdp1_flat,
+    local,
+    mute_capturable_warning,
+    unhooked_step,
+)
 from .tuner import Tuner
 
 DEFAULTS: dict[str, Any] = {
@@ -157,6 +164,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
+        if self._plan is None and self._has_fakes():
+            self._step_fakes()
+            return returned
         plan = self.plan_step()
         if loss is not None:
             self.observe(loss)
@@ -266,7 +276,16 @@ class Mechanized(SupportsGradScaler, Optimizer):
             and plan.fits(self.param_groups, fused, self.reduce_group)
         ):
             return plan
-        options = PlanOptions(
+        options = self._plan_options()
+        fallback = Fallback(self, self._base, reason) if reason else None
+        plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
+        if self._class_options["log_every"] > 0:
+            plan.on_step = self._log
+        self._plan = plan
+        return plan
+
+    def _plan_options(self) -> PlanOptions:
+        return PlanOptions(
             self._backend,
             self._scale_per,
             self._state_dtype,
@@ -275,12 +294,16 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self.loss_group,
             self._is_running,
         )
-        fallback = Fallback(self, self._base, reason) if reason else None
-        plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
-        if self._class_options["log_every"] > 0:
-            plan.on_step = self._log
-        self._plan = plan
-        return plan
+
+    def _has_fakes(self) -> bool:
+        return any(is_fake(p) for group in self.param_groups for p in group["params"])
+
+    def _step_fakes(self) -> None:
+        """Create the state of weights of FakeTensorMode, by which memory is estimated."""
+        fused = None if self.fallback_reason else TABLE[self._base]
+        if fused is None:
+            unhooked_step(self._base)(self)
+        create_state_of_fakes(self.param_groups, self.state, self._plan_options(), fused)
 
     @property
     def _is_running(self) -> bool:
@@ -401,6 +424,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     def __repr__(self) -> str:
         """Return the class, how it steps, the learned scale, and the options of each group."""
+        if self._has_fakes():
+            return super().__repr__()
         scales = self.scale.tolist()
         span = f"{scales[0]:.4g}" if scales else "none"
         if len(scales) > 1:

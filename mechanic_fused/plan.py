@@ -739,6 +739,29 @@ class StepPlan:
             bucket.grads = [None] * len(bucket.weights)
 
 
+def create_state_of_fakes(
+    param_groups: Sequence[Group],
+    states: Mapping[Tensor, dict[str, Any]],
+    options: PlanOptions,
+    fused: FusedBase | None,
+) -> None:
+    """Create the state that weights of FakeTensorMode would have: its size is all that they tell.
+
+    Args:
+        param_groups, states: the optimizer's own; missing entries are created, and those of a
+            fallback's base are there.
+        options: how the weights are stored.
+        fused: the base's row of the table of fused updates, or None.
+    """
+    blocks = KeptBlocks(options.reduce_group)
+    for group in param_groups:
+        kind = fused.kind(group) if fused else FALLBACK
+        share = checked_x_ref_every(group.get(X_REF_EVERY, 1), group["variant"])
+        for p in filter(is_trained, group["params"]):
+            dtypes = options.dtype_of_state(p.dtype), options.dtype_of_delta(p.dtype)
+            ensure_state(states[p], p, kind, *dtypes, *blocks.phases([(p, share)]))
+
+
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
     """Return what a plan depends on beside its members: the base, and some options of groups."""
     kinds = [] if fused is None else [fused.kind(group) for group in param_groups]

@@ -25,7 +25,7 @@ from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
 from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
-from .torch_internals import dtensor, is_fsdp1_flat, local
+from .torch_internals import dtensor, is_fake, is_fsdp1_flat, local
 
 
 def ensure_state(
@@ -80,6 +80,8 @@ def ensure_state(
         else:
             state[name] = conform(state.get(name), x, own_dtype)
     for name in (*names, *OWN_STATE, "step"):
+        if is_fake(x):
+            break
         if torch.is_tensor(state.get(name)) and not has_storage(local(state[name])):
             raise ValueError(
                 f"{name} of a weight of shape {tuple(x.shape)} must be a plain tensor with storage "

@@ -42,6 +42,16 @@ def local_tensors(weights: list[Any]) -> list[Tensor]:
     return [weight._local_tensor for weight in weights]
 
 
+def is_fake(t: Tensor) -> bool:
+    """Return whether a tensor, or the shard of a DTensor, is one of FakeTensorMode's: without data.
+
+    ``torch._subclasses.fake_tensor`` (torch 2.0) has no public counterpart. ``sys.modules``, since
+    importing it takes longer than importing this whole package.
+    """
+    fake_tensor = sys.modules.get("torch._subclasses.fake_tensor")
+    return isinstance(local(t), getattr(fake_tensor, "FakeTensor", ()))
+
+
 def global_offset(weight: Any) -> tuple[int, ...]:
     """Return where this rank's shard of a DTensor begins in each dimension of the whole tensor.
 

@@ -64,3 +64,41 @@ def test_another_default_dtype_changes_nothing(name):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "floats"),
+    [("AdamW", 3), ("annealed", 4), ("Lion", 2), ("clipped SGD", 2), ("RAdam", 3)],
+)
+def test_weights_without_data_show_how_much_memory_a_step_takes(name, floats):
+    """As with torch's optimizers: a step under FakeTensorMode makes state of the right sizes."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        model = torch.nn.Linear(1000, 500)
+        opt = MAKERS[name](model.parameters())
+        for _ in range(2):
+            model(torch.randn(8, 1000)).sum().backward()
+            opt.step()
+        states = [t for entries in opt.state.values() for t in entries.values()]
+        assert all(isinstance(t, FakeTensor) for t in states)
+        assert sum(t.numel() for t in states if t.dim()) == floats * 500 * 1001
+        repr(opt), opt.state_dict()
+
+
+def test_state_of_weights_without_data_is_that_of_others():
+    """Entries, shapes and dtypes, of 16-bit weights and of an x_ref in part too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def described(dtype, **options):
+        p = torch.nn.Parameter(torch.empty(128, 128, dtype=dtype).fill_(1))
+        opt = MechanicAdamW([p], lr=1.0, **options)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        return {name: (t.shape, t.dtype, t.stride()) for name, t in opt.state[p].items()}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in ({}, {"x_ref_every": 8}, {"state_dtype": "param"}):
+            wanted = described(dtype, **options)
+            with FakeTensorMode():
+                assert described(dtype, **options) == wanted

@@ -53,6 +53,14 @@ def test_local_tensor(sharded, mesh):
     assert type(local(pending)) is torch.Tensor
 
 
+def test_is_fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert torch_internals.is_fake(nn.Parameter(torch.ones(2)))
+    assert not torch_internals.is_fake(torch.ones(2))
+
+
 def test_global_offset(sharded):
     """Where the shard begins; tests/distributed/test_x_ref_in_shards.py has more than one."""
     assert torch_internals.global_offset(sharded) == (0, 0)
