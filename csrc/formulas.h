@@ -42,6 +42,9 @@ struct Coefficients {
   T rate;         // lr, for Adam over its first bias correction
   T decay;        // lr * decoupled weight decay
   T correction2;  // Adam's 1 / sqrt(1 - beta2^t)
+
+  // Whether the update has a term of x.
+  MECHANIC_INLINE bool reads_x() const { return l2 != T(0) || decay != T(0); }
 };
 
 template <class T>

@@ -21,8 +21,6 @@ from .formulas import (
 )
 from .layout import (
     HYPER_COLUMNS,
-    HYPER_DECAY,
-    HYPER_L2,
     SUMS_GD,
     SUMS_GG,
     TENSOR_COLUMNS,
@@ -132,7 +130,7 @@ def accumulate_kernel(
         if step_count is not None:
             number = tl.load(tensor + TENSOR_NUMBER)
             seed = rounding_seed(tl.load(step_count), number) + offset.to(tl.uint32)
-        reads_x = (tl.load(h + HYPER_L2) != 0) | (tl.load(h + HYPER_DECAY) != 0)
+        reads_x = (c.l2 != 0) | (c.decay != 0)
         # An absent gradient has no elements.
         length = tl.where(g == 0, 0, length)
         aligned = (g | x | delta | state0 | state1) % 16 == 0

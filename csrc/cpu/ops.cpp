@@ -43,7 +43,7 @@ void accumulate_partial(const Bucket& bucket, const Chunk& chunk, const double* 
       delta_of<T>(bucket, chunk, step_count), at<S>(tensor.state0, chunk.offset),
       at<S>(tensor.state1, chunk.offset)};
   Lanes lanes;
-  if (hyper.l2 != 0 || hyper.decay != 0) {
+  if (c.reads_x()) {
     accumulate_chunk<Base, true>(streams, chunk.length, c, lanes);
   } else {
     accumulate_chunk<Base, false>(streams, chunk.length, c, lanes);

@@ -83,12 +83,12 @@ __device__ __forceinline__ Totals<2> accumulate_chunk(const Bucket& bucket, cons
   at.delta = delta_of<T>(bucket, tensor, chunk, scalars.step_count);
   if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
   if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
-  at.reads_x = hyper.l2 != 0 || hyper.decay != 0;
   const int n = int(chunk.length);
   const int in_packets = packet_elements<X>(n, at.gradient, at.weight, at.delta.full,
                                             at.delta.bfloat16, at.state0, at.state1);
   __syncthreads();
   const Coefficients<T> c = shared;
+  at.reads_x = c.reads_x();
   Totals<2> sum = {};
   sum = accumulate_range<kLanes<X>, Base>(at, 0, in_packets, c, sum);
   return accumulate_range<1, Base>(at, in_packets, n, c, sum);

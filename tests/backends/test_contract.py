@@ -84,6 +84,20 @@ def test_memory_that_nobody_wrote_is_nan():
     assert torch.empty(SIZES[-1]).isnan().all()
 
 
+@pytest.mark.parametrize("base", ["adamw", "lion"])
+def test_a_decay_at_an_lr_of_0_leaves_delta_as_it_is(lockstep, base):
+    """Of an infinite weight, too: 0 times it would be NaN."""
+
+    def make():
+        return [torch.ones(7), torch.tensor([1.0, torch.inf])]
+
+    def groups(params):
+        return [{"params": params[:1]}, {"params": params[1:], "lr": 0.0}]
+
+    for opt, params in lockstep.run(base, make, groups=groups, weight_decay=0.1):
+        assert not opt.state[params[1]]["delta"].any()
+
+
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
