@@ -6,6 +6,7 @@
 #: make test-slow    the slow tests of these three: every combination
 #: make test-all     all of these, with CUDA compiled where nvcc is
 #: make fuzz         random events between steps, C++ beside the reference: FUZZ_CASES=100000
+#: make sanitize     the C++ backend under the sanitizers of GCC, with the tests that call it
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
 #: make checkstyle   ruff, clang-format, mypy, import-linter
@@ -15,7 +16,7 @@
 #: ARGS goes to the program of a verb: make test ARGS="-k checkpoint", make demo ARGS=--compare.
 #: CUDA is compiled where a GPU is visible; MECHANIC_CUDA=1 or 0 in the environment decides it.
 .PHONY: help build demo test test-triton test-stacks test-slow test-all
-.PHONY: fuzz bench convergence checkstyle format clean always
+.PHONY: fuzz sanitize bench convergence checkstyle format clean always
 # One pip at a time in .venv; ninja and pytest use all cores by themselves.
 .NOTPARALLEL:
 
@@ -64,6 +65,21 @@ test-all: test test-triton test-stacks
 fuzz: export FUZZ_CASES ?= 100000
 fuzz: build .venv/test.done
 	$(PY) -m pytest -m "not slow" tests/fuzz $(ARGS)
+
+# A copy of the package, whose module the tests then import; see tests/conftest.py.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+PRELOADED = $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+CALL_CPP := $(wildcard tests/backends/test_*ops.py) $(addprefix tests/,core fuzz tuners) \
+	$(addprefix tests/backends/,test_contract.py test_cpp.py test_tables.py)
+sanitize: build .venv/test.done
+	@mkdir -p $(SANITIZED) && rm -rf $(SANITIZED)/csrc $(SANITIZED)/mechanic_fused
+	@cp -pr csrc mechanic_fused setup.py pyproject.toml README.md $(SANITIZED)
+	@rm -f $(SANITIZED)/mechanic_fused/_native*
+	cd $(SANITIZED) && CXX="$(CXX) $(SANITIZERS)" MECHANIC_CUDA=0 \
+		$(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 MECHANIC_PACKAGE=$(SANITIZED) \
+		$(PYTEST) -o pythonpath="$(SANITIZED) tests ." -m "not triton $(SLOW)" $(CALL_CPP) $(ARGS)
 
 bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)

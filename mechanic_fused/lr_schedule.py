@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,26 @@ PEAK = "peak_lr"
 MAX_PEAK = "max_peak_lr"
 """The entry of every param group that holds the largest PEAK of all groups."""
 
+LARGEST_LR = 1e30
+"""Updates at a larger lr would leave the range of float32."""
+
+LEAST_SLIP = 100.0
+"""A peak that grows so many times in one step, and is not held in the next, was no schedule's."""
+
+
+class Slip(NamedTuple):
+    """A peak that has just grown beyond what schedules do.
+
+    Attributes:
+        step: the number of the step that found it.
+        peaks: of all groups, before.
+        growth: see :func:`track_peak_lr`.
+    """
+
+    step: int
+    peaks: list[float]
+    growth: float
+
 
 def lr_of(group: dict[str, Any]) -> Any:
     """Return a group's lr, or 1 where the base has no lr or computes its own.
@@ -28,7 +48,7 @@ def lr_of(group: dict[str, Any]) -> Any:
 
 
 def check_lrs(param_groups: list[dict[str, Any]], fused: bool) -> None:
-    """Raise ValueError for an lr below 0 or not finite; one on a device is not read.
+    """Raise ValueError for an lr below 0, too large or not finite; one on a device is not read.
 
     Args:
         param_groups: the optimizer's own.
@@ -38,7 +58,7 @@ def check_lrs(param_groups: list[dict[str, Any]], fused: bool) -> None:
         lr: Any = group.get("lr") if fused else lr_of(group)
         lr = _without_device_read(lr)
         if not torch.is_tensor(lr):
-            number(f"lr of param group {i}", lr, 0)
+            number(f"lr of param group {i}", lr, 0, LARGEST_LR)
 
 
 def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
@@ -62,10 +82,31 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
         before, group[PEAK] = group.get(PEAK, 0.0), max(map(float, lrs))
         if before > 0:
             growths.append(group[PEAK] / before)
+    _note_largest(param_groups)
+    return min(growths, default=1.0)
+
+
+def forget_slip(param_groups: list[dict[str, Any]], slip: Slip) -> bool:
+    """Take back a growth of the peaks if every lr is below its former peak again.
+
+    Returns:
+        Whether it was taken back.
+    """
+    if len(param_groups) != len(slip.peaks):
+        return False
+    pairs = list(zip(param_groups, slip.peaks, strict=True))
+    if any(torch.is_tensor(lr_of(group)) or lr_of(group) > peak for group, peak in pairs):
+        return False
+    for group, peak in pairs:
+        group[PEAK] = peak
+    _note_largest(param_groups)
+    return True
+
+
+def _note_largest(param_groups: list[dict[str, Any]]) -> None:
     largest = max((group[PEAK] for group in param_groups), default=0.0)
     for group in param_groups:
         group[MAX_PEAK] = largest
-    return min(growths, default=1.0)
 
 
 def annealing_factor(param_groups: list[dict[str, Any]]) -> float | Tensor:

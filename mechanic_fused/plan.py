@@ -21,7 +21,7 @@ from .fallback import FALLBACK, Fallback
 from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
-from .lr_schedule import PEAK, lr_of
+from .lr_schedule import PEAK, Slip, lr_of
 from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
 from .scale_rows import KEY, ScaleRows
@@ -87,6 +87,8 @@ class Run:
         pending: the reduction that the last step of the running form has left under way, or None.
         kept_blocks: tells the phase of each weight.
         idle_steps: how many steps in a row have found no gradient.
+        step_number: how many steps this object has seen begin.
+        slip: what the last step has seen of the peak lrs, if that may have been a slip.
     """
 
     phase: Phase | None = None
@@ -94,6 +96,8 @@ class Run:
     pending: Pending | None = None
     kept_blocks: KeptBlocks = field(default_factory=KeptBlocks)
     idle_steps: int = 0
+    step_number: int = 0
+    slip: Slip | None = None
 
     def settle(self) -> None:
         """Finish the step whose sums are still being reduced, if there is one."""

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .lr_schedule import annealing_factor, check_lrs, track_peak_lr
+from .lr_schedule import (
+    LEAST_SLIP,
+    PEAK,
+    Slip,
+    annealing_factor,
+    check_lrs,
+    forget_slip,
+    track_peak_lr,
+)
 from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
-from .plan import Pending, StepPlan
+from .plan import Pending, Run, StepPlan
 
 if TYPE_CHECKING:
     from .optimizer import Mechanized
@@ -51,6 +59,7 @@ def take_step(plans: Sequence[StepPlan]) -> None:
     """
     for plan in plans:
         plan.run.settle()
+        plan.run.step_number += 1
     # Lists, not generators: they are faster, and every plan is asked.
     started = any([plan.has_started() for plan in plans])
     is_running = plans[0].options.is_running
@@ -137,15 +146,31 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
     """
     check_lrs_of(plans)
     groups = [group for plan in plans for group in plan.param_groups]
-    growth = track_peak_lr(groups, started)
+    growth = follow_peaks(plans[0].run, groups, started)
     factor = annealing_factor(groups)
     for plan in plans:
-        if started and growth > 1:
+        if started and growth != 1:
             plan.rescale(1 / growth)
         plan.tuner.set_options(plan.param_groups[0])
         plan.tuner.set_annealing_factor(factor)
         plan.awaits_calibration = awaits_calibration(plan.param_groups)
         plan.note_settings()
+
+
+def follow_peaks(run: Run, groups: list[dict[str, Any]], started: bool) -> float:
+    """Return by how much the peak lrs have grown since the last step, below 1 where one slipped.
+
+    An lr of 1e10 for a single step would else keep S as small as it had to be in that step.
+    """
+    slip, run.slip = run.slip, None
+    back = 1.0
+    if slip and run.step_number <= slip.step + 1 and forget_slip(groups, slip):
+        back = 1 / slip.growth
+    peaks = [group.get(PEAK, 0.0) for group in groups]
+    growth = track_peak_lr(groups, started)
+    if started and growth >= LEAST_SLIP:
+        run.slip = Slip(run.step_number, peaks, growth)
+    return back * growth
 
 
 def check_lrs_of(plans: Sequence[StepPlan]) -> None:

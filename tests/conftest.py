@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 # torch asks for it where deterministic algorithms meet a GPU; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -10,6 +11,12 @@ import pytest
 import torch
 from support.cases import IMPLEMENTATIONS, Training, skip_unless_available
 from support.ranks import ranks  # noqa: F401
+
+import mechanic_fused
+
+# `make sanitize` tests a copy of the package.
+if package := os.environ.get("MECHANIC_PACKAGE"):
+    assert Path(mechanic_fused.__file__).is_relative_to(Path(package).resolve())
 
 
 @pytest.fixture(autouse=True)

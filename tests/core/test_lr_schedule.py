@@ -154,7 +154,7 @@ def test_a_base_may_set_its_own_lr_where_it_is_none():
 
 
 @pytest.mark.parametrize("variant", ["running", "annealed", "optax"])
-@pytest.mark.parametrize("lr", [math.inf, math.nan, -1.0, "0.1"])
+@pytest.mark.parametrize("lr", [math.inf, math.nan, -1.0, "0.1", 1e200])
 def test_a_bad_lr_is_refused_and_leaves_no_trace(train, variant, lr):
     one = train(variant=variant).run(FEW)
     before = one.snapshot()
@@ -203,6 +203,34 @@ def test_the_peak_is_what_a_scheduler_announces():
         return schedulers.OneCycleLR(opt, 0.5, total_steps=STEPS)
 
     assert Training(lr=1.0, schedule=schedule).run(3).group[PEAK] == 0.5
+
+
+AT_ITS_PEAK = {"base": "adamw", "lr": 1.0, "variant": RUNNING, "s_init": None, "s_decay": None}
+
+
+@pytest.mark.parametrize("slip", [1e3, 1e10, 1e25])
+def test_a_single_step_at_a_far_too_large_lr_leaves_no_trace(slip):
+    """Updates are of their usual size in it, and the peak is forgotten in the next."""
+    runs = [Training(**AT_ITS_PEAK) for _ in range(2)]
+    for one, lrs in zip(runs, ([1.0] * 3, [1.0, slip, 1.0]), strict=True):
+        one.run(15)
+        for lr in lrs:
+            one.group["lr"] = lr
+            one.run(1)
+        one.run(3)
+    expected, found = runs
+    assert found.group[PEAK] == expected.group[PEAK] == 1.0
+    torch.testing.assert_close(found.opt.scale, expected.opt.scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-5, atol=1e-6)
+
+
+def test_an_lr_that_stays_far_above_its_peak_is_the_new_peak():
+    one = Training(**AT_ITS_PEAK).run(15)
+    one.group["lr"] = 1e3
+    one.run(2)
+    one.group["lr"] = 1.0
+    one.run(1)
+    assert one.group[PEAK] == 1e3
 
 
 def test_a_reset_forgets_the_peak():
