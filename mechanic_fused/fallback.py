@@ -6,6 +6,7 @@ only that step() reads ``p.grad`` and changes ``p``.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -94,8 +95,16 @@ class Fallback:
     def _let_base_step(self) -> None:
         # Bases make counts without naming a device, and read them on the host.
         on_cpu = torch.get_default_device().type == "cpu"
-        with nullcontext() if on_cpu else torch.device("cpu"):
-            self._step(self.optimizer)
+        try:
+            with nullcontext() if on_cpu else torch.device("cpu"):
+                self._step(self.optimizer)
+        except Exception:
+            warnings.warn(
+                "the base's step() raised an error: weights, gradients and S are as they were, but "
+                "the base's own state may have moved for some of the weights",
+                stacklevel=2,
+            )
+            raise
 
     @property
     def optimizer(self) -> Optimizer:
