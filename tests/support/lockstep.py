@@ -117,7 +117,8 @@ def displacement(opt, p, state):
     """Return x − x_ref; of an x_ref kept in part, the kept elements' x − x_ref times eight."""
     x, x_ref = joined(p, state), state["x_ref"].double()
     if x.shape == x_ref.shape:
-        return x - x_ref
+        # Of a frozen weight a checkpoint's x_ref in part stays as it was saved, NaN where not kept.
+        return torch.where(x_ref.isnan(), 0.0, x - x_ref)
     buckets = opt._plan.buckets
     phases = [b.phases[i] for b in buckets for i, q in enumerate(b.parameters) if q is p]
     if not phases:  # frozen

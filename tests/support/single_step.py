@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mechanic_fused.backends.layout import LOG_TUNER, SUMS
+from mechanic_fused.kept_blocks import LEAST_ELEMENTS
 
 from .cases import SUM_RTOL
 from .lockstep import displacement, joined
@@ -38,7 +39,7 @@ class Weight:
         entries = opt.state.get(p, {})
         self.p, self.row, self.group, self.lr = p, row, group, float(group["lr"])
         self.x = array(joined(p, entries))
-        self.is_whole = "x_ref" not in entries or entries["x_ref"].shape == p.shape
+        self.is_whole = group.get("x_ref_every", 1) == 1 or p.numel() < LEAST_ELEMENTS
         self.moved = np.zeros_like(self.x)
         if "x_ref" in entries and self.is_whole:
             self.moved = array(displacement(opt, p, entries))
