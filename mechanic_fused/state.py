@@ -53,7 +53,7 @@ def ensure_state(
             elements.
     """
     names = STATES.get(kind, ())
-    _check_shapes(state, x, (*names, *OWN_STATE), phase)
+    _check_given(state, x, (*names, *OWN_STATE), phase)
     if kind not in STATES:
         # The fallback's base steps on copies in the compute dtype, and so does its state.
         for name, value in state.items():
@@ -79,17 +79,16 @@ def ensure_state(
             state.pop(name, None)
         else:
             state[name] = conform(state.get(name), x, own_dtype)
-    for name in (*names, *OWN_STATE, "step"):
-        if is_fake(x):
-            break
-        if torch.is_tensor(state.get(name)) and not has_storage(local(state[name])):
+
+
+def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase: int) -> None:
+    for name in (*names, "step"):
+        value = state.get(name)
+        if torch.is_tensor(value) and not (is_fake(x) or has_storage(local(value))):
             raise ValueError(
                 f"{name} of a weight of shape {tuple(x.shape)} must be a plain tensor with storage "
-                f"of its own, got a {type(state[name]).__name__}"
+                f"of its own, got a {type(value).__name__}"
             )
-
-
-def _check_shapes(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase: int) -> None:
     may_be_part = phase != WHOLE or x.numel() >= LEAST_ELEMENTS
     found = {
         name: tuple(state[name].shape)
