@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import is_, itemgetter
+from math import inf
+from operator import ge, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .backends.layout import (
 )
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
-from .param_checks import check_gradient, is_dense
+from .param_checks import check_gradient, check_stored, is_dense
 from .torch_internals import local, local_tensors, padding_of, read_version
 
 
@@ -130,6 +131,7 @@ class Bucket:
         self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
         self._dense = all(is_dense(x) for x in self.weights)
+        self._bytes = [n * self.dtype.itemsize for n in self.sizes]
         paddings = [padding_of(x) for x in self.parameters]
         self.padding = paddings if any(paddings) else []
         self.own_state = [
@@ -196,6 +198,7 @@ class Bucket:
                 )
             check_gradient(g, self._shapes[i], self.device)
             if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
+                check_stored(g)
                 grads[i] = self._in_weight_layout(g, self.weights[i])
         self.grads = grads
         self.with_gradient = [x for x, g in zip(params, grads, strict=True) if g is not None]
@@ -247,8 +250,13 @@ class Bucket:
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
         self.clip, self.step_count = None, step_count
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        if not self._are_stored(addresses):
+            for g in self.grads:
+                if g is not None:
+                    check_stored(g)
         if 0 in addresses:
-            addresses = [self._gradient_address(g) for g in self.grads]
+            # 0 means absent; so an empty gradient, which is never read, gets 1.
+            addresses = [0 if g is None else g.data_ptr() or 1 for g in self.grads]
         if addresses != self._gradient_addresses:
             self._gradient_addresses = addresses
             column = TENSOR.index("gradient")
@@ -261,14 +269,22 @@ class Bucket:
         # In the running form a weight is where it is found.
         self.modified = self.externally_modified() if self.delta else []
 
-    def _gradient_address(self, g: Tensor | None) -> int:
-        """Return a gradient's address: 0 means absent, so an empty gradient, never read, gets 1."""
-        if g is not None and g.numel() and not g.data_ptr():
-            raise ValueError(
-                "gradients must be plain tensors with storage of their own for plain weights, "
-                f"got a {type(g).__name__} of shape {tuple(g.shape)}"
-            )
-        return 0 if g is None else g.data_ptr() or 1
+    def _are_stored(self, addresses: list[int]) -> bool:
+        """Return whether all gradients are there, whole, and at addresses that kernels may read.
+
+        Torch's own kernels do not ask: ``resize_`` of a storage leaves its tensors as they are.
+        """
+        size = self.dtype.itemsize
+        bytes_left = [
+            inf if g is None else g.untyped_storage().nbytes() - size * g.storage_offset()
+            for g in self.grads
+        ]
+        return (
+            self._dense
+            and 0 not in addresses
+            and all(map(ge, bytes_left, self._bytes))
+            and not any([address % size for address in addresses])
+        )
 
     def is_stale(self) -> bool:
         """Return whether a weight or an entry of its state has been replaced, or has moved.

@@ -43,10 +43,11 @@ def check_weights(weights: list[Tensor]) -> None:
             raise ValueError(f"weights must be dense, got layout {p.layout}")
         if p.device.type == "meta":
             raise ValueError(f"weights must have storage, got device meta, shape {tuple(p.shape)}")
-        if p.numel() and p.data_ptr() == 0:
+        if not has_storage(p):
             raise ValueError(
                 f"weights must be plain tensors with storage of their own, got a "
-                f"{type(p.data).__name__} of shape {tuple(p.shape)}"
+                f"{type(p.data).__name__} of shape {tuple(p.shape)} whose storage is missing, cut "
+                "or misaligned"
             )
         if p.is_neg():
             raise ValueError(
@@ -114,6 +115,16 @@ def check_gradient(g: Tensor, shape: torch.Size, device: torch.device) -> None:
         raise ValueError(
             f"a gradient must have its weight's shape and device, expected {tuple(shape)} on "
             f"{device}, got {tuple(g.shape)} on {g.device}"
+        )
+
+
+def check_stored(g: Tensor) -> None:
+    """Raise ValueError for a gradient whose elements are not all in memory of its own."""
+    if not has_storage(g):
+        raise ValueError(
+            "gradients must be plain tensors with storage of their own for plain weights, got a "
+            f"{type(g).__name__} of shape {tuple(g.shape)} whose storage is missing, cut or "
+            "misaligned"
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import cases
 from support.cases import EXACT, FEW, RUNNING, STEPS, Training, assert_same, snapshot, values
+from support.tensors import at_an_odd_address, cut, freed
 
 from mechanic_fused import MechanicAdamW, MechanicSGD
 
@@ -156,6 +157,35 @@ def test_a_gradient_whose_shape_was_changed_in_place_is_refused(train, variant, 
     with pytest.raises(ValueError, match="a gradient must have its weight's shape and device"):
         one.opt.step()
     assert_same((snapshot(one.opt), values(one.params)), before)
+
+
+STORAGES = {"freed": freed, "cut": cut, "at an odd address": at_an_odd_address}
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("variant", [RUNNING, EXACT])
+def test_a_gradient_that_is_not_all_in_memory_is_refused(train, kind, variant):
+    one = train(variant=variant).run(FEW)
+    before = one.snapshot()
+    grads = cases.gradients(one.params, FEW)
+    grads[1] = STORAGES[kind](grads[1])
+    with pytest.raises(ValueError, match="storage is missing, cut or misaligned"):
+        one.step(grads)
+    assert_same(one.snapshot(), before)
+    one.step(cases.gradients(one.params, FEW))
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("when", [0, FEW])
+def test_a_weight_that_is_not_all_in_memory_is_refused(train, kind, when):
+    one = train().run(when)
+    weight, kept = one.params[1], one.params[1].data
+    grads = cases.gradients(one.params, FEW)
+    weight.data = STORAGES[kind](kept)
+    with pytest.raises(ValueError, match="storage is missing, cut or misaligned"):
+        one.step(grads)
+    weight.data = kept
+    one.step(grads)
 
 
 # Weights that only their owner gives gradients

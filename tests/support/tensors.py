@@ -48,4 +48,5 @@ def at_an_odd_address(t):
 
 def _reinterpreted(raw, t):
     # view(dtype) refuses such an offset, numpy does not.
-    return torch.from_numpy(raw.numpy().view(t.numpy().dtype)).copy_(t)
+    numbers = raw.numpy().view(t.numpy().dtype).reshape(t.shape)
+    return torch.from_numpy(numbers).copy_(t)
