@@ -6,7 +6,7 @@ gradient can be used at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from math import inf
 from operator import ge, is_, itemgetter
@@ -39,6 +39,12 @@ def chunk_table(sizes: list[int], chunk: int) -> Tensor:
     first = (counts.cumsum(0) - counts)[tensor]
     offset = (torch.arange(len(tensor), device="cpu") - first) * chunk
     return torch.stack([tensor, offset, (elements[tensor] - offset).clamp(max=chunk)], 1)
+
+
+def _getter(names: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Return a function from a dict to a tuple of its entries of these names."""
+    get = itemgetter(*names)
+    return get if len(names) > 1 else lambda entries: (get(entries),)
 
 
 class ParamSlot(NamedTuple):
@@ -163,7 +169,7 @@ class Bucket:
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
         names = [*self.own_state[0], *slots[0].names, *(["step"] if self.steps else [])]
-        self._entries_of = [itemgetter(name) for name in names]
+        self._entries_of = _getter(names)
         self._states = [slot.state for slot in slots]
         self._entries = self._find_entries()
         self._entry_addresses = self._addresses_of(self._entries)
@@ -316,7 +322,8 @@ class Bucket:
 
     def _find_entries(self) -> list[Tensor]:
         """Return all entries of the state that steps read, as they are now."""
-        return list(chain.from_iterable(map(get, self._states) for get in self._entries_of))
+        # Those of one weight after another: they were made, and lie in memory, in this order.
+        return list(chain.from_iterable(map(self._entries_of, self._states)))
 
     def _addresses_of(self, entries: list[Tensor]) -> list[int]:
         if self.is_sharded:
