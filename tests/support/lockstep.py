@@ -110,6 +110,9 @@ def distance(opt):
         for p, state in opt.state.items()
         if "delta" in state or "x_ref" in state  # not of a weight that has been frozen since
     ]
+    # Of an infinite weight, or of a frozen one that a checkpoint with x_ref in part was loaded for:
+    # a gradient there would make the sum infinite or NaN, too, and such sums must be equal.
+    moves = [torch.where(move.isfinite(), move, 0.0) for move in moves]
     return float(sum(move.square().sum() for move in moves)) ** 0.5
 
 
@@ -117,8 +120,7 @@ def displacement(opt, p, state):
     """Return x − x_ref; of an x_ref kept in part, the kept elements' x − x_ref times eight."""
     x, x_ref = joined(p, state), state["x_ref"].double()
     if x.shape == x_ref.shape:
-        # Of a frozen weight a checkpoint's x_ref in part stays as it was saved, NaN where not kept.
-        return torch.where(x_ref.isnan(), 0.0, x - x_ref)
+        return x - x_ref
     buckets = opt._plan.buckets
     phases = [b.phases[i] for b in buckets for i, q in enumerate(b.parameters) if q is p]
     if not phases:  # frozen
