@@ -89,6 +89,7 @@ class Run:
         idle_steps: how many steps in a row have found no gradient.
         step_number: how many steps this object has seen begin.
         slip: what the last step has seen of the peak lrs, if that may have been a slip.
+        has_slipped: whether one has been taken back.
     """
 
     phase: Phase | None = None
@@ -98,6 +99,7 @@ class Run:
     idle_steps: int = 0
     step_number: int = 0
     slip: Slip | None = None
+    has_slipped: bool = False
 
     def settle(self) -> None:
         """Finish the step whose sums are still being reduced, if there is one."""

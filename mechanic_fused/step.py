@@ -158,17 +158,22 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
 
 
 def follow_peaks(run: Run, groups: list[dict[str, Any]], started: bool) -> float:
-    """Return by how much the peak lrs have grown since the last step, below 1 where one slipped.
+    """Return by how much the peak lrs have grown since the last step, below 1 after a slip.
 
-    An lr of 1e10 for a single step would else keep S as small as it had to be in that step.
+    An lr of 1e10 for a single step would else keep S as small as it had to be in that step. Once a
+    run: a second one is a schedule's.
     """
     slip, run.slip = run.slip, None
     back = 1.0
     if slip and run.step_number <= slip.step + 1 and forget_slip(groups, slip):
+        run.has_slipped = True
         back = 1 / slip.growth
     peaks = [group.get(PEAK, 0.0) for group in groups]
     growth = track_peak_lr(groups, started)
-    if started and growth >= LEAST_SLIP:
+    grows = any(
+        group[PEAK] >= LEAST_SLIP * peak > 0 for group, peak in zip(groups, peaks, strict=True)
+    )
+    if started and grows and not run.has_slipped:
         run.slip = Slip(run.step_number, peaks, growth)
     return back * growth
 

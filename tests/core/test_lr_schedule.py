@@ -224,6 +224,30 @@ def test_a_single_step_at_a_far_too_large_lr_leaves_no_trace(slip):
     torch.testing.assert_close(found.x, expected.x, rtol=1e-5, atol=1e-6)
 
 
+def test_of_one_group_alone_too():
+    """Its weights go where they are sent, and S moves by no more than in any step."""
+
+    def run(lr):
+        one = Training(**AT_ITS_PEAK, groups=lambda ps: [{"params": [p]} for p in ps]).run(15)
+        one.group["lr"] = lr
+        one.run(1)
+        one.group["lr"] = 1.0
+        return one.run(1)
+
+    expected, found = run(1.0), run(1e3)
+    assert [group[PEAK] for group in found.opt.param_groups] == [1.0] * 3
+    largest_move = math.exp(2 * 0.03 * (1 + 1))  # in two steps h may say the opposite
+    assert 1 / largest_move <= float(found.opt.scale / expected.opt.scale) <= largest_move
+
+
+def test_a_schedule_that_alternates_is_followed():
+    one = Training(**AT_ITS_PEAK).run(15)
+    for lr in (1e3, 1.0, 1e3, 1.0, 1e3, 1.0):
+        one.group["lr"] = lr
+        one.run(1)
+    assert one.group[PEAK] == 1e3
+
+
 def test_an_lr_that_stays_far_above_its_peak_is_the_new_peak():
     one = Training(**AT_ITS_PEAK).run(15)
     one.group["lr"] = 1e3
