@@ -61,9 +61,9 @@ class Record:
         return cls(environments(path)[0], rows)
 
 
-def compact(value: Any) -> Any:
-    """Return a cell of the CSV file: floats with six significant digits."""
-    return f"{value:.6g}" if isinstance(value, float) else value
+def compact(value: Any, digits: int = 6) -> Any:
+    """Return a cell of the CSV file: floats with so many significant digits."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else value
 
 
 def parsed(text: str) -> Any:

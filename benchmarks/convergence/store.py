@@ -42,8 +42,17 @@ class Store:
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row; the lr is exact, since rows are found by it."""
-        row = {name: value if name == "lr" else compact(value) for name, value in row.items()}
+        """Append a row; the lr is exact, since rows are found by it.
+
+        What a task is not judged by has as many digits as tables show.
+        """
+        unjudged = {"train_loss", "rate"}
+        if row.get("accuracy") is not None:
+            unjudged.add("validation_loss")
+        row = {
+            name: value if name == "lr" else compact(value, 4 if name in unjudged else 6)
+            for name, value in row.items()
+        }
         row["environment"] = number_of(self.path, self.environment)
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
