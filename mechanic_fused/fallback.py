@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -99,11 +99,12 @@ class Fallback:
             with nullcontext() if on_cpu else torch.device("cpu"):
                 self._step(self.optimizer)
         except Exception:
-            warnings.warn(
-                "the base's step() raised an error: weights, gradients and S are as they were, but "
-                "the base's own state may have moved for some of the weights",
-                stacklevel=2,
-            )
+            with suppress(Warning):  # where warnings are errors: the base's is the one to see
+                warnings.warn(
+                    "the base's step() raised an error: weights and gradients are as they were, "
+                    "but the base's own state may have moved for some of the weights",
+                    stacklevel=2,
+                )
             raise
 
     @property

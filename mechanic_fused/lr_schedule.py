@@ -29,12 +29,13 @@ class Slip(NamedTuple):
 
     Attributes:
         step: the number of the step that found it.
-        peaks: of all groups, before.
+        peaks, grown: of all groups, before and since.
         growth: see :func:`track_peak_lr`.
     """
 
     step: int
     peaks: list[float]
+    grown: list[float]
     growth: float
 
 
@@ -89,10 +90,12 @@ def track_peak_lr(param_groups: list[dict[str, Any]], started: bool) -> float:
 def forget_slip(param_groups: list[dict[str, Any]], slip: Slip) -> bool:
     """Take back a growth of the peaks if every lr is below its former peak again.
 
+    Not if something else has set the peaks since, as a checkpoint does: S is then not what it was.
+
     Returns:
         Whether it was taken back.
     """
-    if len(param_groups) != len(slip.peaks):
+    if [group.get(PEAK) for group in param_groups] != slip.grown:
         return False
     pairs = list(zip(param_groups, slip.peaks, strict=True))
     if any(torch.is_tensor(lr_of(group)) or lr_of(group) > peak for group, peak in pairs):

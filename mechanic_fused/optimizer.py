@@ -46,6 +46,7 @@ from .scale_rows import KEY, ScaleRows, scale_keys
 from .step import take_step
 from .torch_internals import (
     SupportsGradScaler,
+    in_fake_mode,
     is_fake,
     is_fsdp1_flat,
     local,
@@ -167,6 +168,11 @@ class Mechanized(SupportsGradScaler, Optimizer):
         if self._plan is None and self._has_fakes():
             self._step_fakes()
             return returned
+        if in_fake_mode():
+            raise RuntimeError(
+                "a step under FakeTensorMode only makes state, expected weights that were made "
+                "under it as well, got real ones"
+            )
         plan = self.plan_step()
         if loss is not None:
             self.observe(loss)
@@ -302,7 +308,14 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Create the state of weights of FakeTensorMode, by which memory is estimated."""
         fused = None if self.fallback_reason else TABLE[self._base]
         if fused is None:
+            # The base's state is there from the first step on, and ours beside it.
+            weights = [p for group in self.param_groups for p in group["params"]]
+            kept = {p: p.grad for p in weights if self.state.get(p)}
+            for p in kept:
+                p.grad = None
             unhooked_step(self._base)(self)
+            for p, g in kept.items():
+                p.grad = g
         create_state_of_fakes(self.param_groups, self.state, self._plan_options(), fused)
 
     @property
@@ -336,7 +349,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Drop everything that can be derived from param_groups and state."""
         self._run.settle()
         self._plan, self._tuner = None, None
-        self._run.phase = self._run.squared_norm = None
+        self._run.phase = self._run.squared_norm = self._run.slip = None
+        self._run.has_slipped = False
 
     def _log(self) -> None:
         steps = int(self._current_tuner().counters[0, 0])

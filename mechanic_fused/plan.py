@@ -764,6 +764,8 @@ def create_state_of_fakes(
         kind = fused.kind(group) if fused else FALLBACK
         share = checked_x_ref_every(group.get(X_REF_EVERY, 1), group["variant"])
         for p in filter(is_trained, group["params"]):
+            if not fused and p.grad is None:
+                continue  # the base takes any entry for a state that it has made itself
             dtypes = options.dtype_of_state(p.dtype), options.dtype_of_delta(p.dtype)
             ensure_state(states[p], p, kind, *dtypes, *blocks.phases([(p, share)]))
 

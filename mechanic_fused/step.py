@@ -174,7 +174,7 @@ def follow_peaks(run: Run, groups: list[dict[str, Any]], started: bool) -> float
         group[PEAK] >= LEAST_SLIP * peak > 0 for group, peak in zip(groups, peaks, strict=True)
     )
     if started and grows and not run.has_slipped:
-        run.slip = Slip(run.step_number, peaks, growth)
+        run.slip = Slip(run.step_number, peaks, [group[PEAK] for group in groups], growth)
     return back * growth
 
 

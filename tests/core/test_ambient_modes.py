@@ -86,6 +86,36 @@ def test_weights_without_data_show_how_much_memory_a_step_takes(name, floats):
         repr(opt), opt.state_dict()
 
 
+def test_bases_of_the_fallback_step_without_data_more_than_once():
+    """Their state is wide beside 16-bit weights, and some weights get gradients later."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.ones(7, dtype=torch.bfloat16)) for _ in range(2)]
+        opt = mechanize(torch.optim.RAdam)(weights)
+        for t in range(3):
+            for p in weights[: t + 1]:
+                p.grad = torch.ones_like(p)
+            opt.step()
+        for p in weights:
+            assert opt.state[p]["exp_avg"].dtype is torch.float32
+            assert p.grad is not None
+
+
+def test_real_weights_are_not_stepped_under_fake_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = MechanicAdamW([weight])
+    for _ in range(3):
+        weight.grad = torch.ones(3)
+        opt.step()
+    before = weight.detach().clone()
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="got real ones"):
+        opt.step()
+    assert torch.equal(weight, before)
+
+
 def test_state_of_weights_without_data_is_that_of_others():
     """Entries, shapes and dtypes, of 16-bit weights and of an x_ref in part too."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,5 +1,6 @@
 """Learning rates: every scheduler of torch, the peak lr, and the annealing factor."""
 
+import copy
 import functools
 import math
 
@@ -238,6 +239,18 @@ def test_of_one_group_alone_too():
     assert [group[PEAK] for group in found.opt.param_groups] == [1.0] * 3
     largest_move = math.exp(2 * 0.03 * (1 + 1))  # in two steps h may say the opposite
     assert 1 / largest_move <= float(found.opt.scale / expected.opt.scale) <= largest_move
+
+
+def test_a_checkpoint_after_a_slip_brings_its_own_peak():
+    """S is then what it was before, and must not grow by what the slip had taken from it."""
+    one = Training(**AT_ITS_PEAK).run(15)
+    saved, scale = copy.deepcopy(one.opt.state_dict()), float(one.opt.scale)
+    one.group["lr"] = 1e10
+    one.run(1)
+    one.opt.load_state_dict(saved)
+    one.run(2)
+    assert one.group[PEAK] == 1.0
+    assert 0.8 * scale < float(one.opt.scale) < 1.25 * scale
 
 
 def test_a_schedule_that_alternates_is_followed():

@@ -58,6 +58,8 @@ def test_is_fake():
 
     with FakeTensorMode():
         assert torch_internals.is_fake(nn.Parameter(torch.ones(2)))
+        assert torch_internals.in_fake_mode()
+    assert not torch_internals.in_fake_mode()
     assert not torch_internals.is_fake(torch.ones(2))
 
 
