@@ -256,14 +256,15 @@ class Bucket:
         self.live_lr, self.grad_scale, self.found_inf = live_lr, grad_scale, found_inf
         self.clip, self.step_count = None, step_count
         addresses = [0 if g is None else g.data_ptr() for g in self.grads]
-        if not self._are_stored(addresses):
-            for g in self.grads:
-                if g is not None:
-                    check_stored(g)
         if 0 in addresses:
-            # 0 means absent; so an empty gradient, which is never read, gets 1.
+            # 0 means absent; so one without elements, or without storage, gets 1.
             addresses = [0 if g is None else g.data_ptr() or 1 for g in self.grads]
+        # A storage that is cut moves, so gradients at their last addresses need not be asked again.
         if addresses != self._gradient_addresses:
+            if not self._are_stored(addresses):
+                for g in self.grads:
+                    if g is not None:
+                        check_stored(g)
             self._gradient_addresses = addresses
             column = TENSOR.index("gradient")
             self.tensors[:, column] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
@@ -287,7 +288,7 @@ class Bucket:
         ]
         return (
             self._dense
-            and 0 not in addresses
+            and 1 not in addresses
             and all(map(ge, bytes_left, self._bytes))
             and not any([address % size for address in addresses])
         )

@@ -98,11 +98,7 @@ def check_readable(t: Tensor, x: Tensor) -> None:
             f"{tuple(x.shape)} on {x.device}, got {tuple(t.shape)} on {t.device}"
         )
     if not has_storage(t):
-        raise ValueError(
-            "expected plain tensors with storage of their own for plain weights, got a "
-            f"{type(t).__name__} of shape {tuple(t.shape)} whose storage is missing, cut or "
-            "misaligned"
-        )
+        raise ValueError(f"expected plain tensors {_not_stored(t)}")
 
 
 def check_gradient(g: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -121,11 +117,14 @@ def check_gradient(g: Tensor, shape: torch.Size, device: torch.device) -> None:
 def check_stored(g: Tensor) -> None:
     """Raise ValueError for a gradient whose elements are not all in memory of its own."""
     if not has_storage(g):
-        raise ValueError(
-            "gradients must be plain tensors with storage of their own for plain weights, got a "
-            f"{type(g).__name__} of shape {tuple(g.shape)} whose storage is missing, cut or "
-            "misaligned"
-        )
+        raise ValueError(f"gradients must be plain tensors {_not_stored(g)}")
+
+
+def _not_stored(t: Tensor) -> str:
+    return (
+        f"with storage of their own for plain weights, got a {type(t).__name__} of shape "
+        f"{tuple(t.shape)} whose storage is missing, cut or misaligned"
+    )
 
 
 def check_disjoint(weights: list[Tensor]) -> None:

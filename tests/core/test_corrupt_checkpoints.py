@@ -175,7 +175,7 @@ def test_a_checkpoint_with_dropped_or_swapped_entries_loads_or_is_refused(name):
 
 
 def test_a_checkpoint_of_other_groups_is_refused_by_their_sizes():
-    """As that of to_base() with a scale for each weight, whose weights have groups of their own."""
+    """to_base() makes a param group for each weight where each weight has a scale."""
     weights = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
     opt = MechanicAdamW(weights, lr=1.0, scale_per="parameter", s_init=0.1)
     _step(weights, opt)
