@@ -59,7 +59,7 @@ py::dict layout() {
   found["LOG_CONSTANTS"] = names(kLogConstantColumns);
   found["LOSSES"] = names(kLossesColumns);
   found["KINDS"] = names(kKinds);
-  found["KERNEL_DTYPES"] = names(kDTypes);
+  found["STORED_DTYPES"] = names(kDTypes);
   found["REFERENCE_BLOCK"] = kReferenceBlock;
   found["REFERENCE_PERIOD"] = kReferencePeriod;
   return found;
@@ -138,11 +138,12 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&make_tables), py::kw_only(), py::arg("tensors"), py::arg("chunks"),
            py::arg("hyper"), py::arg("partials"), py::arg("sums"));
   py::class_<Counts>(m, "Counts")
-      .def(py::init(
-               [](int64_t tensors, int64_t chunks, int64_t scales, int64_t elements,
-                  int64_t in_part) { return Counts{tensors, chunks, scales, elements, in_part}; }),
+      .def(py::init([](int64_t tensors, int64_t chunks, int64_t scales, int64_t elements,
+                       int64_t in_part, int64_t state_block) {
+             return Counts{tensors, chunks, scales, elements, in_part, state_block};
+           }),
            py::kw_only(), py::arg("tensors"), py::arg("chunks"), py::arg("scales"),
-           py::arg("elements"), py::arg("in_part"));
+           py::arg("elements"), py::arg("in_part"), py::arg("state_block"));
   py::class_<DTypes>(m, "DTypes")
       .def(py::init([](int64_t weight, int64_t state, int64_t delta) {
              return DTypes{DType(weight), DType(state), DType(delta)};
@@ -184,10 +185,13 @@ PYBIND11_MODULE(_native, m) {
       py::arg("bucket"), py::arg("clip"), py::arg("step_count"), py::arg("threads"), released);
   cpu.def(
       "step",
-      [](const Bucket& bucket, const LogTuner& tuner, int64_t clip, int threads) {
-        cpu::step(bucket, tuner, pointer<const double>(clip), threads);
+      [](const Bucket& bucket, const LogTuner& tuner, int64_t clip, int64_t step_count,
+         int threads) {
+        cpu::step(bucket, tuner, pointer<const double>(clip), pointer<const double>(step_count),
+                  threads);
       },
-      py::arg("bucket"), py::arg("tuner"), py::arg("clip"), py::arg("threads"), released);
+      py::arg("bucket"), py::arg("tuner"), py::arg("clip"), py::arg("step_count"),
+      py::arg("threads"), released);
   cpu.def(
       "log_tune",
       [](int64_t sums, const LogTuner& tuner) { cpu::log_tune(pointer<const Sums>(sums), tuner); },

@@ -16,10 +16,12 @@ namespace mechanic {
 // A row of the tensor table. An address of 0: the weight has no such array.
 struct Tensor {
   int64_t gradient, weight, x_low, x_ref, delta, state0, state1, step;
-  int64_t scale;   // the weight's row of the sums and of the tuner's state
-  int64_t group;   // its row of the hyperparameters
-  int64_t number;  // its number in the optimizer
-  int64_t phase;   // where its first element is among kReferencePeriod; -1: all have an x_ref
+  int64_t scales0, scales1;  // of the blocks of an 8-bit state
+  int64_t scale;             // the weight's row of the sums and of the tuner's state
+  int64_t group;             // its row of the hyperparameters
+  int64_t number;            // its number in the optimizer
+  int64_t phase;    // where its first element is among kReferencePeriod; -1: all have an x_ref
+  int64_t element;  // the index of its first element in the whole weight, whose shard it may be
 };
 
 // Of a weight with a phase the first kReferenceBlock of every kReferencePeriod elements have an
@@ -130,7 +132,8 @@ struct LogTuner {
 enum class Kind : int64_t { kSgd, kMomentum, kAdam, kLion };
 
 // How numbers are stored; for_dtype in storage.h calls a function with a number of that dtype.
-enum class DType : int64_t { kFloat, kDouble, kBFloat16, kHalf };
+// Only a state has codes, see quantize.h.
+enum class DType : int64_t { kFloat, kDouble, kBFloat16, kHalf, kCode };
 
 // Where the tables of a bucket are.
 struct Tables {
@@ -143,12 +146,13 @@ struct Tables {
 
 struct Counts {
   int64_t tensors, chunks, scales, elements;
-  int64_t in_part;  // tensors with a phase
+  int64_t in_part;      // tensors with a phase
+  int64_t state_block;  // elements that share a scale of an 8-bit state; 0 without one
 };
 
 struct DTypes {
   DType weight;  // of x, g and x_ref; arithmetic is in opmath_t of it
-  DType state;   // of the base's own state: the weight's, or that of the arithmetic
+  DType state;   // of the base's own state: the weight's, the arithmetic's, bfloat16 or codes
   DType delta;   // the arithmetic's, or bfloat16
 };
 

@@ -34,8 +34,10 @@ constexpr Column kTensorColumns[] = {
     MECHANIC_COLUMN(Tensor, x_low),    MECHANIC_COLUMN(Tensor, x_ref),
     MECHANIC_COLUMN(Tensor, delta),    MECHANIC_COLUMN(Tensor, state0),
     MECHANIC_COLUMN(Tensor, state1),   MECHANIC_COLUMN(Tensor, step),
+    MECHANIC_COLUMN(Tensor, scales0),  MECHANIC_COLUMN(Tensor, scales1),
     MECHANIC_COLUMN(Tensor, scale),    MECHANIC_COLUMN(Tensor, group),
-    MECHANIC_COLUMN(Tensor, number),   MECHANIC_COLUMN(Tensor, phase)};
+    MECHANIC_COLUMN(Tensor, number),   MECHANIC_COLUMN(Tensor, phase),
+    MECHANIC_COLUMN(Tensor, element)};
 static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
 
 constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),
@@ -113,7 +115,8 @@ static_assert(in_order(kKinds, 4), "the names must be those of Kind, in order");
 constexpr Column kDTypes[] = {{"float32", size_t(DType::kFloat)},
                               {"float64", size_t(DType::kDouble)},
                               {"bfloat16", size_t(DType::kBFloat16)},
-                              {"float16", size_t(DType::kHalf)}};
-static_assert(in_order(kDTypes, 4), "the names must be those of DType, in order");
+                              {"float16", size_t(DType::kHalf)},
+                              {"int8", size_t(DType::kCode)}};
+static_assert(in_order(kDTypes, 5), "the names must be those of DType, in order");
 
 }  // namespace mechanic

@@ -50,6 +50,8 @@ void for_dtype(DType dtype, Run run) {
       return run(BFloat16());
     case DType::kHalf:
       return run(Half());
+    case DType::kCode:  // of no weight
+      return;
   }
 }
 

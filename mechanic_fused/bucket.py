@@ -28,6 +28,7 @@ from .backends.layout import (
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
 from .param_checks import check_gradient, check_stored, is_dense
+from .state_formats import SCALE_SUFFIX
 from .torch_internals import local, local_tensors, padding_of, read_version
 
 
@@ -58,6 +59,8 @@ class ParamSlot(NamedTuple):
         state: its entries of the optimizer's state, perhaps DTensors.
         names: the names of the base's own state tensors.
         phase: of its x_ref, see ``kept_blocks.py``.
+        element: the index of its first element in the whole weight, whose shard it may be.
+        block: elements that share a scale of 8-bit codes; 0: the state has none.
     """
 
     parameter: Tensor
@@ -67,6 +70,8 @@ class ParamSlot(NamedTuple):
     state: dict[str, Any]
     names: tuple[str, ...]
     phase: int = WHOLE
+    element: int = 0
+    block: int = 0
 
 
 class Bucket:
@@ -79,21 +84,25 @@ class Bucket:
         kind: the update, one of ``layout.KINDS``, or "fallback".
         compute_dtype: the dtype of the arithmetic.
         delta_is_bfloat16: whether Δ is kept in bfloat16.
+        rounds_by_random_bits: whether Δ or the base's state is narrower than the arithmetic.
         weights, grads, x_ref, delta, x_low, states, steps: tensors (``states``: a tuple of them);
             the running form has no Δ, and low bits beside 16-bit weights.
         with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
+        state_block: elements that share a scale of an 8-bit state; 0: the state has no codes.
+        scales: tensors of those scales, a tuple as in ``states``; empty without codes.
+        elements: index of the first element in the whole weight.
         phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
         in_part: how many phases are not WHOLE.
         sizes: numbers of elements.
         padding: how many of them are no weights; empty where all are.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
         sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
-        tensors: (weights, 12) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
+        tensors: (weights, 15) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
         live_lr: group → an lr on the device that kernels read there.
         grad_scale, found_inf: GradScaler's, or None.
         clip: (2,) float64: N² and max_norm, or None.
-        step_count: 0-dim float64, the tuner's, or None where Δ is not rounded stochastically.
+        step_count: 0-dim float64, the tuner's, or None where nothing is rounded stochastically.
         handle: the backend's own.
 
     Args:
@@ -128,6 +137,7 @@ class Bucket:
         self.rows = [slot.row for slot in slots]
         self.groups = [slot.group for slot in slots]
         self.numbers = [slot.number for slot in slots]
+        self.elements = [slot.element for slot in slots]
         self.phases = [slot.phase for slot in slots]
         self.in_part = sum(phase != WHOLE for phase in self.phases)
         self._strides = [x.stride() for x in self.weights]
@@ -148,6 +158,11 @@ class Bucket:
         self.x_low = self._own("x_low")
         self.delta_is_bfloat16 = any(t.dtype is not self.compute_dtype for t in self.delta[:1])
         self.states = [tuple(local(slot.state[name]) for name in slot.names) for slot in slots]
+        self.state_block = slots[0].block
+        scale_names = [name + SCALE_SUFFIX for name in slots[0].names if self.state_block]
+        self.scales = [tuple(local(slot.state[name]) for name in scale_names) for slot in slots]
+        narrow = [t.dtype is not self.compute_dtype for t in (*self.states[0], *self.delta[:1])]
+        self.rounds_by_random_bits = any(narrow)
         self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(slots)
         self.with_gradient: list[Tensor] = []
@@ -168,7 +183,8 @@ class Bucket:
         self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
-        names = [*self.own_state[0], *slots[0].names, *(["step"] if self.steps else [])]
+        names = [*self.own_state[0], *slots[0].names, *scale_names]
+        names += ["step"] if self.steps else []
         self._entries_of = _getter(names)
         self._states = [slot.state for slot in slots]
         self._entries = self._find_entries()
@@ -364,6 +380,7 @@ class Bucket:
         table = torch.zeros(len(self.weights), len(TENSOR), dtype=torch.int64, device="cpu")
         for i, x in enumerate(self.weights):
             state0, state1 = ([state.data_ptr() for state in self.states[i]] + [0, 0])[:2]
+            scales0, scales1 = ([scale.data_ptr() for scale in self.scales[i]] + [0, 0])[:2]
             row = {
                 "gradient": 0,
                 "weight": x.data_ptr(),
@@ -373,10 +390,13 @@ class Bucket:
                 "state0": state0,
                 "state1": state1,
                 "step": self.steps[i].data_ptr() if self.steps else 0,
+                "scales0": scales0,
+                "scales1": scales1,
                 "scale": self.rows[i],
                 "group": self.groups[i],
                 "number": self.numbers[i],
                 "phase": self.phases[i],
+                "element": self.elements[i],
             }
             table[i] = torch.tensor([row[name] for name in TENSOR], device="cpu")
         return table

@@ -50,6 +50,10 @@ def like(t: Tensor, weight: Tensor) -> Tensor:
     return t
 
 
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def local_gradients(weights: list[Any]) -> list[Tensor | None]:
     """Return this rank's shards of the gradients, sharded as their weights are."""
     plain = plain_local_gradients(weights)
@@ -61,8 +65,12 @@ def local_gradients(weights: list[Any]) -> list[Tensor | None]:
     ]
 
 
-def wrap(shard: Tensor, weight: Tensor) -> Tensor:
-    """Return this rank's shard as a tensor of the weight's type, sharded as the weight is."""
+def wrap(shard: Tensor, weight: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return this rank's shard as a tensor of the weight's type, sharded as the weight is.
+
+    Args:
+        shape: of the whole tensor, in row-major order; None: as the weight.
+    """
     if not isinstance(weight, dtensor()):
         return shard
     there: Any = weight
@@ -71,8 +79,8 @@ def wrap(shard: Tensor, weight: Tensor) -> Tensor:
         there.device_mesh,
         there.placements,
         run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
+        shape=weight.shape if shape is None else torch.Size(shape),
+        stride=weight.stride() if shape is None else _row_major(shape),
     )
 
 
@@ -124,8 +132,33 @@ def element_range(weight: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: for a shard that is not one range of the weight's elements, on all ranks alike.
     """
+    first = first_element(weight)
+    if first is None:
+        there: Any = weight
+        outer = _outer_dim(weight)
+        raise ValueError(
+            "x_ref_every above 1 needs shards that are one range of a weight's elements: expected "
+            f"Shard(dim={outer}) of a contiguous weight, or x_ref_every=1 in its param group, got "
+            f"{tuple(there.placements)} for a weight of shape {tuple(weight.shape)}"
+        )
+    return first, weight.numel()
+
+
+def _outer_dim(weight: Tensor) -> int:
+    """Return the first dimension that has more than one index."""
+    return next((d for d, size in enumerate(weight.shape) if size > 1), 0)
+
+
+def first_element(weight: Tensor) -> int | None:
+    """Return the index of this rank's first element in the whole weight.
+
+    None for a shard that is not one range of the weight's elements, on all ranks alike.
+
+    Args:
+        weight: a DTensor, or a weight that this rank has whole.
+    """
     if not isinstance(weight, dtensor()):
-        return 0, weight.numel()
+        return 0
     placements, mesh = weight.placements, weight.device_mesh
     sharded = [
         (i, placement)
@@ -133,9 +166,9 @@ def element_range(weight: Tensor) -> tuple[int, int]:
         if not placement.is_replicate() and mesh.size(i) > 1
     ]
     if not sharded:
-        return 0, weight.numel()
-    # The first dimension that has more than one index; all after it must be whole.
-    outer = next((d for d, size in enumerate(weight.shape) if size > 1), 0)
+        return 0
+    # All dimensions after this one must be whole.
+    outer = _outer_dim(weight)
     inner = 1
     is_range = weight.is_contiguous()
     for i, placement in reversed(sharded):
@@ -147,13 +180,8 @@ def element_range(weight: Tensor) -> tuple[int, int]:
             is_range &= weight.shape[outer] % ranks == 0
         inner *= mesh.size(i)
     if not is_range:
-        raise ValueError(
-            "x_ref_every above 1 needs shards that are one range of a weight's elements: expected "
-            f"Shard(dim={outer}) of a contiguous weight, or x_ref_every=1 in its param group, got "
-            f"{tuple(placements)} for a weight of shape {tuple(weight.shape)}"
-        )
-    offset = global_offset(weight)
-    return offset[outer] * math.prod(weight.shape[outer + 1 :]), weight.numel()
+        return None
+    return global_offset(weight)[outer] * math.prod(weight.shape[outer + 1 :])
 
 
 def element_ranges(weights: Sequence[Tensor], group: Any) -> list[tuple[int, int]]:

@@ -25,12 +25,14 @@ from .options import (
     AUTO,
     CALIBRATED,
     DELTA_DTYPES,
+    OPTIM_BITS,
     RUNNING,
     SCALE_PER,
     STATE_DTYPES,
     USER_OPTIONS,
     X_REF_EVERY,
     accepts_old_names,
+    checked_optim_bits,
     checked_x_ref_every,
     max_norm,
     one_of,
@@ -39,10 +41,12 @@ from .options import (
     tuner_options,
     warn_renamed,
     with_new_group_keys,
+    with_own_optim_bits,
     with_own_x_ref_every,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan, create_state_of_fakes
 from .scale_rows import KEY, ScaleRows, scale_keys
+from .state_formats import state_format
 from .step import take_step
 from .torch_internals import (
     SupportsGradScaler,
@@ -92,6 +96,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         variant: str | None = None,
         scale_per: str | None = None,
         backend: str | None = None,
+        optim_bits: int = 32,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
@@ -126,6 +131,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         backends.check(self._backend)
         self._state_dtype = one_of("state_dtype", state_dtype, STATE_DTYPES)
         self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
+        self._optim_bits = checked_optim_bits(optim_bits, state_dtype, None)
         self._x_ref_every = checked_x_ref_every(x_ref_every, chosen["variant"])
         self.max_grad_norm = max_norm(max_grad_norm)
         if delta_dtype is not None and chosen["variant"] == RUNNING:
@@ -617,10 +623,16 @@ class Mechanized(SupportsGradScaler, Optimizer):
                     f"{name} must be the same in all groups: expected {value}, "
                     f"got {param_group[name]}"
                 )
+        param_group.setdefault(OPTIM_BITS, self._optim_bits)
         if param_group["variant"] == RUNNING:
             param_group.setdefault(X_REF_EVERY, self._x_ref_every)
         checked_x_ref_every(param_group.get(X_REF_EVERY, 1), param_group["variant"])
         super().add_param_group(param_group)
+        try:
+            self._check_optim_bits(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
         lr = float(lr_of(param_group))
         # A group that joins a run late in its schedule is not at its peak.
         param_group[PEAK] = max(lr, param_group["max_peak_lr"]) if self.state else lr
@@ -636,6 +648,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 self.param_groups.pop()
                 raise
             self._release.watch(self.param_groups[-1]["params"])
+
+    def _check_optim_bits(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where the base's state cannot be kept in so few bits."""
+        bits = checked_optim_bits(group[OPTIM_BITS], self._state_dtype, self.fallback_reason)
+        for p in group["params"]:
+            state_format(p, bits, self._state_dtype, self.reduce_group)
 
     @torch.no_grad()
     def replace_parameter(
@@ -726,6 +744,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 f"an optimizer with variant='running', got {self.param_groups[0]['variant']!r}; or "
                 "load what to_base() gives"
             )
+        groups = with_own_optim_bits(groups, self.param_groups)
         state_dict = {**state_dict, "param_groups": groups}
         check_scales(groups, self.param_groups, self._scale_per)
         state.load_keeping_dtypes(self, super().load_state_dict, state_dict, self._check_loaded)
@@ -738,7 +757,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Return what copies and pickles keep; hooks and process groups are lost."""
         kept = (
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
-            *("_state_dtype", "_delta_dtype", "_x_ref_every"),
+            *("_optim_bits", "_state_dtype", "_delta_dtype", "_x_ref_every"),
         )
         self._run.settle()
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
@@ -754,10 +773,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Restore a copy, or take the groups and state of a checkpoint."""
         super().__setstate__(_from_0_1(saved))
         vars(self).setdefault("_x_ref_every", 1)
+        vars(self).setdefault("_optim_bits", 32)
         self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
+            group.setdefault(OPTIM_BITS, self._optim_bits)
         if self.defaults.get("fused"):
             # Torch's fused optimizers set it in the constructor, and copies forget it.
             self._step_supports_amp_scaling = True

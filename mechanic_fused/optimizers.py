@@ -44,6 +44,9 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
             only the exact forms have is given.
         scale_per: which weights share a scale: "model", "group" or "parameter".
         backend: "auto", "cpp", "cuda", "triton" or "reference".
+        optim_bits: of the base's state, beside weights of two dimensions or more and 4,096
+            elements or more: 32, 16 (bfloat16) or 8 (codes by blocks of a row; 16 where no block of
+            32 divides it). A param group may have its own.
         state_dtype: None keeps the base's state in float32 (float64 beside float64 weights),
             "param" in the weights' dtype.
         delta_dtype: of the exact forms: None keeps Δ in float32 (float64 beside float64 weights),
@@ -125,6 +128,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
+        optim_bits: int = 32,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
@@ -152,6 +156,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             variant=variant,
             scale_per=scale_per,
             backend=backend,
+            optim_bits=optim_bits,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
@@ -219,6 +224,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
+        optim_bits: int = 32,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
@@ -247,6 +253,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             variant=variant,
             scale_per=scale_per,
             backend=backend,
+            optim_bits=optim_bits,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
@@ -312,6 +319,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
+        optim_bits: int = 32,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
@@ -338,6 +346,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             variant=variant,
             scale_per=scale_per,
             backend=backend,
+            optim_bits=optim_bits,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
@@ -393,6 +402,7 @@ class MechanicLion(Mechanized, Lion):
         variant: str | None = None,
         scale_per: str = "model",
         backend: str = "auto",
+        optim_bits: int = 32,
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
@@ -414,6 +424,7 @@ class MechanicLion(Mechanized, Lion):
             variant=variant,
             scale_per=scale_per,
             backend=backend,
+            optim_bits=optim_bits,
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,

@@ -104,12 +104,16 @@ while the scale is frozen; ``max_peak_lr`` is the largest peak lr of all groups.
 CALIBRATED = ("s_init", "max_peak_lr")
 """The options that the start of a run replaces."""
 
+OPTIM_BITS = "optim_bits"
+"""The option in the param groups that says in how many bits the base's state is kept."""
+
 X_REF_EVERY = "x_ref_every"
 """The option in the param groups of the running form, where checkpoints find it."""
 
 STATE_DTYPES = (None, "param")
 DELTA_DTYPES = (None, torch.bfloat16)
 X_REF_SHARES = (1, REFERENCE_EVERY)
+BITS = (32, 16, 8)
 
 
 def number(
@@ -258,6 +262,31 @@ def checked_x_ref_every(value: Any, variant: str) -> int:
             f"of x_ref; expected variant='running', got {value!r}"
         )
     return int(value)
+
+
+def checked_optim_bits(value: Any, state_dtype: str | None, fallback_reason: str | None) -> int:
+    """Return ``optim_bits``, or raise ValueError."""
+    one_of(OPTIM_BITS, value, BITS)
+    if value != 32 and state_dtype is not None:
+        raise ValueError(
+            f"{OPTIM_BITS} says how the base's state is kept: expected state_dtype=None beside "
+            f"{OPTIM_BITS}={value}, got {state_dtype!r}"
+        )
+    if value != 32 and fallback_reason:
+        raise ValueError(
+            f"{OPTIM_BITS}={value} needs a fused update, since a base keeps its own state as it "
+            f"likes: expected {OPTIM_BITS}=32, got {fallback_reason}"
+        )
+    return int(value)
+
+
+def with_own_optim_bits(
+    saved: list[dict[str, Any]], own: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a checkpoint's groups with the optimizer's own ``optim_bits``."""
+    pairs = zip(saved, own, strict=False)
+    found = [{**theirs, OPTIM_BITS: mine.get(OPTIM_BITS, 32)} for theirs, mine in pairs]
+    return [*found, *saved[len(found) :]]
 
 
 def with_own_x_ref_every(

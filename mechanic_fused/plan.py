@@ -16,16 +16,25 @@ from . import backends, distributed
 from .backends import reference
 from .backends.layout import COUNT, GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
-from .distributed import Groups, Reduction, Rows, mesh_groups, shard_index, shards
+from .distributed import (
+    Groups,
+    Reduction,
+    Rows,
+    first_element,
+    mesh_groups,
+    shard_index,
+    shards,
+)
 from .fallback import FALLBACK, Fallback
 from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK, Slip, lr_of
-from .options import RUNNING, X_REF_EVERY, checked_x_ref_every
+from .options import OPTIM_BITS, RUNNING, X_REF_EVERY, checked_x_ref_every
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
+from .state_formats import StateFormat, state_format
 from .torch_internals import local
 from .tuner import Tuner
 
@@ -133,7 +142,8 @@ class PlanOptions:
     Args:
         backend: the name of a backend, or "auto".
         scale_per: which weights share a scale: "model", "group" or "parameter".
-        state_dtype: "param" to keep the base's state in the weights' dtype; None: float32.
+        state_dtype: "param" to keep the base's state in the weights' dtype where ``optim_bits`` is
+            32; None: float32.
         delta_dtype: torch.bfloat16 to keep Δ in bfloat16; None: float32. float64 weights keep
             float64.
         reduce_group: the process group over which plain weights are sharded, or None.
@@ -150,9 +160,10 @@ class PlanOptions:
     loss_group: Any = None
     is_running: bool = False
 
-    def dtype_of_state(self, weight: torch.dtype) -> torch.dtype:
-        """Return the dtype of the base's state beside weights of a dtype."""
-        return weight if self.state_dtype == "param" else compute_dtype(weight)
+    def format_of_state(self, p: Tensor, group: Group) -> StateFormat:
+        """Return how the base's state of a weight is stored."""
+        bits = group.get(OPTIM_BITS, 32)
+        return state_format(p, bits, self.state_dtype, self.reduce_group)
 
     def dtype_of_delta(self, weight: torch.dtype) -> torch.dtype | None:
         """Return the dtype of Δ beside weights of a dtype; None where there is none."""
@@ -172,6 +183,7 @@ class BucketKey(NamedTuple):
     shards: Groups
     is_sharded: bool
     stands_still: bool
+    state: StateFormat
 
 
 class StepPlan:
@@ -266,7 +278,7 @@ class StepPlan:
         # All keys before any state: an unusable weight must leave the state as it is.
         still = standing_still(self.param_groups)
         keys = [
-            self._bucket_key(p, kind, stands) if is_trained(p) else None
+            self._bucket_key(p, kind, stands, group) if is_trained(p) else None
             for group, kind, stands in zip(self.param_groups, kinds, still, strict=True)
             for p in group["params"]
         ]
@@ -283,14 +295,30 @@ class StepPlan:
                 key = keys[count]
                 if key is not None:
                     row = {"model": 0, "group": number, "parameter": count}[self.options.scale_per]
-                    own_number = shard_index(key.shards) << SHARD_BITS | count
                     names = STATES.get(key.kind, ())
                     phase = phases[count]
-                    state = self._state_of(p, key.kind, phase)
-                    slot = ParamSlot(p, number, row, own_number, state, names, phase)
+                    state = self._state_of(p, key, phase)
+                    own_number, element = self._place_of(p, key, count)
+                    block = key.state.block
+                    slot = ParamSlot(
+                        p, number, row, own_number, state, names, phase, element, block
+                    )
                     slots.setdefault(key, []).append(slot)
                 count += 1
         return slots
+
+    def _place_of(self, p: Tensor, key: BucketKey, number: int) -> tuple[int, int]:
+        """Return the number and the first element by which random bits are drawn for a weight.
+
+        They are those of the whole weight where a shard is one range of it; other shards have a
+        number of their own.
+        """
+        if not key.shards:
+            return number, 0
+        first = first_element(p) if key.is_sharded else None
+        if first is None:
+            return shard_index(key.shards) << SHARD_BITS | number, 0
+        return number, first
 
     def _groups_of_loss(self) -> Groups:
         """Return the process groups over whose ranks observed losses are averaged."""
@@ -302,20 +330,20 @@ class StepPlan:
             groups.update(dict.fromkeys(mesh_groups(p)))
         return tuple(groups)
 
-    def _bucket_key(self, p: Tensor, kind: str, stands_still: bool) -> BucketKey:
+    def _bucket_key(self, p: Tensor, kind: str, stands_still: bool, group: Group) -> BucketKey:
         name = backends.resolve(self.options.backend, p.device.type)
         # Kernels read flat storage, which a weight with gaps has not, and know four dtypes.
         if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
-        return BucketKey(kind, p.device, p.dtype, name, groups, local(p) is not p, stands_still)
+        is_sharded = local(p) is not p
+        stored = self.options.format_of_state(p, group)
+        return BucketKey(kind, p.device, p.dtype, name, groups, is_sharded, stands_still, stored)
 
-    def _state_of(self, p: Tensor, kind: str, phase: int) -> dict[str, Any]:
+    def _state_of(self, p: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
         """Return a weight's entries of the state, the missing ones created."""
-        options, dtype = self.options, p.dtype
-        state = dict(self.states.get(p, {}))
-        dtypes = options.dtype_of_state(dtype), options.dtype_of_delta(dtype)
-        ensure_state(state, p, kind, *dtypes, phase)
+        kind, state = key.kind, dict(self.states.get(p, {}))
+        ensure_state(state, p, kind, key.state, self.options.dtype_of_delta(p.dtype), phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -460,7 +488,7 @@ class StepPlan:
         for bucket in self.buckets:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in scalars]
             step_count = None
-            if bucket.delta_is_bfloat16:
+            if bucket.rounds_by_random_bits:
                 step_count = self.tuner.to(bucket.device).counters[0, 0]
             bucket.write_tables(self._hyper_rows, self._live_lr, near[0], near[1], step_count)
             if bucket.handle is None or bucket.backend.COPIES_TABLES:
@@ -766,14 +794,18 @@ def create_state_of_fakes(
         for p in filter(is_trained, group["params"]):
             if not fused and p.grad is None:
                 continue  # the base takes any entry for a state that it has made itself
-            dtypes = options.dtype_of_state(p.dtype), options.dtype_of_delta(p.dtype)
-            ensure_state(states[p], p, kind, *dtypes, *blocks.phases([(p, share)]))
+            stored = options.format_of_state(p, group)
+            delta, [phase] = options.dtype_of_delta(p.dtype), blocks.phases([(p, share)])
+            ensure_state(states[p], p, kind, stored, delta, phase)
 
 
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
     """Return what a plan depends on beside its members: the base, and some options of groups."""
     kinds = [] if fused is None else [fused.kind(group) for group in param_groups]
-    sizes = [(len(group["params"]), group.get(X_REF_EVERY, 1)) for group in param_groups]
+    sizes = [
+        (len(group["params"]), group.get(X_REF_EVERY, 1), group.get(OPTIM_BITS, 32))
+        for group in param_groups
+    ]
     return [id(fused), sizes, kinds, standing_still(param_groups)]
 
 

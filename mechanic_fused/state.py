@@ -23,8 +23,18 @@ from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
+from .backends.quantize import SIGNED, UNSIGNED, Codes
 from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
+from .state_formats import (
+    SCALE_SUFFIX,
+    StateFormat,
+    decode,
+    encode,
+    has_codes,
+    new_codes,
+    scale_shape,
+)
 from .torch_internals import dtensor, is_fake, is_fsdp1_flat, local
 
 
@@ -32,7 +42,7 @@ def ensure_state(
     state: dict[str, Any],
     x: Tensor,
     kind: str,
-    dtype: torch.dtype,
+    stored: StateFormat,
     delta_dtype: torch.dtype | None,
     phase: int = WHOLE,
 ) -> None:
@@ -43,7 +53,7 @@ def ensure_state(
         x: the weight.
         kind: its update, which names the base's own entries; the base of the fallback creates its
             own.
-        dtype: the dtype of the base's entries.
+        stored: how the base's entries are stored.
         delta_dtype: the dtype of Δ; None in the running form, which has none, and has low bits
             beside 16-bit weights.
         phase: of x_ref, see ``kept_blocks.py``.
@@ -62,8 +72,8 @@ def ensure_state(
                 has_shape = value.shape == x.shape
                 state[name] = conform(value, x, inner) if has_shape else value.to(inner)
     established = any(state.get(name) is not None for name in names)
-    for name in names:
-        state[name] = conform(state.get(name), x, dtype)
+    for i, name in enumerate(names):
+        _store(state, name, x, stored, (SIGNED, UNSIGNED)[i])
     if kind in STEPPED:
         # Float32 and 0-dim, as in torch's fused optimizers. A momentum buffer that was loaded
         # without a count is past its first step.
@@ -79,6 +89,41 @@ def ensure_state(
             state.pop(name, None)
         else:
             state[name] = conform(state.get(name), x, own_dtype)
+
+
+def _store(
+    state: dict[str, Any], name: str, x: Tensor, stored: StateFormat, codes: Codes
+) -> None:
+    """Bring an entry of the base's own state to how it is to be stored; create it of zeros."""
+    scale_name = name + SCALE_SUFFIX
+    old, scales = state.get(name), state.pop(scale_name, None)
+    if has_codes(old):
+        same = stored.block and old.dtype is codes.dtype and scales is not None
+        whole = (scale_shape(x, stored.block) if stored.block else ()) == tuple(scales.shape)
+        if same and whole and _is_laid_out(old, x) and _is_laid_out(scales, x):
+            state[scale_name] = scales
+            return
+        old = decode(old, scales)
+    if not stored.block:
+        state[name] = conform(old, x, stored.dtype)
+    elif old is None:
+        state[name], state[scale_name] = new_codes(x, stored.block, codes)
+    else:
+        wide = conform(old, x, torch.float32)
+        state[name], state[scale_name] = encode(wide, x, stored.block, codes)
+
+
+def _is_laid_out(t: Tensor, x: Tensor) -> bool:
+    """Return whether codes or scales are where x is, sharded as x is, and without gaps."""
+    if isinstance(t, dtensor()) != isinstance(x, dtensor()) or t.device != x.device:
+        return False
+    there: Any = x
+    here: Any = t
+    if isinstance(x, dtensor()) and (
+        here.placements != there.placements or here.device_mesh != there.device_mesh
+    ):
+        return False
+    return local(t).is_contiguous()
 
 
 def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase: int) -> None:
@@ -177,16 +222,19 @@ def mapped_state(
 
     def of_rows(t: Tensor, otherwise: Tensor | None = None) -> Tensor:
         mapped = (
-            t.new_zeros(new.shape)
+            t.new_zeros((len(new), *t.shape[1:]))
             if otherwise is None
             else otherwise.detach().to(t.dtype, copy=True)
         )
         mapped[kept] = t[rows[kept]]
         return mapped
 
+    def has_rows(name: str, t: Any) -> bool:
+        is_scale = name.endswith(SCALE_SUFFIX) and has_codes(state.get(name[: -len(SCALE_SUFFIX)]))
+        return torch.is_tensor(t) and (t.shape == old.shape or is_scale)
+
     found = {
-        name: of_rows(value) if torch.is_tensor(value) and value.shape == old.shape else value
-        for name, value in state.items()
+        name: of_rows(value) if has_rows(name, value) else value for name, value in state.items()
     }
     x_ref = state.get("x_ref")
     if x_ref is not None and x_ref.shape == old.shape:
@@ -348,12 +396,16 @@ def to_base(
             k for k in state if k not in OWN_STATE and (state_names is None or k in state_names)
         ]
         if names:
-            entries[i] = {
-                k: copy.copy(v) if not torch.is_tensor(v) else v.clone()
-                for k, v in state.items()
-                if k in names
-            }
+            entries[i] = {k: _plain(state, k) for k in state if k in names}
     # What an optimizer keeps beside its weights' state is handed on unchanged.
     entries.update({k: v for k, v in optimizer.state.items() if not torch.is_tensor(k)})
     plain.load_state_dict({"state": entries, "param_groups": plain.state_dict()["param_groups"]})
     return plain
+
+
+def _plain(state: dict[str, Any], name: str) -> Any:
+    """Return a copy of an entry as a base keeps it: numbers for codes."""
+    value = state[name]
+    if has_codes(value):
+        return decode(value, state[name + SCALE_SUFFIX])
+    return value.clone() if torch.is_tensor(value) else copy.copy(value)

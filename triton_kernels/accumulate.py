@@ -25,6 +25,7 @@ from .layout import (
     SUMS_GG,
     TENSOR_COLUMNS,
     TENSOR_DELTA,
+    TENSOR_ELEMENT,
     TENSOR_GRADIENT,
     TENSOR_GROUP,
     TENSOR_NUMBER,
@@ -35,7 +36,8 @@ from .layout import (
     TENSOR_WEIGHT,
 )
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
-from .storage import DTYPES, array, at, read, widen
+from .states import States, states_of
+from .storage import DTYPES, STATE_DTYPES, array, at, read, widen
 
 
 class AccumulateStreams(NamedTuple):
@@ -44,8 +46,7 @@ class AccumulateStreams(NamedTuple):
     g: tl.tensor
     x: tl.tensor
     delta: tl.tensor
-    state0: tl.tensor
-    state1: tl.tensor
+    states: States
     offset: tl.tensor  # of the chunk in each of these arrays
     reads_x: tl.tensor
     x_limit: tl.tensor  # the chunk's length, 0 where x is not read
@@ -54,7 +55,7 @@ class AccumulateStreams(NamedTuple):
 
 
 @triton.jit
-def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
+def accumulate_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     """Δ += u, the state moves; returns the products g·Δ (old Δ) and g·g, float64.
 
     The products take g as it is, u takes 0 where it is not finite. With a seed the new Δ is rounded
@@ -63,8 +64,6 @@ def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
     delta_at = at(streams.delta, streams.offset, i, limit)
-    state0_at = at(streams.state0, streams.offset, i, limit)
-    state1_at = at(streams.state1, streams.offset, i, limit)
     mask = None if limit is None else i < limit
     x_mask = streams.reads_x if limit is None else i < streams.x_limit
     g = widen(read(g_at, mask), T) * streams.c.gradient
@@ -72,7 +71,7 @@ def accumulate_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
     delta = widen(read(delta_at, mask), T)
     wide_g = g.to(tl.float64)
     g = finite_or_zero(g)
-    u = base_update(KIND, T, g, x, state0_at, state1_at, mask, streams.c)
+    u = base_update(OP, T, g, x, streams.states, i, limit, streams.c)
     if streams.seed is None:
         tl.store(delta_at, delta + u, mask=mask)
     else:
@@ -100,6 +99,7 @@ def accumulate_kernel(
     T: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -107,8 +107,8 @@ def accumulate_kernel(
 
     One program a chunk, then one a scale, which does something only for a scale without chunks.
     Arithmetic is in T with one rounding an operation, products and their sums in float64; Δ is
-    stored in D and the state in S. ``step_count`` is None unless D is narrower than T. Where
-    ``found_inf`` is not 0, or a gradient is absent, nothing changes.
+    stored in D and the state in S, as in step.py. ``step_count`` is None unless one of them is
+    narrower than T. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -127,9 +127,10 @@ def accumulate_kernel(
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
         seed = None
-        if step_count is not None:
+        if D != T:
             number = tl.load(tensor + TENSOR_NUMBER)
-            seed = rounding_seed(tl.load(step_count), number) + offset.to(tl.uint32)
+            first = tl.load(tensor + TENSOR_ELEMENT) + offset
+            seed = rounding_seed(tl.load(step_count), number) + first.to(tl.uint32)
         reads_x = (c.l2 != 0) | (c.decay != 0)
         # An absent gradient has no elements.
         length = tl.where(g == 0, 0, length)
@@ -138,8 +139,7 @@ def accumulate_kernel(
             array(g, X),
             array(x, X),
             array(delta, D),
-            array(state0, S),
-            array(state1, S),
+            states_of(tensor, offset, step_count, S),
             offset,
             reads_x,
             tl.where(reads_x, length, 0),
@@ -147,7 +147,7 @@ def accumulate_kernel(
             seed,
         )
         totals = chunk_loop(
-            accumulate_block, KIND, T, streams, length, aligned, 2, "sum", BLOCK, TAIL
+            accumulate_block, (KIND, STATE_BLOCK), T, streams, length, aligned, 2, "sum", BLOCK, TAIL
         )
         # Not before the loop, which needs the registers.
         row = tl.load(tensor + TENSOR_SCALE)
@@ -174,6 +174,7 @@ def accumulate(bucket: Bucket) -> None:
         clip=bucket.clip,
         step_count=bucket.step_count,
         KIND=bucket.kind,
-        S=DTYPES[state],
+        S=STATE_DTYPES[state],
+        STATE_BLOCK=bucket.state_block,
         D=DTYPES[bucket.delta[0].dtype],
     )

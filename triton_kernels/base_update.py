@@ -14,27 +14,33 @@ from .layout import (
     TENSOR_GRADIENT,
     TENSOR_STEP,
 )
+from .quantize import SIGNED_TOP, UNSIGNED_TOP
 from .reduce import REDUCE_BLOCK
-from .storage import array, narrow, read, widen
+from .states import load_state, store_state
+from .storage import array
 
 
 @triton.jit
-def base_update(KIND: tl.constexpr, T: tl.constexpr, g, x, state0_at, state1_at, mask, c):
-    """The update u of the base; its state at these pointers moves. A kind reads only its own."""
-    S: tl.constexpr = state0_at.dtype.element_ty
+def base_update(OP: tl.constexpr, T: tl.constexpr, g, x, states, i, limit, c):
+    """The update u of the base for the elements i; its state moves. A kind reads only its own.
+
+    OP is the kind, and how many elements share a scale of the state's codes, 0 without codes.
+    """
+    KIND: tl.constexpr = OP[0]
+    BLOCK: tl.constexpr = OP[1]
     if KIND == "sgd":
         u = sgd(g, x, c)
-    elif KIND == "momentum":
-        u, state0 = momentum(g, x, widen(read(state0_at, mask), T), c)
-    elif KIND == "lion":
-        u, state0 = lion(g, x, widen(read(state0_at, mask), T), c)
     else:
-        u, state0, state1 = adam(
-            g, x, widen(read(state0_at, mask), T), widen(read(state1_at, mask), T), c
-        )
-        tl.store(state1_at, narrow(state1, S), mask=mask)
-    if KIND != "sgd":
-        tl.store(state0_at, narrow(state0, S), mask=mask)
+        state0 = load_state(states, i, limit, T, BLOCK, SIGNED_TOP)
+        if KIND == "momentum":
+            u, state0 = momentum(g, x, state0, c)
+        elif KIND == "lion":
+            u, state0 = lion(g, x, state0, c)
+        else:
+            state1 = load_state(states, i, limit, T, BLOCK, UNSIGNED_TOP)
+            u, state0, state1 = adam(g, x, state0, state1, c)
+            store_state(state1, states, i, limit, BLOCK, UNSIGNED_TOP)
+        store_state(state0, states, i, limit, BLOCK, SIGNED_TOP)
     return u
 
 

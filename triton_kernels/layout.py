@@ -27,10 +27,13 @@ def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
     TENSOR_STATE0,
     TENSOR_STATE1,
     TENSOR_STEP,
+    TENSOR_SCALES0,
+    TENSOR_SCALES1,
     TENSOR_SCALE,
     TENSOR_GROUP,
     TENSOR_NUMBER,
     TENSOR_PHASE,
+    TENSOR_ELEMENT,
 ) = columns(layout.TENSOR)
 TENSOR_COLUMNS = tl.constexpr(len(layout.TENSOR))
 

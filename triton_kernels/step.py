@@ -47,7 +47,8 @@ from .layout import (
     TENSOR_X_REF,
 )
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
-from .storage import DTYPES, array, at, read, widen
+from .states import States, read_codes, states_of
+from .storage import STATE_DTYPES, array, at, read, widen
 
 
 class KeptBlocks(NamedTuple):
@@ -96,8 +97,7 @@ class StepStreams(NamedTuple):
     x: tl.tensor
     x_low: tl.tensor  # read only beside 16-bit weights
     x_ref: tl.tensor
-    state0: tl.tensor
-    state1: tl.tensor
+    states: States
     offset: tl.tensor  # of the chunk in each of these arrays
     kept: KeptBlocks  # or None where every weight has all of x_ref
     scale: tl.tensor  # S in the dtype of arithmetic
@@ -105,7 +105,7 @@ class StepStreams(NamedTuple):
 
 
 @triton.jit
-def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
+def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     """x += S·u, the state moves; returns the products g·(x − x_ref), g·g, x·x, u·u, float64.
 
     The products take g as it is and the x before, u takes 0 where g is not finite.
@@ -118,13 +118,11 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
         x_ref_at = at(streams.x_ref, streams.offset, i, limit)
     else:
         x_ref_at, has_x_ref = kept_at(streams.x_ref, streams.kept, i, limit)
-    state0_at = at(streams.state0, streams.offset, i, limit)
-    state1_at = at(streams.state1, streams.offset, i, limit)
     mask = None if limit is None else i < limit
     g = widen(read(g_at, mask), T) * streams.c.gradient
     x = read(x_at, mask)
     if X != T:
-        x = join(x, read_low(x_low_at, mask))
+        x = join(x, read_codes(x_low_at, mask))
     counted = g
     if streams.kept is None:
         x_ref = read(x_ref_at, mask)
@@ -133,7 +131,7 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
         counted = tl.where(has_x_ref, g, 0.0)
     displacement = x - widen(x_ref, T)
     wide_g, wide_x = g.to(tl.float64), x.to(tl.float64)
-    u = base_update(KIND, T, finite_or_zero(g), x, state0_at, state1_at, mask, streams.c)
+    u = base_update(OP, T, finite_or_zero(g), x, streams.states, i, limit, streams.c)
     wide_u = u.to(tl.float64)
     moved = apply_update(x, streams.scale, u)
     if X != T:
@@ -144,15 +142,6 @@ def step_block(KIND: tl.constexpr, T: tl.constexpr, streams, i, limit):
         tl.store(x_at, moved, mask=mask)
     gd = counted.to(tl.float64) * displacement.to(tl.float64)
     return gd, wide_g * wide_g, wide_x * wide_x, wide_u * wide_u
-
-
-@triton.jit
-def read_low(pointers, mask):
-    """Load integers; 0 where the mask is false."""
-    if mask is None:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
@@ -168,11 +157,13 @@ def step_kernel(
     grad_scale,
     found_inf,
     clip,
+    step_count,
     chunk_count,
     KIND: tl.constexpr,
     X: tl.constexpr,
     T: tl.constexpr,
     S: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
     IN_PART: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -181,8 +172,9 @@ def step_kernel(
 
     One program a chunk, then one a scale, which does something only for a scale without chunks.
     Arithmetic is in T with one rounding an operation, products and their sums in float64; 16-bit x
-    are stored with low bits beside them, the state in S. ``tuner`` is the log tuner's state, a row
-    a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes. IN_PART:
+    are stored with low bits beside them, the state in S: int8 stands for codes, of which
+    STATE_BLOCK share a scale. ``step_count`` is None unless S is narrower than T. ``tuner`` is the
+    log tuner's state, a row a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes. IN_PART:
     whether x_ref of any weight is kept in part; for the others a kernel of their own, which takes
     fewer registers.
     """
@@ -220,14 +212,15 @@ def step_kernel(
             array(x, X),
             array(x_low, tl.int16),
             array(x_ref, X),
-            array(state0, S),
-            array(state1, S),
+            states_of(tensor, offset, step_count, S),
             offset,
             kept,
             tl.load(tuner + row * LOG_COLUMNS + LOG_SCALE).to(T),
             c,
         )
-        totals = chunk_loop(step_block, KIND, T, streams, length, aligned, 4, "sum", BLOCK, TAIL)
+        totals = chunk_loop(
+            step_block, (KIND, STATE_BLOCK), T, streams, length, aligned, 4, "sum", BLOCK, TAIL
+        )
         to_peak = peak_ratio(h)
         uu = totals[3] * (to_peak * to_peak)
         totals = (totals[0] * share, totals[1], totals[2], uu, length.to(tl.float64))
@@ -253,8 +246,10 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         grad_scale=bucket.grad_scale,
         found_inf=bucket.found_inf,
         clip=bucket.clip,
+        step_count=bucket.step_count,
         KIND=bucket.kind,
-        S=DTYPES[state],
+        S=STATE_DTYPES[state],
+        STATE_BLOCK=bucket.state_block,
         IN_PART=bucket.in_part > 0,
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.

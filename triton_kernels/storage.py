@@ -22,6 +22,8 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
+STATE_DTYPES = {**DTYPES, torch.int8: tl.int8}
+
 
 def sizes(dtype: torch.dtype) -> dict[str, int]:
     """Return the elements of a block for weights of ``dtype``: 128 bits a thread, the widest load.

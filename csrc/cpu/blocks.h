@@ -7,6 +7,7 @@
 
 #include "../formulas.h"
 #include "../storage.h"
+#include "states.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -194,7 +195,7 @@ struct AccumulateStreams {
   const X* g;
   const X* x;
   Delta<opmath_t<X>> delta;
-  S *state0, *state1;
+  States<opmath_t<X>, S> states;
 };
 
 // lanes.ab += g.delta with the old delta, lanes.aa += g.g; delta += u.
@@ -206,21 +207,26 @@ MECHANIC_INLINE void accumulate_block(const AccumulateStreams<X, S>& at, int64_t
   const X* __restrict x = kReadsX ? at.x + start : nullptr;
   alignas(64) T scratch[kAccumulateBlock];
   T* __restrict delta = at.delta.read(start, n, scratch);
-  S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
-  S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
+  alignas(64) T scratch0[kAccumulateBlock], scratch1[kAccumulateBlock];
+  T* __restrict state0 = nullptr;
+  T* __restrict state1 = nullptr;
+  if constexpr (Base::kStates > 0) state0 = at.states.first.read(start, n, scratch0);
+  if constexpr (Base::kStates > 1) state1 = at.states.second.read(start, n, scratch1);
   alignas(64) T gradient[kAccumulateBlock];
   for (int i = 0; i < n; ++i) gradient[i] = widen(g[i]) * c.gradient;
   add_products(gradient, delta, n, lanes);
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
-    T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
+    T a = Base::kStates > 0 ? state0[i] : T(0);
+    T b = Base::kStates > 1 ? state1[i] : T(0);
     const T weight = kReadsX ? T(widen(x[i])) : T(0);
     delta[i] =
         delta[i] + Base::template update<false>(finite_or_zero(gradient[i]), weight, a, b, c);
-    if (Base::kStates > 0) narrow(a, state0[i]);
-    if (Base::kStates > 1) narrow(b, state1[i]);
+    if (Base::kStates > 0) state0[i] = a;
+    if (Base::kStates > 1) state1[i] = b;
   }
+  if constexpr (Base::kStates > 0) at.states.first.write(start, n, state0);
+  if constexpr (Base::kStates > 1) at.states.second.write(start, n, state1);
   at.delta.write(start, n, delta);
 }
 
@@ -267,7 +273,7 @@ struct StepStreams {
   const X* g;
   Weights<X> weights;
   const X* x_ref;  // from kept.first on
-  S *state0, *state1;
+  States<opmath_t<X>, S> states;
   KeptBlocks kept;
 };
 
@@ -310,8 +316,11 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
   using T = opmath_t<X>;
   const X* __restrict g = at.g + start;
   const X* __restrict x_ref = kInPart ? nullptr : at.x_ref + start;
-  S* __restrict state0 = Base::kStates > 0 ? at.state0 + start : nullptr;
-  S* __restrict state1 = Base::kStates > 1 ? at.state1 + start : nullptr;
+  alignas(64) T scratch0[kBlock], scratch1[kBlock];
+  T* __restrict state0 = nullptr;
+  T* __restrict state1 = nullptr;
+  if constexpr (Base::kStates > 0) state0 = at.states.first.read(start, n, scratch0);
+  if constexpr (Base::kStates > 1) state1 = at.states.second.read(start, n, scratch1);
   alignas(64) T joined[kBlock];
   T* __restrict x = at.weights.read(start, n, joined);
   alignas(64) T gradient[kBlock];
@@ -327,16 +336,18 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
       x_old[i] = x[i];
       if constexpr (!kInPart) gd[l] += gradient[i] * (x_old[i] - T(widen(x_ref[i])));
       gg[l] += gradient[i] * gradient[i];
-      T a = Base::kStates > 0 ? T(widen(state0[i])) : T(0);
-      T b = Base::kStates > 1 ? T(widen(state1[i])) : T(0);
+      T a = Base::kStates > 0 ? state0[i] : T(0);
+      T b = Base::kStates > 1 ? state1[i] : T(0);
       update[i] = Base::template update<true>(finite_or_zero(gradient[i]), x_old[i], a, b, c);
-      if (Base::kStates > 0) narrow(a, state0[i]);
-      if (Base::kStates > 1) narrow(b, state1[i]);
+      if (Base::kStates > 0) state0[i] = a;
+      if (Base::kStates > 1) state1[i] = b;
       xx[l] += x_old[i] * x_old[i];
       uu[l] += update[i] * update[i];
       x[i] = apply_update(x_old[i], scale, update[i]);
     }
   }
+  if constexpr (Base::kStates > 0) at.states.first.write(start, n, state0);
+  if constexpr (Base::kStates > 1) at.states.second.write(start, n, state1);
   at.weights.write(start, n, x);
   const bool gradient_in_range = kWhole && in_range(gg) && (kInPart || in_range(gd));
   if (gradient_in_range) {

@@ -8,13 +8,15 @@ namespace mechanic::cpu {
 
 // What each op does: see backends/__init__.py, and vectors/reference.py for those over vectors.
 
-// clip: (N^2, max_norm) or null; step_count: the steps taken so far, null where Δ is not rounded.
+// clip: (N^2, max_norm) or null; step_count: the steps taken so far, null where nothing is rounded
+// by random bits.
 void accumulate(const Bucket& bucket, const double* clip, const double* step_count, int threads);
 void apply(const Bucket& bucket, const Tuner& tuner, int threads);
 void measure(const Bucket& bucket, int threads);
 void norm(const Bucket& bucket, int threads);
 void tune(const Sums* sums, const Tuner& tuner);
-void step(const Bucket& bucket, const LogTuner& tuner, const double* clip, int threads);
+void step(const Bucket& bucket, const LogTuner& tuner, const double* clip, const double* step_count,
+          int threads);
 void log_tune(const Sums* sums, const LogTuner& tuner);
 
 void step_along(const Vectors& vectors, const double* c, int threads);

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native  # type: ignore[attr-defined]
-from .layout import CPU_CHUNK, KERNEL_DTYPES, KINDS
+from .layout import CPU_CHUNK, KINDS, STORED_DTYPES
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -56,7 +56,9 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
 def step(bucket: Bucket, tuner: LogTuner) -> None:
     """Take the sums with the x before the step, move the base's state, and x += S·u."""
     clip = address("clip", bucket.clip, torch.float64)
-    _native.cpu.step(bucket.handle, describe_log_tuner(tuner), clip, torch.get_num_threads())
+    step_count = address("step_count", bucket.step_count, torch.float64)
+    tuned = describe_log_tuner(tuner)
+    _native.cpu.step(bucket.handle, tuned, clip, step_count, torch.get_num_threads())
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.with_gradient)
 
@@ -93,13 +95,14 @@ def describe(bucket: Bucket, tables: Any) -> Any:
             scales=len(bucket.sums),
             elements=sum(bucket.sizes),
             in_part=bucket.in_part,
+            state_block=bucket.state_block,
         ),
         # A bucket of the fallback is only measured and applied, whatever its kind.
         kind=KINDS.index(bucket.kind) if bucket.kind in KINDS else 0,
         dtypes=_native.DTypes(
-            weight=KERNEL_DTYPES.index(bucket.dtype),
-            state=KERNEL_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
-            delta=KERNEL_DTYPES.index(
+            weight=STORED_DTYPES.index(bucket.dtype),
+            state=STORED_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
+            delta=STORED_DTYPES.index(
                 bucket.delta[0].dtype if bucket.delta else bucket.compute_dtype
             ),
         ),

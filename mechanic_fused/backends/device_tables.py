@@ -23,7 +23,7 @@ class DeviceTables:
     """The tables of a bucket on its device, at addresses that never change.
 
     Attributes:
-        tensors: (weights, 12) int64, a row of ``layout.TENSOR`` per weight.
+        tensors: (weights, 15) int64, a row of ``layout.TENSOR`` per weight.
         chunks: (chunks, 3) int64, rows of ``layout.CHUNK``.
         hyper: (groups, 9) float64, a row of ``layout.HYPER`` per param group.
         spans: (scales, 4) int64, a row of ``layout.SPAN`` per scale. Weights are in the order of

@@ -10,11 +10,12 @@ import torch
 
 TENSOR = (
     *("gradient", "weight", "x_low", "x_ref", "delta", "state0", "state1", "step"),
-    *("scale", "group", "number", "phase"),
+    *("scales0", "scales1", "scale", "group", "number", "phase", "element"),
 )
-"""Columns of a row of the tensor table, int64: eight addresses (0: absent), the weight's row of
-the sums, its row of the hyperparameters, its number in the optimizer, and where its first element
-is among REFERENCE_PERIOD elements, of which the first REFERENCE_BLOCK have an x_ref (−1: all)."""
+"""Columns of a row of the tensor table, int64: ten addresses (0: absent), the last two of the
+scales of 8-bit states; the weight's row of the sums, its row of the hyperparameters, its number in
+the optimizer, where its first element is among REFERENCE_PERIOD elements, of which the first
+REFERENCE_BLOCK have an x_ref (−1: all), and the index of that element in the whole weight."""
 
 CHUNK = ("tensor", "offset", "length")
 """Columns of a row of the chunk table, int64: elements [offset, offset + length) of a tensor."""
@@ -92,7 +93,10 @@ GPU takes one such block of float32 numbers at a time, and 8 warps are a thread 
 REFERENCE_PERIOD = REFERENCE_EVERY * REFERENCE_BLOCK
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""The dtypes of weights that kernels support; kernels know each by its index here."""
+"""The dtypes of weights that kernels support."""
+
+STORED_DTYPES = (*KERNEL_DTYPES, torch.int8)
+"""Those and int8, which stands for a state of 8-bit codes; kernels know each by its index here."""
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """The dtypes of weights beside which the running form keeps low bits."""

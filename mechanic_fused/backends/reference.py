@@ -7,13 +7,14 @@ the bit as long as S does; sums are of float64 products.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kept_blocks import WHOLE, keep
-from . import formulas
+from . import formulas, quantize
 from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, REFERENCE_EVERY, UU, XD, XX
 
 if TYPE_CHECKING:
@@ -84,16 +85,61 @@ def accumulate(bucket: Bucket) -> None:
 
 def base_update(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> Tensor:
     """Return the base's update u of weight i, and move its state; g is 0 where not finite."""
-    states = bucket.states[i]
+    states = read_states(bucket, i)
     step = float(bucket.steps[i]) if bucket.steps else 0.0
     c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], step)
     update = formulas.UPDATES[bucket.kind]
-    u, *moved = update(formulas.finite_or_zero(g), x, *(s.to(x.dtype) for s in states), c)
-    for state, new in zip(states, moved, strict=True):
-        state.copy_(new)
+    u, *moved = update(formulas.finite_or_zero(g), x, *states, c)
+    write_states(bucket, i, moved)
     if bucket.steps:
         bucket.steps[i].add_(1)
     return u
+
+
+def read_states(bucket: Bucket, i: int) -> list[Tensor]:
+    """Return the base's state of weight i in the dtype of arithmetic."""
+    if not bucket.state_block:
+        return [state.to(bucket.compute_dtype) for state in bucket.states[i]]
+    return [
+        quantize.dequantize(
+            q.view(-1, bucket.state_block), scale.view(-1), quantize.FORMATS[q.dtype]
+        ).view(q.shape)
+        for q, scale in zip(bucket.states[i], bucket.scales[i], strict=True)
+    ]
+
+
+def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
+    """Store the base's state of weight i as its format says.
+
+    Codes are rounded by bits that depend on the step and the element, and so is a v in bfloat16,
+    which could not fall otherwise; other 16-bit states are rounded to nearest.
+    """
+    states = bucket.states[i]
+    v_is_bfloat16 = len(states) > 1 and states[1].dtype is torch.bfloat16
+    if not bucket.state_block and not v_is_bfloat16:
+        for state, new in zip(states, moved, strict=True):
+            state.copy_(new)
+        return
+    bits = element_bits(bucket, i)
+    if v_is_bfloat16:
+        states[0].copy_(moved[0])
+        states[1].copy_(formulas.stochastic_round(bits[1], moved[1]))
+        return
+    for q, scale, new, own in zip(states, bucket.scales[i], moved, bits, strict=False):
+        blocks = (t.reshape(-1, bucket.state_block) for t in (new, quantize.uniform(own)))
+        codes, scales = quantize.quantize(*blocks, quantize.FORMATS[q.dtype])
+        q.copy_(codes.view(q.shape))
+        scale.copy_(scales.view(scale.shape))
+
+
+def element_bits(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
+    """Return the random bits of each element of weight i, in its layout."""
+    x = bucket.weights[i]
+    # Elements are numbered by storage order, whatever the order of the axes.
+    element = torch.arange(x.numel(), device=x.device) + bucket.elements[i]
+    bits = quantize.random_bits(bucket.numbers[i], bucket.step_count, element)  # type: ignore[arg-type]
+    first, second = (t.as_strided(x.shape, x.stride()) for t in bits)
+    return first, second
 
 
 def step(bucket: Bucket, tuner: LogTuner) -> None:
@@ -160,7 +206,7 @@ def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
         delta.add_(u)
         return
     # Elements are numbered by storage order, whatever the order of the axes.
-    element = torch.arange(delta.numel(), device=delta.device)
+    element = torch.arange(delta.numel(), device=delta.device) + bucket.elements[i]
     seed = formulas.rounding_seed(bucket.step_count, bucket.numbers[i])  # type: ignore[arg-type]
     bits = formulas.random_bits16(seed, element).as_strided(delta.shape, delta.stride())
     delta.copy_(formulas.stochastic_round(bits, delta.to(bucket.compute_dtype) + u))

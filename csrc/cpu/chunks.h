@@ -1,0 +1,99 @@
+// What the ops have in common: the arrays of a chunk, the loop over chunks, and their sums. A chunk
+// writes its own partial sums and they are added in a fixed order, so the result does not depend on
+// the number of threads.
+#pragma once
+
+#include "blocks.h"
+#include "states.h"
+
+namespace mechanic::cpu {
+
+template <class T>
+T* at(int64_t address, int64_t offset) {
+  return address == 0 ? nullptr : reinterpret_cast<T*>(address) + offset;
+}
+
+// Return Δ of a chunk; step_count is needed where it is written in bfloat16.
+template <class T>
+Delta<T> delta_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  const uint32_t first =
+      rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset);
+  if (bucket.dtypes.delta == DType::kBFloat16) {
+    return {nullptr, at<BFloat16>(tensor.delta, chunk.offset), first};
+  }
+  return {at<T>(tensor.delta, chunk.offset), nullptr, first};
+}
+
+// Return the base's state of a chunk; step_count is needed where it is narrower than T.
+template <class T, class S>
+States<T, S> states_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  States<T, S> states = {};
+  const Rounding rounding = rounding_of(step_count, tensor.number, tensor.element + chunk.offset);
+  const auto describe = [&](auto& state, int64_t address, int64_t scales) {
+    using State = std::remove_reference_t<decltype(state)>;
+    state.at = at<typename State::Stored>(address, chunk.offset);
+    state.rounding = rounding;
+    if constexpr (State::kHasCodes) {
+      while ((2 << state.log_block) <= bucket.counts.state_block) ++state.log_block;
+      state.scales = at<float>(scales, chunk.offset >> state.log_block);
+    }
+  };
+  describe(states.first, tensor.state0, tensor.scales0);
+  describe(states.second, tensor.state1, tensor.scales1);
+  return states;
+}
+
+// Call run with the base's update, the weights' dtype and that of the state.
+template <class Run>
+void for_types(const Bucket& bucket, Run run) {
+  for_kind(bucket.kind, [&](auto base) {
+    for_dtype(bucket.dtypes.weight, [&](auto weight) {
+      using T = opmath_t<decltype(weight)>;
+      const DType state = bucket.dtypes.state;
+      // Without a state there is nothing whose dtype could differ.
+      if constexpr (decltype(base)::kStates > 0) {
+        if constexpr (std::is_same_v<T, float>) {
+          if (state == DType::kCode) return run(base, weight, Code());
+          if (state == DType::kBFloat16) return run(base, weight, BFloat16());
+        }
+        if (state == bucket.dtypes.weight) return run(base, weight, weight);
+      }
+      run(base, weight, T());
+    });
+  });
+}
+
+// Call work(chunk, partial) for all chunks, optionally the last one first.
+template <class Work>
+void for_chunks(const Bucket& bucket, int threads, bool backwards, Work work) {
+  const int64_t count = bucket.counts.chunks;
+  const bool parallel = bucket.counts.elements >= kSerialElements;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (parallel)
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t number = backwards ? count - 1 - i : i;
+    work(bucket.tables.chunks[number], bucket.tables.partials[number]);
+  }
+}
+
+// Set these columns of the sums to the sums of the partial ones, chunk by chunk.
+template <class... Column>
+void reduce_partials(const Bucket& bucket, Column... column) {
+  const Tables& tables = bucket.tables;
+  for (int64_t i = 0; i < bucket.counts.scales; ++i) ((tables.sums[i].*column = 0), ...);
+  for (int64_t i = 0; i < bucket.counts.chunks; ++i) {
+    Sums& sums = tables.sums[tables.tensors[tables.chunks[i].tensor].scale];
+    ((sums.*column += tables.partials[i].*column), ...);
+  }
+}
+
+// Only when no chunk reads the counts any more.
+inline void advance_steps(const Bucket& bucket) {
+  for (int64_t i = 0; i < bucket.counts.tensors; ++i) {
+    const Tensor& tensor = bucket.tables.tensors[i];
+    if (tensor.gradient != 0 && tensor.step != 0) *at<float>(tensor.step, 0) += 1;
+  }
+}
+
+}  // namespace mechanic::cpu

@@ -1,0 +1,104 @@
+// The base's own state of a chunk as numbers of the arithmetic, however it is stored: in place, or
+// a block at a time in scratch memory.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../quantize.h"
+#include "../storage.h"
+
+namespace mechanic::cpu {
+
+// Stands for 8-bit codes among the dtypes of a state.
+struct Code {};
+
+// Elements of a loop over codes: the smallest block.
+constexpr int kCodes = 32;
+
+// Codes: the format where it is 8 bits; v, which is Unsigned, is rounded by random bits in bfloat16
+// too.
+template <class T, class S, class Codes>
+struct State {
+  static constexpr bool kInPlace = std::is_same_v<S, T>;
+  static constexpr bool kHasCodes = std::is_same_v<S, Code>;
+  using Stored = std::conditional_t<kHasCodes, typename Codes::Code, S>;
+
+  Stored* at;
+  float* scales;  // of codes, one for each 2^log_block elements
+  int log_block;
+  Rounding rounding;
+
+  // Return n elements from `start` on.
+  MECHANIC_INLINE T* read(int64_t start, int n, T* __restrict scratch) const {
+    if constexpr (kInPlace) {
+      return at + start;
+    } else if constexpr (kHasCodes) {
+      const Stored* __restrict codes = at + start;
+      for (int first = 0; first < n; first += kCodes) {
+        const float one = scales[(start + first) >> log_block];
+#pragma omp simd
+        for (int l = 0; l < kCodes; ++l) {
+          scratch[first + l] = dequantize<Codes>(codes[first + l], one);
+        }
+      }
+      return scratch;
+    } else {
+      for (int i = 0; i < n; ++i) scratch[i] = widen(at[start + i]);
+      return scratch;
+    }
+  }
+
+  // Write the same elements back from scratch.
+  MECHANIC_INLINE void write(int64_t start, int n, const T* __restrict scratch) const {
+    if constexpr (kHasCodes) {
+      for (int first = 0; first < n; first += 1 << log_block) {
+        write_codes(start + first, scratch + first);
+      }
+    } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>) {
+      for (int i = 0; i < n; ++i) {
+        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(start + i));
+        at[start + i] = stochastic_round(bits, scratch[i]);
+      }
+    } else if constexpr (!kInPlace) {
+      for (int i = 0; i < n; ++i) narrow(scratch[i], at[start + i]);
+    }
+  }
+
+ private:
+  // Write a block that shares a scale.
+  MECHANIC_INLINE void write_codes(int64_t start, const T* __restrict x) const {
+    alignas(64) float sizes[128];
+    uint32_t largest = 0;
+    const int n = 1 << log_block;
+    // The bits of positive floats compare as the floats do, and a maximum of integers vectorizes.
+    for (int first = 0; first < n; first += kCodes) {
+#pragma omp simd reduction(max : largest)
+      for (int l = 0; l < kCodes; ++l) {
+        sizes[first + l] = size_of<Codes>(x[first + l]);
+        const uint32_t bits = bit_cast<uint32_t>(sizes[first + l]);
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    const BlockScale scale = block_scale<Codes>(bit_cast<float>(largest));
+    scales[start >> log_block] = scale.one;
+    Stored* __restrict codes = at + start;
+    for (int first = 0; first < n; first += kCodes) {
+#pragma omp simd
+      for (int l = 0; l < kCodes; ++l) {
+        const int i = first + l;
+        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(start + i));
+        codes[i] = quantize<Codes>(x[i], sizes[i], scale.codes, uniform(bits));
+      }
+    }
+  }
+};
+
+// Both states of a base with kStates of them.
+template <class T, class S>
+struct States {
+  State<T, S, Signed> first;
+  State<T, S, Unsigned> second;
+};
+
+}  // namespace mechanic::cpu

@@ -1,0 +1,127 @@
+"""8-bit codes of the base's state, by blocks that share a scale, in PyTorch.
+
+``csrc/quantize.h`` and ``triton_kernels/quantize.py`` state the same formulas under the same names,
+to the bit. A number is companded by a root that is linear between powers of 2, then counted in
+255ths (127ths beside a sign) of its block's largest:
+
+    signed (momenta, int8): q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  unsigned (v, uint8): q = ⌊255·⁸√(x/max x) + ξ⌋
+
+ξ in (0, 1) moves by the golden ratio from step to step, so that an element is rounded up as often
+as its fraction says, evenly over any run of steps: with rounding to nearest neither v nor a
+momentum would ever fall below half a code a step, and random ξ make 1.2 times the error
+(benchmarks/state_formats.py). 0 stays 0; v above 0 has a code of 1 or more; a signed number that is
+NaN or infinite has the code −128.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formulas import UINT32_MAX, hash32
+
+LARGEST = 2.0**127
+"""Larger numbers count as this one, so that no code decodes to infinity."""
+
+NOT_A_NUMBER = -128
+"""The signed code of what is not finite."""
+
+TURN = 40503
+"""2¹⁶ over the golden ratio, by which ξ moves in a step."""
+
+
+class Codes(NamedTuple):
+    """A format of codes.
+
+    Args:
+        dtype: of the codes.
+        root: log₂ of the order of the root.
+        top: the largest code.
+    """
+
+    dtype: torch.dtype
+    root: int
+    top: int
+
+    @property
+    def bias(self) -> int:
+        """What the root adds to the shifted bits of a float32, so that 1 stays 1."""
+        return (127 << 23) - (127 << 23 >> self.root)
+
+
+SIGNED, UNSIGNED = Codes(torch.int8, 2, 127), Codes(torch.uint8, 3, 255)
+
+FORMATS = {codes.dtype: codes for codes in (SIGNED, UNSIGNED)}
+
+
+def compand(x: Tensor, codes: Codes) -> Tensor:
+    """Return the root of float32 x ≥ 0, on a line between powers of 2."""
+    return ((x.view(torch.int32) >> codes.root) + codes.bias).view(torch.float32)
+
+
+def expand(r: Tensor, codes: Codes) -> Tensor:
+    """Return the inverse of :func:`compand`, exactly; 0 below what 0 is companded to."""
+    bits = (r.view(torch.int32) - codes.bias).clamp(min=0)
+    return (bits << codes.root).view(torch.float32)
+
+
+def quantize(x: Tensor, uniform: Tensor | float, codes: Codes) -> tuple[Tensor, Tensor]:
+    """Return the codes of blocks, and the scale of each: what a code counts, companded.
+
+    Args:
+        x: (blocks, elements) float32.
+        uniform: ξ of each element, in (0, 1), float32; ½ rounds to nearest.
+
+    Returns:
+        codes as x, and scales (blocks,) float32.
+    """
+    signed = codes is SIGNED
+    counts = x.isfinite() if signed else x > 0
+    size = torch.where(counts, x.abs().clamp(max=LARGEST), 0.0)
+    largest = compand(size.amax(-1, keepdim=True), codes)
+    # A tensor: torch multiplies by the reciprocal where one side is a number, which rounds twice.
+    top = torch.full_like(largest, codes.top)
+    q = (compand(size, codes) * (top / largest) + uniform).to(torch.int32)
+    q = q.clamp(min=0 if signed else 1, max=codes.top)
+    q = torch.where(size > 0, q, 0)
+    if signed:
+        q = torch.where(x.isfinite(), torch.where(x < 0, -q, q), NOT_A_NUMBER)
+    return q.to(codes.dtype), (largest / top).squeeze(-1)
+
+
+def dequantize(q: Tensor, scale: Tensor, codes: Codes) -> Tensor:
+    """Return the float32 numbers of blocks of codes.
+
+    Args:
+        q: (blocks, elements) of the codes' dtype.
+        scale: (blocks,) float32.
+    """
+    count = q.to(torch.int32)
+    size = expand(count.abs().to(torch.float32) * scale[:, None], codes)
+    if codes is not SIGNED:
+        return size
+    return torch.where(count == NOT_A_NUMBER, torch.nan, torch.where(count < 0, -size, size))
+
+
+def random_bits(number: int, step_count: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 16 bits for an element's signed and 16 for its unsigned state, int64.
+
+    Args:
+        number: the weight's number.
+        step_count: the steps taken so far.
+        element: the elements' indices in the whole weight.
+    """
+    bits = hash32(element + hash32(torch.tensor(number & UINT32_MAX)).to(element) & UINT32_MAX)
+    turned = step_count.to(torch.int64) * TURN
+    return (bits & 0xFFFF) + turned & 0xFFFF, (bits >> 16) + turned & 0xFFFF
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Return ξ of 16 bits: the middle of one of 4,096 parts of (0, 1), float32.
+
+    Its distance from 0 and 1 is more than what a code and back are off by, so that codes which are
+    not changed stay.
+    """
+    return ((bits >> 4).to(torch.float32) + 0.5) * 2.0**-12

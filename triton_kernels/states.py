@@ -1,0 +1,109 @@
+"""The base's own state of a chunk as numbers of the arithmetic, however it is stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .formulas import hash32, stochastic_round
+from .layout import (
+    TENSOR_ELEMENT,
+    TENSOR_NUMBER,
+    TENSOR_SCALES0,
+    TENSOR_SCALES1,
+    TENSOR_STATE0,
+    TENSOR_STATE1,
+)
+from .quantize import (
+    SIGNED_TOP,
+    TURN,
+    UNSIGNED_TOP,
+    dequantize,
+    quantize,
+    random_bits,
+    uniform_of,
+)
+from .storage import array, at, narrow, read, widen
+
+
+class States(NamedTuple):
+    """Where the states of a chunk are, and what decides how they are rounded."""
+
+    first: tl.tensor  # a momentum
+    second: tl.tensor  # v
+    scales0: tl.tensor  # of codes
+    scales1: tl.tensor
+    offset: tl.tensor  # of the chunk
+    seed: tl.tensor  # of the chunk's first element; None where nothing is rounded by random bits
+    turn: tl.tensor  # the steps taken so far, times TURN
+
+
+@triton.jit
+def states_of(tensor, offset, step_count, S: tl.constexpr):
+    """The States of a chunk at an offset into a weight with this row of the tensor table."""
+    seed = None
+    turn = None
+    if step_count is not None:
+        first = tl.load(tensor + TENSOR_ELEMENT) + offset
+        seed = hash32(tl.load(tensor + TENSOR_NUMBER).to(tl.uint32)) + first.to(tl.uint32)
+        turn = tl.load(step_count).to(tl.int64).to(tl.uint32) * TURN
+    V: tl.constexpr = tl.uint8 if S == tl.int8 else S
+    return States(
+        array(tl.load(tensor + TENSOR_STATE0), S),
+        array(tl.load(tensor + TENSOR_STATE1), V),
+        array(tl.load(tensor + TENSOR_SCALES0), tl.float32),
+        array(tl.load(tensor + TENSOR_SCALES1), tl.float32),
+        offset,
+        seed,
+        turn,
+    )
+
+
+@triton.jit
+def load_state(states, i, limit, T: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr):
+    """The elements i of a state, which TOP names; BLOCK of them share a scale, if it has codes."""
+    mask = None if limit is None else i < limit
+    base = states.first if TOP == SIGNED_TOP else states.second
+    pointers = at(base, states.offset, i, limit)
+    if BLOCK == 0:
+        return widen(read(pointers, mask), T)
+    else:
+        scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
+        q = read_codes(pointers, mask).to(tl.int32)
+        return dequantize(q, read(scales + (states.offset + i) // BLOCK, mask), TOP)
+
+
+@triton.jit
+def read_codes(pointers, mask):
+    """Load integers; 0 where the mask is false."""
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
+    """Store the elements i of a state: rounded by random bits, or to nearest in 16 bits."""
+    mask = None if limit is None else i < limit
+    base = states.first if TOP == SIGNED_TOP else states.second
+    S: tl.constexpr = base.dtype.element_ty
+    pointers = at(base, states.offset, i, limit)
+    if BLOCK == 0:
+        # Rounded to nearest, v could not fall.
+        if S == tl.bfloat16 and TOP == UNSIGNED_TOP:
+            bits = random_bits(states.seed, states.turn, i.to(tl.uint32), TOP)
+            tl.store(pointers, stochastic_round(bits, x), mask=mask)
+        else:
+            tl.store(pointers, narrow(x, S), mask=mask)
+    else:
+        scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
+        uniform = uniform_of(random_bits(states.seed, states.turn, i.to(tl.uint32), TOP))
+        q, of_blocks = quantize(x, uniform, BLOCK, TOP)
+        tl.store(pointers, q.to(S), mask=mask)
+        BLOCKS: tl.constexpr = i.shape[0] // BLOCK
+        first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)
+        scales_mask = None if limit is None else first < limit
+        tl.store(scales + (states.offset + first) // BLOCK, of_blocks, mask=scales_mask)
