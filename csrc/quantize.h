@@ -12,8 +12,8 @@ namespace mechanic {
 // Larger numbers count as this one, so that no code decodes to infinity.
 constexpr float kLargest = 0x1p127f;
 
-// 2^16 over the golden ratio, by which the rounding of an element moves in a step.
-constexpr uint32_t kTurn = 40503;
+// 2^32 over the golden ratio, by which the rounding of an element moves in a step.
+constexpr uint32_t kTurn = 0x9e3779b9u;
 
 // A format: codes of momenta, int8, and of v, uint8. kBias: what the root adds to the shifted bits
 // of a float, so that 1 stays 1.
@@ -110,7 +110,7 @@ MECHANIC_INLINE Rounding rounding_of(const double* step_count, int64_t number, i
 template <class Codes>
 MECHANIC_INLINE uint32_t random_bits(const Rounding& rounding, uint32_t element) {
   const uint32_t bits = hash32(rounding.seed + element);
-  return ((Codes::kTop == 127 ? bits : bits >> 16) + rounding.turn) & 0xffff;
+  return ((Codes::kTop == 127 ? bits << 16 : bits) + rounding.turn) >> 16;
 }
 
 // The middle of one of 4,096 parts of (0, 1). Its distance from 0 and 1 is more than what a code

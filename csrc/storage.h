@@ -55,6 +55,23 @@ void for_dtype(DType dtype, Run run) {
   }
 }
 
+// Stands for 8-bit codes among the dtypes of a state, see quantize.h.
+struct Code {};
+
+// Call run with a number of the weights' dtype and one of the state's.
+template <class Run>
+void for_stored(const DTypes& dtypes, Run run) {
+  for_dtype(dtypes.weight, [&](auto weight) {
+    using T = opmath_t<decltype(weight)>;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (dtypes.state == DType::kCode) return run(weight, Code());
+      if (dtypes.state == DType::kBFloat16) return run(weight, BFloat16());
+    }
+    if (dtypes.state == dtypes.weight) return run(weight, weight);
+    run(weight, T());
+  });
+}
+
 MECHANIC_INLINE float widen(float x) { return x; }
 MECHANIC_INLINE double widen(double x) { return x; }
 MECHANIC_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }

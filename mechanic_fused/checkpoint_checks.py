@@ -13,6 +13,7 @@ from .kept_blocks import LEAST_ELEMENTS, may_be_kept
 from .options import RUNNING, USER_OPTIONS, tuner_options
 from .param_checks import has_storage
 from .scale_rows import KEY
+from .state_formats import BLOCKS, SCALE_SUFFIX, has_codes, scale_shape
 from .torch_internals import local
 
 Group = dict[str, Any]
@@ -117,7 +118,10 @@ def check_entries(
             for name in (*OWN_STATE, *(names or ())):
                 if entries.get(name) is not None:
                     of = f"{name} of {weight}, of shape {tuple(p.shape)},"
-                    _check_entry(name, entries[name], p, f"the checkpoint's {of}")
+                    if name in (names or ()) and has_codes(entries[name]):
+                        _check_codes(name, entries, p, f"the checkpoint's {of}")
+                    else:
+                        _check_entry(name, entries[name], p, f"the checkpoint's {of}")
 
 
 def _check_entry(name: str, value: Any, p: Tensor, what: str) -> None:
@@ -138,6 +142,39 @@ def _check_entry(name: str, value: Any, p: Tensor, what: str) -> None:
             f"{what} must be a plain tensor with storage of its own, got a {type(value).__name__} "
             f"on {value.device}"
         )
+
+
+def _check_codes(name: str, entries: Group, p: Tensor, what: str) -> None:
+    """Raise ValueError unless an entry of 8-bit codes and its scales can be a weight's."""
+    codes = entries[name]
+    if codes.dtype is not (torch.uint8 if name == "exp_avg_sq" else torch.int8):
+        raise ValueError(f"{what} must have the dtype of its own codes, got {codes.dtype}")
+    if codes.shape != p.shape:
+        raise ValueError(f"{what} must have its shape, got {tuple(codes.shape)}")
+    scales = entries.get(name + SCALE_SUFFIX)
+    shapes = [scale_shape(p, block) for block in BLOCKS if p.dim() and _row(p) % block == 0]
+    if not torch.is_tensor(scales) or tuple(scales.shape) not in shapes:
+        found = tuple(scales.shape) if torch.is_tensor(scales) else type(scales).__name__
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of a shape out of {shapes}, "
+            f"got {found}"
+        )
+    for t in (codes, scales):
+        if not has_storage(local(t)):
+            raise ValueError(
+                f"{what} and its scales must be plain tensors with storage of their own, got a "
+                f"{type(t).__name__} on {t.device}"
+            )
+    mine = local(scales)
+    if mine.dtype is not torch.float32 or not bool((mine.isfinite() & (mine >= 0)).all()):
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of finite float32 numbers of "
+            f"0 or more, got {mine.dtype} from {mine.min()} to {mine.max()}"
+        )
+
+
+def _row(p: Tensor) -> int:
+    return math.prod(p.shape[1:])
 
 
 def _may_be_part(x_ref: Tensor, p: Tensor) -> bool:

@@ -30,7 +30,13 @@ from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK, Slip, lr_of
-from .options import OPTIM_BITS, RUNNING, X_REF_EVERY, checked_x_ref_every
+from .options import (
+    OPTIM_BITS,
+    RUNNING,
+    X_REF_EVERY,
+    checked_optim_bits,
+    checked_x_ref_every,
+)
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
@@ -162,15 +168,20 @@ class PlanOptions:
 
     def format_of_state(self, p: Tensor, group: Group) -> StateFormat:
         """Return how the base's state of a weight is stored."""
-        bits = group.get(OPTIM_BITS, 32)
+        bits = checked_optim_bits(group.get(OPTIM_BITS, 32), self.state_dtype, None)
         return state_format(p, bits, self.state_dtype, self.reduce_group)
 
-    def dtype_of_delta(self, weight: torch.dtype) -> torch.dtype | None:
-        """Return the dtype of Δ beside weights of a dtype; None where there is none."""
+    def dtype_of_delta(self, p: Tensor, stored: StateFormat) -> torch.dtype | None:
+        """Return the dtype of a weight's Δ; None where there is none.
+
+        Where ``optim_bits`` has made the base's state narrow, so is Δ.
+        """
+        wide = compute_dtype(p.dtype)
         if self.is_running:
             return None
-        wide = compute_dtype(weight)
-        return self.delta_dtype if self.delta_dtype and wide is torch.float32 else wide
+        narrow = stored.dtype is not wide and self.state_dtype is None
+        given = torch.bfloat16 if narrow else self.delta_dtype
+        return given if given and wide is torch.float32 else wide
 
 
 class BucketKey(NamedTuple):
@@ -343,7 +354,7 @@ class StepPlan:
     def _state_of(self, p: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
         """Return a weight's entries of the state, the missing ones created."""
         kind, state = key.kind, dict(self.states.get(p, {}))
-        ensure_state(state, p, kind, key.state, self.options.dtype_of_delta(p.dtype), phase)
+        ensure_state(state, p, kind, key.state, self.options.dtype_of_delta(p, key.state), phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -795,7 +806,7 @@ def create_state_of_fakes(
             if not fused and p.grad is None:
                 continue  # the base takes any entry for a state that it has made itself
             stored = options.format_of_state(p, group)
-            delta, [phase] = options.dtype_of_delta(p.dtype), blocks.phases([(p, share)])
+            delta, [phase] = options.dtype_of_delta(p, stored), blocks.phases([(p, share)])
             ensure_state(states[p], p, kind, stored, delta, phase)
 
 

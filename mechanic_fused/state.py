@@ -19,11 +19,11 @@ from .backends.layout import (
     STEPPED,
     compute_dtype,
 )
+from .backends.quantize import SIGNED, UNSIGNED, Codes
 from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, X_REF_EVERY
-from .backends.quantize import SIGNED, UNSIGNED, Codes
 from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
 from .state_formats import (
@@ -91,16 +91,15 @@ def ensure_state(
             state[name] = conform(state.get(name), x, own_dtype)
 
 
-def _store(
-    state: dict[str, Any], name: str, x: Tensor, stored: StateFormat, codes: Codes
-) -> None:
+def _store(state: dict[str, Any], name: str, x: Tensor, stored: StateFormat, codes: Codes) -> None:
     """Bring an entry of the base's own state to how it is to be stored; create it of zeros."""
     scale_name = name + SCALE_SUFFIX
-    old, scales = state.get(name), state.pop(scale_name, None)
+    old: Any = state.get(name)
+    scales = state.pop(scale_name, None)
     if has_codes(old):
-        same = stored.block and old.dtype is codes.dtype and scales is not None
-        whole = (scale_shape(x, stored.block) if stored.block else ()) == tuple(scales.shape)
-        if same and whole and _is_laid_out(old, x) and _is_laid_out(scales, x):
+        shape = scale_shape(x, stored.block) if stored.block else None
+        is_format = old.dtype is codes.dtype and tuple(scales.shape) == shape
+        if is_format and _is_laid_out(old, x) and _is_laid_out(scales, x):
             state[scale_name] = scales
             return
         old = decode(old, scales)
@@ -133,6 +132,12 @@ def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase
             raise ValueError(
                 f"{name} of a weight of shape {tuple(x.shape)} must be a plain tensor with storage "
                 f"of its own, got a {type(value).__name__}"
+            )
+    for name in names:
+        if has_codes(state.get(name)) and not torch.is_tensor(state.get(name + SCALE_SUFFIX)):
+            raise ValueError(
+                f"{name} of a weight of shape {tuple(x.shape)} holds 8-bit codes, expected their "
+                f"scales as {name}{SCALE_SUFFIX} beside them, got none"
             )
     may_be_part = phase != WHOLE or x.numel() >= LEAST_ELEMENTS
     found = {

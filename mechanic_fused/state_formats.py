@@ -118,9 +118,7 @@ def new_codes(x: Tensor, block: int, codes: quantize.Codes) -> tuple[Tensor, Ten
     return zeros, wrap(scales, x, scale_shape(x, block))
 
 
-def encode(
-    value: Tensor, x: Tensor, block: int, codes: quantize.Codes
-) -> tuple[Tensor, Tensor]:
+def encode(value: Tensor, x: Tensor, block: int, codes: quantize.Codes) -> tuple[Tensor, Tensor]:
     """Return the nearest codes of a state in x's shape and sharding, and their scales."""
     mine = local(value).detach().to(torch.float32)
     q, scales = quantize.quantize(mine.reshape(-1, block), 0.5, codes)

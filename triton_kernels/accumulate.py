@@ -146,8 +146,9 @@ def accumulate_kernel(
             c,
             seed,
         )
+        OP: tl.constexpr = (KIND, STATE_BLOCK)
         totals = chunk_loop(
-            accumulate_block, (KIND, STATE_BLOCK), T, streams, length, aligned, 2, "sum", BLOCK, TAIL
+            accumulate_block, OP, T, streams, length, aligned, 2, "sum", BLOCK, TAIL
         )
         # Not before the loop, which needs the registers.
         row = tl.load(tensor + TENSOR_SCALE)

@@ -90,9 +90,9 @@ def dequantize(q, one, TOP: tl.constexpr):
 def random_bits(seed, turn, element, TOP: tl.constexpr):
     """16 random bits for an element's state of a format, uint32."""
     bits = hash32(seed + element)
-    if TOP != SIGNED_TOP:
-        bits = bits >> 16
-    return (bits + turn) & 0xFFFF
+    if TOP == SIGNED_TOP:
+        bits = bits << 16
+    return (bits + turn) >> 16
 
 
 @triton.jit

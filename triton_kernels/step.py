@@ -174,9 +174,9 @@ def step_kernel(
     Arithmetic is in T with one rounding an operation, products and their sums in float64; 16-bit x
     are stored with low bits beside them, the state in S: int8 stands for codes, of which
     STATE_BLOCK share a scale. ``step_count`` is None unless S is narrower than T. ``tuner`` is the
-    log tuner's state, a row a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing changes. IN_PART:
-    whether x_ref of any weight is kept in part; for the others a kernel of their own, which takes
-    fewer registers.
+    log tuner's state, a row a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing
+    changes. IN_PART: whether x_ref of any weight is kept in part; for the others a kernel of their
+    own, which takes fewer registers.
     """
     if found_inf is not None:
         if tl.load(found_inf) != 0:
@@ -218,9 +218,8 @@ def step_kernel(
             tl.load(tuner + row * LOG_COLUMNS + LOG_SCALE).to(T),
             c,
         )
-        totals = chunk_loop(
-            step_block, (KIND, STATE_BLOCK), T, streams, length, aligned, 4, "sum", BLOCK, TAIL
-        )
+        OP: tl.constexpr = (KIND, STATE_BLOCK)
+        totals = chunk_loop(step_block, OP, T, streams, length, aligned, 4, "sum", BLOCK, TAIL)
         to_peak = peak_ratio(h)
         uu = totals[3] * (to_peak * to_peak)
         totals = (totals[0] * share, totals[1], totals[2], uu, length.to(tl.float64))

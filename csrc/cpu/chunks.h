@@ -49,18 +49,11 @@ States<T, S> states_of(const Bucket& bucket, const Chunk& chunk, const double* s
 template <class Run>
 void for_types(const Bucket& bucket, Run run) {
   for_kind(bucket.kind, [&](auto base) {
-    for_dtype(bucket.dtypes.weight, [&](auto weight) {
-      using T = opmath_t<decltype(weight)>;
-      const DType state = bucket.dtypes.state;
+    for_stored(bucket.dtypes, [&](auto weight, auto state) {
       // Without a state there is nothing whose dtype could differ.
-      if constexpr (decltype(base)::kStates > 0) {
-        if constexpr (std::is_same_v<T, float>) {
-          if (state == DType::kCode) return run(base, weight, Code());
-          if (state == DType::kBFloat16) return run(base, weight, BFloat16());
-        }
-        if (state == bucket.dtypes.weight) return run(base, weight, weight);
-      }
-      run(base, weight, T());
+      using T = opmath_t<decltype(weight)>;
+      using S = std::conditional_t<(decltype(base)::kStates > 0), decltype(state), T>;
+      run(base, weight, S());
     });
   });
 }

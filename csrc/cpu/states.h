@@ -10,9 +10,6 @@
 
 namespace mechanic::cpu {
 
-// Stands for 8-bit codes among the dtypes of a state.
-struct Code {};
-
 // Elements of a loop over codes: the smallest block.
 constexpr int kCodes = 32;
 

@@ -5,14 +5,14 @@
 
 namespace mechanic::cuda {
 
-template <class X>
+template <class X, class S>
 void launch_accumulate(const Bucket& bucket, const Reduction& reduction, const StepScalars& scalars,
                        CUstream_st* stream);
 
 void accumulate(const Bucket& bucket, const Reduction& reduction, const StepScalars& scalars,
                 CUstream_st* stream) {
-  for_dtype(bucket.dtypes.weight, [&](auto weight) {
-    launch_accumulate<decltype(weight)>(bucket, reduction, scalars, stream);
+  for_stored(bucket.dtypes, [&](auto weight, auto state) {
+    launch_accumulate<decltype(weight), decltype(state)>(bucket, reduction, scalars, stream);
   });
 }
 

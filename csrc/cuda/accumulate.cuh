@@ -9,6 +9,7 @@
 #include "advance_steps.cuh"
 #include "packets.cuh"
 #include "reduce.cuh"
+#include "states.cuh"
 
 namespace mechanic::cuda {
 
@@ -17,25 +18,30 @@ template <class X, class S>
 struct AccumulateStreams {
   const X* gradient;
   const X* weight;
-  Delta<opmath_t<X>> delta;
-  S* state0;
-  S* state1;
+  static constexpr bool kHasCodes = std::is_same_v<S, Code>;
+  Delta<opmath_t<X>, kHasCodes> delta;  // beside codes always narrow
+  States<opmath_t<X>, S> states;
   bool reads_x;  // only with weight decay: the bytes saved are worth a uniform branch
 };
 
 // N elements from i on in each thread: all loads, then all arithmetic.
-template <int N, class Base, class X, class S>
+template <int N, bool kPackets, class Base, class X, class S>
 __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& at, int i,
                                                  const Coefficients<opmath_t<X>>& c,
                                                  Totals<2>& sum) {
   using T = opmath_t<X>;
   T g[N], delta[N], a[N] = {}, b[N] = {}, x[N] = {};
-  load<Reuse::kNever>(at.gradient + i, g);
-  if constexpr (Base::kStates > 0) load<Reuse::kNever>(at.state0 + i, a);
-  if constexpr (Base::kStates > 1) load<Reuse::kNever>(at.state1 + i, b);
-  if (at.reads_x) load<Reuse::kNever>(at.weight + i, x);
+  load<Reuse::kNever, N, kPackets>(at.gradient + i, g);
+  const States<T, S>& states = at.states;
+  if constexpr (Base::kStates > 0) {
+    states.first.template load<N, kPackets>(i, states.log_block, a);
+  }
+  if constexpr (Base::kStates > 1) {
+    states.second.template load<N, kPackets>(i, states.log_block, b);
+  }
+  if (at.reads_x) load<Reuse::kNever, N, kPackets>(at.weight + i, x);
   // The last load, since widening a bfloat16 Δ waits for it.
-  at.delta.template load<Reuse::kSoon>(i, delta);
+  at.delta.template load<Reuse::kSoon, N, kPackets>(i, delta);
 #pragma unroll
   for (int l = 0; l < N; ++l) {
     const T gradient = g[l] * c.gradient;
@@ -45,20 +51,24 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
     delta[l] =
         delta[l] + Base::template update<false>(finite_or_zero(gradient), x[l], a[l], b[l], c);
   }
-  at.delta.template store<Reuse::kSoon>(i, delta);
-  if constexpr (Base::kStates > 0) store<Reuse::kNever>(a, at.state0 + i);
-  if constexpr (Base::kStates > 1) store<Reuse::kNever>(b, at.state1 + i);
+  at.delta.template store<Reuse::kSoon, N, kPackets>(i, delta);
+  if constexpr (Base::kStates > 0) {
+    states.first.template store<N, kPackets>(i, states.log_block, states.rounding, a);
+  }
+  if constexpr (Base::kStates > 1) {
+    states.second.template store<N, kPackets>(i, states.log_block, states.rounding, b);
+  }
 }
 
 // The elements [begin, end) of the chunk. Not a loop shared with the other kernels: around a lambda
 // the compiler keeps more of the coefficients in shared memory and registers.
-template <int N, class Base, class X, class S>
+template <int N, bool kPackets, class Base, class X, class S>
 __device__ __forceinline__ Totals<2> accumulate_range(const AccumulateStreams<X, S>& at, int begin,
                                                       int end, const Coefficients<opmath_t<X>>& c,
                                                       Totals<2> sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
-    accumulate_block<N, Base>(at, i, c, sum);
+    accumulate_block<N, kPackets, Base>(at, i, c, sum);
   }
   return sum;
 }
@@ -80,26 +90,26 @@ __device__ __forceinline__ Totals<2> accumulate_chunk(const Bucket& bucket, cons
   AccumulateStreams<X, S> at = {};
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weight = address<const X>(tensor.weight, chunk.offset);
-  at.delta = delta_of<T>(bucket, tensor, chunk, scalars.step_count);
-  if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
-  if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
+  at.delta = delta_of<T, std::is_same_v<S, Code>>(bucket, tensor, chunk, scalars.step_count);
+  at.states = states_of<Base, T, S>(bucket, tensor, chunk, scalars.step_count);
   const int n = int(chunk.length);
-  const int in_packets = packet_elements<X>(n, at.gradient, at.weight, at.delta.full,
-                                            at.delta.bfloat16, at.state0, at.state1);
+  const int in_packets =
+      packet_elements<X>(n, at.gradient, at.weight, at.delta.full, at.delta.bfloat16,
+                         at.states.first.at, at.states.second.at);
   __syncthreads();
   const Coefficients<T> c = shared;
   at.reads_x = c.reads_x();
   Totals<2> sum = {};
-  sum = accumulate_range<kLanes<X>, Base>(at, 0, in_packets, c, sum);
-  return accumulate_range<1, Base>(at, in_packets, n, c, sum);
+  sum = accumulate_range<kLanes<X>, true, Base>(at, 0, in_packets, c, sum);
+  return accumulate_range<kSingles<X, S>, false, Base>(at, in_packets, n, c, sum);
 }
 
 // Blocks of a multiprocessor: as many as its registers hold without spills.
-template <class Base, class X>
-constexpr int kBlocks = (Base::kStates > 1 ? 3 : 4) + (std::is_same_v<X, float> ? 1 : 0);
+template <class Base, class X, class S>
+constexpr int kBlocks = (Base::kStates > 1 ? 3 : 4) + std::is_same_v<X, float> - kRounds<Base, S>;
 
 template <class Base, class X, class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Base, X, S>)
     accumulate_kernel(Bucket bucket, Reduction reduction, StepScalars scalars) {
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::gd, &Sums::gg>;
@@ -120,20 +130,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Base, X>)
   }
 }
 
-template <class X>
+template <class X, class S>
 void launch_accumulate(const Bucket& bucket, const Reduction& reduction, const StepScalars& scalars,
                        cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    launch("accumulate", kernel, bucket.counts.chunks, stream, bucket, reduction, scalars);
-  };
   for_kind(bucket.kind, [&](auto base) {
     using Base = decltype(base);
-    // Without a state there is nothing whose dtype could differ.
-    using WeightState = std::conditional_t<(Base::kStates > 0), X, opmath_t<X>>;
-    if (bucket.dtypes.state == bucket.dtypes.weight) {
-      run(accumulate_kernel<Base, X, WeightState>);
-    } else {
-      run(accumulate_kernel<Base, X, opmath_t<X>>);
+    if constexpr (Base::kStates > 0 || std::is_same_v<S, opmath_t<X>>) {
+      launch("accumulate", accumulate_kernel<Base, X, S>, bucket.counts.chunks, stream, bucket,
+             reduction, scalars);
     }
   });
 }

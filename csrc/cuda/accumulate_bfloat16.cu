@@ -2,7 +2,11 @@
 
 namespace mechanic::cuda {
 
-template void launch_accumulate<BFloat16>(const Bucket&, const Reduction&, const StepScalars&,
-                                          cudaStream_t);
+template void launch_accumulate<BFloat16, float>(const Bucket&, const Reduction&,
+                                                 const StepScalars&, cudaStream_t);
+template void launch_accumulate<BFloat16, BFloat16>(const Bucket&, const Reduction&,
+                                                    const StepScalars&, cudaStream_t);
+template void launch_accumulate<BFloat16, Code>(const Bucket&, const Reduction&, const StepScalars&,
+                                                cudaStream_t);
 
 }  // namespace mechanic::cuda

@@ -2,7 +2,7 @@
 
 namespace mechanic::cuda {
 
-template void launch_accumulate<double>(const Bucket&, const Reduction&, const StepScalars&,
-                                        cudaStream_t);
+template void launch_accumulate<double, double>(const Bucket&, const Reduction&, const StepScalars&,
+                                                cudaStream_t);
 
 }  // namespace mechanic::cuda

@@ -22,7 +22,8 @@ struct alignas(kBytes<N, Y>) Packet {
 };
 
 template <int N, class Y>
-using Bits = std::conditional_t<kBytes<N, Y> == 16, uint4, uint2>;
+using Bits = std::conditional_t<kBytes<N, Y> == 16, uint4,
+                                std::conditional_t<kBytes<N, Y> == 8, uint2, unsigned>>;
 
 // Data that this step does not touch again is marked evict-first in the second-level cache, so that
 // the end of Δ stays there for apply, which begins at that end.
@@ -42,11 +43,12 @@ __device__ __forceinline__ void store_packet(B* to, B packet) {
   }
 }
 
-// Call take(l, y) for each of the N elements l, which is y.
-template <Reuse kReuse, int N, class Y, class Take>
+// Call take(l, y) for each of the N elements l, which is y; in packets, or one by one.
+template <Reuse kReuse, int N, bool kPackets = (N > 1), class Y, class Take>
 __device__ __forceinline__ void load_each(const Y* from, Take take) {
-  if constexpr (N == 1) {
-    take(0, *from);
+  if constexpr (!kPackets) {
+#pragma unroll
+    for (int l = 0; l < N; ++l) take(l, from[l]);
   } else {
     constexpr int kEach = kBytes<N, Y> / sizeof(Y);
 #pragma unroll
@@ -59,16 +61,17 @@ __device__ __forceinline__ void load_each(const Y* from, Take take) {
   }
 }
 
-template <Reuse kReuse, int N, class Y>
+template <Reuse kReuse, int N, bool kPackets = (N > 1), class Y>
 __device__ __forceinline__ void load(const Y* from, opmath_t<Y> (&to)[N]) {
-  load_each<kReuse, N>(from, [&](int l, Y y) { to[l] = widen(y); });
+  load_each<kReuse, N, kPackets>(from, [&](int l, Y y) { to[l] = widen(y); });
 }
 
 // Store round(l) for each of the N elements l.
-template <Reuse kReuse, int N, class Y, class Round>
+template <Reuse kReuse, int N, bool kPackets = (N > 1), class Y, class Round>
 __device__ __forceinline__ void store_each(Y* to, Round round) {
-  if constexpr (N == 1) {
-    *to = round(0);
+  if constexpr (!kPackets) {
+#pragma unroll
+    for (int l = 0; l < N; ++l) to[l] = round(l);
   } else {
     constexpr int kEach = kBytes<N, Y> / sizeof(Y);
 #pragma unroll
@@ -81,42 +84,43 @@ __device__ __forceinline__ void store_each(Y* to, Round round) {
   }
 }
 
-template <Reuse kReuse, int N, class Y>
+template <Reuse kReuse, int N, bool kPackets = (N > 1), class Y>
 __device__ __forceinline__ void store(const opmath_t<Y> (&from)[N], Y* to) {
-  store_each<kReuse, N>(to, [&](int l) {
+  store_each<kReuse, N, kPackets>(to, [&](int l) {
     Y rounded;
     narrow(from[l], rounded);
     return rounded;
   });
 }
 
-// Δ of a chunk, T or bfloat16: a branch that all threads take alike. Both pointers have the same
-// address, since the compiler would not know that a pointer which may be null is to global memory.
-template <class T>
+// Δ of a chunk, T or bfloat16: a branch that all threads take alike, or always bfloat16. Both
+// pointers have the same address, since the compiler would not know that a pointer which may be
+// null is to global memory.
+template <class T, bool kAlwaysNarrow = false>
 struct Delta {
   T* full;
   BFloat16* bfloat16;
-  bool is_bfloat16;
+  bool narrow;
   uint32_t seed;  // of the first element's random bits
 
-  template <Reuse kReuse, int N>
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
   __device__ __forceinline__ void load(int i, T (&to)[N]) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (is_bfloat16) return cuda::load<kReuse>(bfloat16 + i, to);
+      if (kAlwaysNarrow || narrow) return cuda::load<kReuse, N, kPackets>(bfloat16 + i, to);
     }
-    cuda::load<kReuse>(full + i, to);
+    cuda::load<kReuse, N, kPackets>(full + i, to);
   }
 
-  template <Reuse kReuse, int N>
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
   __device__ __forceinline__ void store(int i, const T (&from)[N]) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (is_bfloat16) {
-        return store_each<kReuse, N>(bfloat16 + i, [&](int l) {
+      if (kAlwaysNarrow || narrow) {
+        return store_each<kReuse, N, kPackets>(bfloat16 + i, [&](int l) {
           return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]);
         });
       }
     }
-    cuda::store<kReuse>(from, full + i);
+    cuda::store<kReuse, N, kPackets>(from, full + i);
   }
 };
 
@@ -131,12 +135,14 @@ __device__ __forceinline__ T* address(int64_t base, int64_t offset) {
 }
 
 // step_count is needed where Δ is written in bfloat16.
-template <class T>
-__device__ __forceinline__ Delta<T> delta_of(const Bucket& bucket, const Tensor& tensor,
-                                             const Chunk& chunk, const double* step_count) {
+template <class T, bool kAlwaysNarrow = false>
+__device__ __forceinline__ Delta<T, kAlwaysNarrow> delta_of(const Bucket& bucket,
+                                                            const Tensor& tensor,
+                                                            const Chunk& chunk,
+                                                            const double* step_count) {
   return {address<T>(tensor.delta, chunk.offset), address<BFloat16>(tensor.delta, chunk.offset),
           bucket.dtypes.delta == DType::kBFloat16,
-          rounding_seed(step_count, tensor.number) + uint32_t(chunk.offset)};
+          rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset)};
 }
 
 // Return how many of n elements can be taken kLanes at a time: none where a stream is misaligned.

@@ -4,14 +4,14 @@
 
 namespace mechanic::cuda {
 
-template <class X>
+template <class X, class S>
 void launch_step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
                  const StepScalars& scalars, CUstream_st* stream);
 
 void step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
           const StepScalars& scalars, CUstream_st* stream) {
-  for_dtype(bucket.dtypes.weight, [&](auto weight) {
-    launch_step<decltype(weight)>(bucket, reduction, tuner, scalars, stream);
+  for_stored(bucket.dtypes, [&](auto weight, auto state) {
+    launch_step<decltype(weight), decltype(state)>(bucket, reduction, tuner, scalars, stream);
   });
 }
 

@@ -8,6 +8,7 @@
 #include "advance_steps.cuh"
 #include "packets.cuh"
 #include "reduce.cuh"
+#include "states.cuh"
 
 namespace mechanic::cuda {
 
@@ -19,32 +20,32 @@ struct Weights {
   X* x;
   int16_t* low;
 
-  template <int N>
+  template <int N, bool kPackets>
   __device__ __forceinline__ void load(int i, opmath_t<X> (&to)[N]) const {
     if constexpr (kHasLow) {
       X high[N];
       int16_t bits[N];
-      load_each<Reuse::kNever, N>(x + i, [&](int l, X y) { high[l] = y; });
-      load_each<Reuse::kNever, N>(low + i, [&](int l, int16_t y) { bits[l] = y; });
+      load_each<Reuse::kNever, N, kPackets>(x + i, [&](int l, X y) { high[l] = y; });
+      load_each<Reuse::kNever, N, kPackets>(low + i, [&](int l, int16_t y) { bits[l] = y; });
 #pragma unroll
       for (int l = 0; l < N; ++l) to[l] = join(high[l], bits[l]);
     } else {
-      cuda::load<Reuse::kNever>(x + i, to);
+      cuda::load<Reuse::kNever, N, kPackets>(x + i, to);
     }
   }
 
   // The forward pass reads x next, from the other end on.
-  template <int N>
+  template <int N, bool kPackets>
   __device__ __forceinline__ void store(int i, const opmath_t<X> (&from)[N]) const {
     if constexpr (kHasLow) {
       X high[N];
       int16_t bits[N];
 #pragma unroll
       for (int l = 0; l < N; ++l) split(from[l], high[l], bits[l]);
-      store_each<Reuse::kSoon, N>(x + i, [&](int l) { return high[l]; });
-      store_each<Reuse::kNever, N>(low + i, [&](int l) { return bits[l]; });
+      store_each<Reuse::kSoon, N, kPackets>(x + i, [&](int l) { return high[l]; });
+      store_each<Reuse::kNever, N, kPackets>(low + i, [&](int l) { return bits[l]; });
     } else {
-      cuda::store<Reuse::kSoon>(from, x + i);
+      cuda::store<Reuse::kSoon, N, kPackets>(from, x + i);
     }
   }
 };
@@ -55,8 +56,7 @@ struct StepStreams {
   const X* gradient;
   Weights<X> weights;
   const X* x_ref;  // from kept.first on
-  S* state0;
-  S* state1;
+  States<opmath_t<X>, S> states;
   KeptBlocks kept;
 };
 
@@ -65,19 +65,26 @@ using StepSums = Totals<4>;
 
 // N elements from i on in each thread: all loads, then all arithmetic. First the sums that x_ref
 // takes part in, so that its registers are free when the updates need theirs.
-template <int N, bool kInPart, class Base, class X, class S>
+template <int N, bool kPackets, bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
                                            const Coefficients<opmath_t<X>>& c, opmath_t<X> scale,
                                            StepSums& sum) {
   using T = opmath_t<X>;
   T g[N], x[N], x_ref[N], a[N] = {}, b[N] = {};
-  load<Reuse::kNever>(at.gradient + i, g);
+  load<Reuse::kNever, N, kPackets>(at.gradient + i, g);
   // Of a phase that is a multiple of 128, blocks of float32 numbers are those of whole warps.
   const bool has_x_ref = !kInPart || at.kept.has(i);
-  if (has_x_ref) load<Reuse::kNever>(at.x_ref + (kInPart ? at.kept.place(i) : i), x_ref);
-  if constexpr (Base::kStates > 0) load<Reuse::kNever>(at.state0 + i, a);
-  if constexpr (Base::kStates > 1) load<Reuse::kNever>(at.state1 + i, b);
-  at.weights.load(i, x);
+  if (has_x_ref) {
+    load<Reuse::kNever, N, kPackets>(at.x_ref + (kInPart ? at.kept.place(i) : i), x_ref);
+  }
+  const States<T, S>& states = at.states;
+  if constexpr (Base::kStates > 0) {
+    states.first.template load<N, kPackets>(i, states.log_block, a);
+  }
+  if constexpr (Base::kStates > 1) {
+    states.second.template load<N, kPackets>(i, states.log_block, b);
+  }
+  at.weights.template load<N, kPackets>(i, x);
 #pragma unroll
   for (int l = 0; l < N; ++l) {
     g[l] = g[l] * c.gradient;
@@ -92,19 +99,23 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
     sum.of[3] = fma(double(u), double(u), sum.of[3]);
     x[l] = apply_update(x[l], scale, u);
   }
-  at.weights.store(i, x);
-  if constexpr (Base::kStates > 0) store<Reuse::kNever>(a, at.state0 + i);
-  if constexpr (Base::kStates > 1) store<Reuse::kNever>(b, at.state1 + i);
+  at.weights.template store<N, kPackets>(i, x);
+  if constexpr (Base::kStates > 0) {
+    states.first.template store<N, kPackets>(i, states.log_block, states.rounding, a);
+  }
+  if constexpr (Base::kStates > 1) {
+    states.second.template store<N, kPackets>(i, states.log_block, states.rounding, b);
+  }
 }
 
 // The elements [begin, end) of the chunk.
-template <int N, bool kInPart, class Base, class X, class S>
+template <int N, bool kPackets, bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ StepSums step_range(const StepStreams<X, S>& at, int begin, int end,
                                                const Coefficients<opmath_t<X>>& c,
                                                opmath_t<X> scale, StepSums sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
-    step_block<N, kInPart, Base>(at, i, c, scale, sum);
+    step_block<N, kPackets, kInPart, Base>(at, i, c, scale, sum);
   }
   return sum;
 }
@@ -128,19 +139,18 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
   if constexpr (Weights<X>::kHasLow) at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
   if constexpr (kInPart) at.kept = kept_blocks(tensor, chunk.offset);
   at.x_ref = address<const X>(tensor.x_ref, kInPart ? at.kept.first : chunk.offset);
-  if constexpr (Base::kStates > 0) at.state0 = address<S>(tensor.state0, chunk.offset);
-  if constexpr (Base::kStates > 1) at.state1 = address<S>(tensor.state1, chunk.offset);
+  at.states = states_of<Base, T, S>(bucket, tensor, chunk, scalars.step_count);
   const int n = int(chunk.length);
   int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
-                                      at.state0, at.state1);
+                                      at.states.first.at, at.states.second.at);
   // Packets must not reach across the ends of kept blocks.
   if (kInPart && at.kept.phase % kLanes<X> != 0) in_packets = 0;
   __syncthreads();
   // Read where they are needed: copies would take the registers of a block.
   const Coefficients<T>& c = shared;
   StepSums sum = {};
-  sum = step_range<kLanes<X>, kInPart, Base>(at, 0, in_packets, c, T(scale), sum);
-  sum = step_range<1, kInPart, Base>(at, in_packets, n, c, T(scale), sum);
+  sum = step_range<kLanes<X>, true, kInPart, Base>(at, 0, in_packets, c, T(scale), sum);
+  sum = step_range<kSingles<X, S>, false, kInPart, Base>(at, in_packets, n, c, T(scale), sum);
   if constexpr (kInPart) sum.of[0] = at.kept.share() * sum.of[0];
   return sum;
 }
@@ -148,14 +158,15 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
 // Blocks of a multiprocessor: as many as its registers hold without spills. To find an x_ref that
 // is kept in part takes a few, which cost one block, or two beside 16-bit weights: so the others
 // have a kernel of their own.
-template <bool kInPart, class Base, class X>
+template <bool kInPart, class Base, class X, class S>
 constexpr int kStepBlocks =
-    kInPart && sizeof(X) == 2 ? 2
-                              : (Base::kStates > 1 ? 3 : 4) + std::is_same_v<X, float> - kInPart;
+    sizeof(X) == 2 && (kInPart || std::is_same_v<S, Code>)
+        ? 2
+        : (Base::kStates > 1 ? 3 : 4) + std::is_same_v<X, float> - kInPart - kRounds<Base, S>;
 
 // kInPart: some weights of the bucket keep x_ref in part.
 template <bool kInPart, class Base, class X, class S>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<kInPart, Base, X>)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<kInPart, Base, X, S>)
     step_kernel(Bucket bucket, Reduction reduction, LogTuner tuner, StepScalars scalars) {
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   using Columns = SumColumns<&Sums::gd, &Sums::gg, &Sums::xx, &Sums::uu, &Sums::count>;
@@ -180,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kInPart, Base, X>)
   }
 }
 
-template <class X>
+template <class X, class S>
 void launch_step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
                  const StepScalars& scalars, cudaStream_t stream) {
   const auto run = [&](auto kernel) {
@@ -188,20 +199,12 @@ void launch_step(const Bucket& bucket, const Reduction& reduction, const LogTune
   };
   for_kind(bucket.kind, [&](auto base) {
     using Base = decltype(base);
-    // Without a state there is nothing whose dtype could differ.
-    using WeightState = std::conditional_t<(Base::kStates > 0), X, opmath_t<X>>;
-    const auto run_for_state = [&](auto in_part) {
-      constexpr bool kInPart = decltype(in_part)::value;
-      if (bucket.dtypes.state == bucket.dtypes.weight) {
-        run(step_kernel<kInPart, Base, X, WeightState>);
+    if constexpr (Base::kStates > 0 || std::is_same_v<S, opmath_t<X>>) {
+      if (bucket.counts.in_part != 0) {
+        run(step_kernel<true, Base, X, S>);
       } else {
-        run(step_kernel<kInPart, Base, X, opmath_t<X>>);
+        run(step_kernel<false, Base, X, S>);
       }
-    };
-    if (bucket.counts.in_part != 0) {
-      run_for_state(std::true_type());
-    } else {
-      run_for_state(std::false_type());
     }
   });
 }

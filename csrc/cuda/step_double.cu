@@ -2,7 +2,7 @@
 
 namespace mechanic::cuda {
 
-template void launch_step<double>(const Bucket&, const Reduction&, const LogTuner&,
-                                  const StepScalars&, cudaStream_t);
+template void launch_step<double, double>(const Bucket&, const Reduction&, const LogTuner&,
+                                          const StepScalars&, cudaStream_t);
 
 }  // namespace mechanic::cuda

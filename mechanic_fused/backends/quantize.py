@@ -4,7 +4,7 @@
 to the bit. A number is companded by a root that is linear between powers of 2, then counted in
 255ths (127ths beside a sign) of its block's largest:
 
-    signed (momenta, int8): q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  unsigned (v, uint8): q = ⌊255·⁸√(x/max x) + ξ⌋
+    of momenta, int8: q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  of v, uint8: q = ⌊255·⁸√(x/max x) + ξ⌋
 
 ξ in (0, 1) moves by the golden ratio from step to step, so that an element is rounded up as often
 as its fraction says, evenly over any run of steps: with rounding to nearest neither v nor a
@@ -28,8 +28,8 @@ LARGEST = 2.0**127
 NOT_A_NUMBER = -128
 """The signed code of what is not finite."""
 
-TURN = 40503
-"""2¹⁶ over the golden ratio, by which ξ moves in a step."""
+TURN = 0x9E3779B9
+"""2³² over the golden ratio, by which ξ moves in a step."""
 
 
 class Codes(NamedTuple):
@@ -114,8 +114,8 @@ def random_bits(number: int, step_count: Tensor, element: Tensor) -> tuple[Tenso
         element: the elements' indices in the whole weight.
     """
     bits = hash32(element + hash32(torch.tensor(number & UINT32_MAX)).to(element) & UINT32_MAX)
-    turned = step_count.to(torch.int64) * TURN
-    return (bits & 0xFFFF) + turned & 0xFFFF, (bits >> 16) + turned & 0xFFFF
+    turn = (step_count.to(torch.int64) & UINT32_MAX) * TURN
+    return ((bits << 16) + turn & UINT32_MAX) >> 16, (bits + turn & UINT32_MAX) >> 16
 
 
 def uniform(bits: Tensor) -> Tensor:

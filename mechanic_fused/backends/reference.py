@@ -126,8 +126,8 @@ def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
         states[1].copy_(formulas.stochastic_round(bits[1], moved[1]))
         return
     for q, scale, new, own in zip(states, bucket.scales[i], moved, bits, strict=False):
-        blocks = (t.reshape(-1, bucket.state_block) for t in (new, quantize.uniform(own)))
-        codes, scales = quantize.quantize(*blocks, quantize.FORMATS[q.dtype])
+        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, quantize.uniform(own)))
+        codes, scales = quantize.quantize(of_blocks, xi, quantize.FORMATS[q.dtype])
         q.copy_(codes.view(q.shape))
         scale.copy_(scales.view(scale.shape))
 

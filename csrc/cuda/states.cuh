@@ -1,0 +1,121 @@
+// The base's own state of a chunk in registers, however it is stored.
+#pragma once
+
+#include <type_traits>
+
+#include "../quantize.h"
+#include "packets.cuh"
+
+namespace mechanic::cuda {
+
+// Elements that a thread takes at once where not all arrays are aligned: of codes as many as
+// elsewhere, so that the threads of a block of codes are always neighbours.
+template <class X, class S>
+constexpr int kSingles = std::is_same_v<S, Code> ? kLanes<X> : 1;
+
+// Codes: the format where it is 8 bits; v, which is Unsigned, is rounded by random bits in bfloat16
+// too.
+template <class T, class S, class Codes>
+struct State {
+  static constexpr bool kHasCodes = std::is_same_v<S, Code>;
+  static constexpr bool kRounds =
+      kHasCodes || (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>);
+  using Stored = std::conditional_t<kHasCodes, typename Codes::Code, S>;
+
+  Stored* at;
+  float* scales;  // of codes, one for each 2^log_block elements
+
+  template <int N, bool kPackets>
+  __device__ __forceinline__ void load(int i, int log_block, T (&to)[N]) const {
+    if constexpr (kHasCodes) {
+      Stored codes[N];
+      load_each<Reuse::kNever, N, kPackets>(at + i, [&](int l, Stored q) { codes[l] = q; });
+      const float one = scales[i >> log_block];
+#pragma unroll
+      for (int l = 0; l < N; ++l) to[l] = dequantize<Codes>(codes[l], one);
+    } else {
+      cuda::load<Reuse::kNever, N, kPackets>(at + i, to);
+    }
+  }
+
+  template <int N, bool kPackets>
+  __device__ __forceinline__ void store(int i, int log_block, const Rounding& rounding,
+                                        const T (&from)[N]) const {
+    if constexpr (kHasCodes) {
+      float largest = 0;
+#pragma unroll
+      for (int l = 0; l < N; ++l) largest = fmaxf(largest, size_of<Codes>(from[l]));
+      const int lane = int(threadIdx.x) & 31, lanes = (1 << log_block) / N;
+      const unsigned group = (0xffffffffu >> (32 - lanes)) << (lane & ~(lanes - 1));
+      const BlockScale scale = block_scale<Codes>(largest_of(largest, lanes, group));
+      if ((lane & (lanes - 1)) == 0) scales[i >> log_block] = scale.one;
+      store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
+        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(i + l));
+        return quantize<Codes>(from[l], size_of<Codes>(from[l]), scale.codes, uniform(bits));
+      });
+    } else if constexpr (kRounds) {
+      store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
+        return stochastic_round(random_bits<Codes>(rounding, uint32_t(i + l)), from[l]);
+      });
+    } else {
+      cuda::store<Reuse::kNever, N, kPackets>(from, at + i);
+    }
+  }
+
+ private:
+  // The largest of the sizes that the threads of a group have; all of them must call.
+  static __device__ __forceinline__ float largest_of(float size, int lanes, unsigned group) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    // The bits of positive floats compare as the floats do.
+    return __uint_as_float(__reduce_max_sync(group, __float_as_uint(size)));
+#else
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      size = fmaxf(size, __shfl_xor_sync(group, size, offset));
+    }
+    return size;
+#endif
+  }
+};
+
+// Whether the states of a base are rounded by random bits, which takes registers.
+template <class Base, class S>
+constexpr bool kRounds = Base::kStates > 0 && (std::is_same_v<S, Code> ||
+                                               (std::is_same_v<S, BFloat16> && Base::kStates > 1));
+
+// Both states of a base, and what decides how they are rounded.
+template <class T, class S>
+struct States {
+  static constexpr bool kHasCodes = std::is_same_v<S, Code>;
+
+  State<T, S, Signed> first;
+  State<T, S, Unsigned> second;
+  int log_block;
+  Rounding rounding;
+};
+
+// step_count is needed where the state is narrower than T. Of a base with kStates of them.
+template <class Base, class T, class S>
+__device__ __forceinline__ States<T, S> states_of(const Bucket& bucket, const Tensor& tensor,
+                                                  const Chunk& chunk, const double* step_count) {
+  States<T, S> states = {};
+  using First = State<T, S, Signed>;
+  using Second = State<T, S, Unsigned>;
+  if constexpr (Base::kStates > 0) {
+    states.first.at = address<typename First::Stored>(tensor.state0, chunk.offset);
+  }
+  if constexpr (Base::kStates > 1) {
+    states.second.at = address<typename Second::Stored>(tensor.state1, chunk.offset);
+  }
+  if constexpr (States<T, S>::kHasCodes && Base::kStates > 0) {
+    states.log_block = 31 - __clz(int(bucket.counts.state_block));
+    const int64_t first = chunk.offset >> states.log_block;
+    states.first.scales = address<float>(tensor.scales0, first);
+    if constexpr (Base::kStates > 1) states.second.scales = address<float>(tensor.scales1, first);
+  }
+  if constexpr (kRounds<Base, S>) {
+    states.rounding = rounding_of(step_count, tensor.number, tensor.element + chunk.offset);
+  }
+  return states;
+}
+
+}  // namespace mechanic::cuda
