@@ -26,12 +26,12 @@ ELEMENTS, BLOCK = 4096, 128
 BETA1, EPS = 0.9, 1e-8
 STEPS = 6000
 
-OURS = "codes of 8 bits"
+OURS = "codes of 8 bits, blocks of 64"
 BAR = 0.12
 """The largest error that a format may have in any phase."""
 
 Stored = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(numbers, 16 random bits each of chance, 16 bits that turn) → the numbers as they are stored."""
+"""(numbers, 32 bits each of chance, 32 that turn) → the numbers as they are stored."""
 
 
 class Format(NamedTuple):
@@ -74,19 +74,18 @@ def nearest_bfloat16(x: Tensor, chance: Tensor, turning: Tensor) -> Tensor:
 
 
 def stochastic_bfloat16(x: Tensor, chance: Tensor, turning: Tensor) -> Tensor:
-    return formulas.stochastic_round(turning, x).float()
+    return formulas.stochastic_round(turning >> 16, x).float()
 
 
-def codes_of(codes: quantize.Codes, bits: str = "turning", block: int = BLOCK) -> Stored:
+def codes_of(codes: quantize.Codes, bits: str = "turning", block: int = 64) -> Stored:
     """Return our codes, rounded by bits that turn, by chance, or to nearest."""
 
     def stored(x: Tensor, chance: Tensor, turning: Tensor) -> Tensor:
         given = {"turning": turning, "chance": chance}.get(bits)
-        xi = torch.full_like(x, 0.5) if given is None else quantize.uniform(given)
-        blocks = x.view(-1, block)
-        return quantize.dequantize(
-            *quantize.quantize(blocks, xi.view(-1, block), codes), codes
-        ).view(-1)
+        half = torch.full(x.shape, quantize.FRACTION // 2, dtype=torch.int32)
+        xi = half if given is None else quantize.fraction(given)
+        q, scales = quantize.quantize(x.view(-1, block), xi.view(-1, block), codes)
+        return quantize.dequantize(q, scales, codes).view(-1)
 
     return stored
 
@@ -100,7 +99,7 @@ def power(order: int, top: int, rounds: bool, block: int = BLOCK) -> Stored:
     def stored(x: Tensor, chance: Tensor, turning: Tensor) -> Tensor:
         blocks = x.view(-1, block)
         largest = blocks.abs().amax(1, keepdim=True).clamp(min=1e-45)
-        xi = quantize.uniform(chance).view_as(blocks) if rounds else 0.5
+        xi = chance.view_as(blocks) * 2.0**-32 if rounds else 0.5
         q = (top * (blocks.abs() / largest) ** (1 / order) + xi).floor().clamp(max=top)
         q = torch.where((blocks > 0) & (top == 255), q.clamp(min=1), q)
         return ((q / top) ** order * largest * blocks.sign()).view(-1)
@@ -152,17 +151,20 @@ SIGNED, UNSIGNED = quantize.SIGNED, quantize.UNSIGNED
 FORMATS = {
     "bfloat16 to nearest": Format(nearest_bfloat16, nearest_bfloat16, 4),
     "bfloat16, v rounded by bits that turn": Format(nearest_bfloat16, stochastic_bfloat16, 4),
-    OURS: Format(codes_of(SIGNED), codes_of(UNSIGNED), 2.06),
-    "codes of 8 bits, blocks of 32": Format(
-        codes_of(SIGNED, block=32), codes_of(UNSIGNED, block=32), 2.25
+    OURS: Format(codes_of(SIGNED), codes_of(UNSIGNED), 2.125),
+    "codes, blocks of 32": Format(codes_of(SIGNED, block=32), codes_of(UNSIGNED, block=32), 2.25),
+    "codes, blocks of 128": Format(
+        codes_of(SIGNED, block=128), codes_of(UNSIGNED, block=128), 2.0625
     ),
-    "codes of 8 bits, m to nearest": Format(codes_of(SIGNED, "none"), codes_of(UNSIGNED), 2.06),
-    "codes of 8 bits, rounded by chance": Format(
-        codes_of(SIGNED, "chance"), codes_of(UNSIGNED, "chance"), 2.06
+    "codes, m to nearest": Format(codes_of(SIGNED, "none"), codes_of(UNSIGNED), 2.125),
+    "codes, rounded by chance": Format(
+        codes_of(SIGNED, "chance"), codes_of(UNSIGNED, "chance"), 2.125
     ),
-    "√m to nearest, ∜v by chance": Format(power(2, 127, False), power(4, 255, True), 2.06),
-    "bitsandbytes' dynamic maps": Format(dynamic(True), dynamic(False), 2.03),
-    "FlashOptim's softsign and √v": Format(softsign, root, 2.13),
+    "√m to nearest, ∜v by chance, blocks of 128": Format(
+        power(2, 127, False), power(4, 255, True), 2.0625
+    ),
+    "bitsandbytes' dynamic maps": Format(dynamic(True), dynamic(False), 2.03125),
+    "FlashOptim's softsign and √v": Format(softsign, root, 2.125),
 }
 
 
@@ -181,8 +183,9 @@ def errors(formats: dict[str, Format], phase: Phase, beta2: float, steps: int) -
     for t in range(steps):
         g = _student(rng) * sizes
         g = phase.change(g) if t >= steps // 2 else g
-        chance = torch.randint(1 << 16, (2, ELEMENTS), generator=rng)
-        turning = quantize.random_bits(0, torch.tensor(float(t)), element)
+        chance = torch.randint(1 << 32, (2, ELEMENTS), generator=rng)
+        steps_taken = torch.tensor(float(t))
+        turning = [quantize.rounding_bits(0, steps_taken, element, c) for c in (SIGNED, UNSIGNED)]
         true = _moved(*true, g, beta2)
         expected = _update(*true, t + 1, beta2)
         counts = t >= 0.8 * steps and t % 20 == 0

@@ -62,6 +62,7 @@ py::dict layout() {
   found["STORED_DTYPES"] = names(kDTypes);
   found["REFERENCE_BLOCK"] = kReferenceBlock;
   found["REFERENCE_PERIOD"] = kReferencePeriod;
+  found["MOST_SCALE"] = kMostScale;
   return found;
 }
 

@@ -103,6 +103,9 @@ enum Constant {
   kBetas
 };
 
+// The largest S that a run starts with: where updates are tiny, it must not overflow in float.
+constexpr double kMostScale = 1e30;
+
 // A row of the log tuner's state, see LOG_TUNER in backends/layout.py.
 struct LogRow {
   double scale, mean_square, moves, steps, nonfinite, informed, learns;

@@ -325,7 +325,7 @@ MECHANIC_INLINE void estimate_scale(const Sums& sums, const WholeModel& model, L
     const double decrease = std::log(model.loss) - std::log(model.power);
     row.ln_anchor += (decrease - row.ln_anchor) / row.anchors;
   }
-  row.scale = row.start = joint_estimate(loss_estimate(row, c), norm, c);
+  row.scale = row.start = fmin(joint_estimate(loss_estimate(row, c), norm, c), kMostScale);
 }
 
 // z = clamp(-h / sqrt(v), -1, 1) for h = g.(x - x_ref), v a mean square over the later steps;

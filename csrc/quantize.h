@@ -9,23 +9,26 @@
 
 namespace mechanic {
 
-// Larger numbers count as this one, so that no code decodes to infinity.
-constexpr float kLargest = 0x1p127f;
-
 // 2^32 over the golden ratio, by which the rounding of an element moves in a step.
 constexpr uint32_t kTurn = 0x9e3779b9u;
 
+// Of a number of codes, before it is rounded.
+constexpr int kFractionBits = 12;
+
 // A format: codes of momenta, int8, and of v, uint8. kBias: what the root adds to the shifted bits
-// of a float, so that 1 stays 1.
+// of a float, so that 1 stays 1. kStride: 2^32 times an irrational number, by which the rounding
+// moves from element to element.
 struct Signed {
   using Code = int8_t;
   static constexpr int kRoot = 2, kTop = 127;
+  static constexpr uint32_t kStride = 0xbb67ae85u;  // the root of 3
   static constexpr int32_t kBias = (127 << 23) - ((127 << 23) >> kRoot);
 };
 
 struct Unsigned {
   using Code = uint8_t;
   static constexpr int kRoot = 3, kTop = 255;
+  static constexpr uint32_t kStride = 0x6a09e667u;  // the root of 2
   static constexpr int32_t kBias = (127 << 23) - ((127 << 23) >> kRoot);
 };
 
@@ -42,81 +45,78 @@ MECHANIC_INLINE float expand(float r) {
   return bit_cast<float>((bits < 0 ? 0 : bits) << Codes::kRoot);
 }
 
-// |x| where it counts for the largest of its block, else 0: a signed x that is not finite, an
-// unsigned one that is NaN or below 0.
+// 2^127: larger numbers count as this one, so that no code decodes to infinity.
+constexpr int32_t kMost = 0x7f000000;
+
+// The bits of |x| where it counts for the largest of its block, else 0: a signed x that is not
+// finite, an unsigned one that is NaN or below 0. Bits of floats above 0 compare as the floats do.
 template <class Codes>
-MECHANIC_INLINE float size_of(float x) {
-  const float size = std::fabs(x);
-  const float limited = size < kLargest ? size : kLargest;
-  const bool counts = Codes::kTop == 127 ? x - x == 0 : x > 0;
+MECHANIC_INLINE int32_t size_of(float x) {
+  constexpr bool kSigned = Codes::kTop == 127;
+  constexpr int32_t kInfinite = 0x7f800000;
+  const int32_t bits = bit_cast<int32_t>(x) & (kSigned ? 0x7fffffff : -1);
+  const int32_t limited = bits < kMost ? bits : kMost;
+  // Of an unsigned x one below 0 has the largest bits.
+  const bool counts = kSigned ? bits < kInfinite : uint32_t(bits) <= uint32_t(kInfinite);
   return counts ? limited : 0;
 }
 
-// What codes of a block count, companded: `one` a code, and how many codes make 1.
+// Of a block: what a code counts, companded, and how many fractions of a code make 1.
 struct BlockScale {
-  float one, codes;
+  float one, fractions;
 };
 
 template <class Codes>
-MECHANIC_INLINE BlockScale block_scale(float largest_size) {
-  const float largest = compand<Codes>(largest_size);
-  return {largest / float(Codes::kTop), float(Codes::kTop) / largest};
+MECHANIC_INLINE BlockScale block_scale(int32_t largest_size) {
+  const float largest = compand<Codes>(bit_cast<float>(largest_size)), top = float(Codes::kTop);
+  // A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+  constexpr float kFractions = float((1 << kFractionBits) * (1 + 0x1p-21));
+  return {largest / top, top / largest * kFractions};
 }
 
-// The code of x, with its size_of and BlockScale::codes; uniform rounds, in (0, 1).
-template <class Codes>
-MECHANIC_INLINE typename Codes::Code quantize(float x, float size, float codes, float uniform) {
-  const float y = compand<Codes>(size) * codes + uniform;
-  int32_t q = int32_t(y);
-  q = q > Codes::kTop ? Codes::kTop : q;
+// The code of x, with its size_of and BlockScale::fractions; rounding_bits round it. Where x is
+// known to be finite the compiler need not ask.
+template <class Codes, bool kFinite = false>
+MECHANIC_INLINE int32_t quantize(float x, int32_t size, float fractions, uint32_t rounding_bits) {
+  const int32_t count = int32_t(compand<Codes>(bit_cast<float>(size)) * fractions);
+  int32_t q = (count + int32_t(rounding_bits >> (32 - kFractionBits))) >> kFractionBits;
   if constexpr (Codes::kTop == 127) {
-    q = size > 0 ? q : 0;
+    q = size != 0 ? q : 0;
     q = x < 0 ? -q : q;
-    q = x - x == 0 ? q : -128;
+    return kFinite || (bit_cast<int32_t>(x) & 0x7fffffff) < 0x7f800000 ? q : -128;
   } else {
     q = q < 1 ? 1 : q;
-    q = size > 0 ? q : 0;
+    return size != 0 ? q : 0;
   }
-  return typename Codes::Code(q);
 }
 
 // The number of a code, with BlockScale::one of its block.
 template <class Codes>
-MECHANIC_INLINE float dequantize(typename Codes::Code code, float one) {
-  const int32_t q = code;
+MECHANIC_INLINE float dequantize(int32_t q, float one) {
   if constexpr (Codes::kTop == 127) {
-    const float size = expand<Codes>(float(q < 0 ? -q : q) * one);
-    const float x = q < 0 ? -size : size;
-    return q == -128 ? bit_cast<float>(uint32_t(0x7fc00000)) : x;
+    const int32_t size = bit_cast<int32_t>(expand<Codes>(float(q < 0 ? -q : q) * one));
+    return bit_cast<float>(size | (q & INT32_MIN) | (q == -128 ? 0x7fc00000 : 0));
   } else {
     return expand<Codes>(float(q) * one);
   }
 }
 
-// What decides how the elements of a chunk are rounded.
+// What decides how the elements of a chunk are rounded: the weight's part, and the index of the
+// chunk's first element in the whole weight.
 struct Rounding {
-  uint32_t seed;  // of the first element
-  uint32_t turn;  // the steps taken so far, times kTurn
+  uint32_t seed, first;
 };
 
-// step_count may be null where nothing is rounded so. `first`: the index of the chunk's first
-// element in the whole weight.
+// step_count, the steps taken so far, may be null where nothing is rounded so.
 MECHANIC_INLINE Rounding rounding_of(const double* step_count, int64_t number, int64_t first) {
   if (step_count == nullptr) return {0, 0};
-  return {hash32(uint32_t(number)) + uint32_t(first), uint32_t(int64_t(*step_count)) * kTurn};
+  return {hash32(uint32_t(number)) + uint32_t(int64_t(*step_count)) * kTurn, uint32_t(first)};
 }
 
-// 16 bits for an element's state of a format.
+// The bits by which an element of the chunk is rounded: a fraction of 1 in 32 bits.
 template <class Codes>
-MECHANIC_INLINE uint32_t random_bits(const Rounding& rounding, uint32_t element) {
-  const uint32_t bits = hash32(rounding.seed + element);
-  return ((Codes::kTop == 127 ? bits << 16 : bits) + rounding.turn) >> 16;
-}
-
-// The middle of one of 4,096 parts of (0, 1). Its distance from 0 and 1 is more than what a code
-// and back are off by, so that codes which are not changed stay.
-MECHANIC_INLINE float uniform(uint32_t bits) {
-  return (float(int32_t(bits >> 4)) + 0.5f) * 0x1p-12f;
+MECHANIC_INLINE uint32_t rounding_bits(const Rounding& rounding, uint32_t element) {
+  return rounding.seed + (rounding.first + element) * Codes::kStride;
 }
 
 }  // namespace mechanic

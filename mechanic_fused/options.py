@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from .backends.layout import REFERENCE_EVERY
+from .backends.layout import MOST_SCALE, REFERENCE_EVERY
 
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
@@ -214,10 +214,11 @@ def tuner_options(
         s_init = AUTO if variant == RUNNING else VARIANTS[variant].s_init
     if s_init != AUTO:
         try:
-            s_init = number("s_init", s_init, 0, above=True)
+            s_init = number("s_init", s_init, 0, MOST_SCALE, above=True)
         except ValueError:
             raise ValueError(
-                f's_init must be "auto" or a finite number above 0, got {s_init!r}'
+                f's_init must be "auto" or a number above 0 and of {MOST_SCALE:g} or less, '
+                f"got {s_init!r}"
             ) from None
     return {
         "variant": variant,
@@ -336,7 +337,7 @@ def calibrate(param_groups: list[dict[str, Any]], x_norm: float, d_norm: float) 
         d_norm: ‖lr₀·d₁‖, the norm of the base's first update at the peak lr, for S = 1.
     """
     for group in param_groups:
-        group["s_init"] = FIRST_UPDATE_NORM * x_norm / d_norm
+        group["s_init"] = min(FIRST_UPDATE_NORM * x_norm / d_norm, MOST_SCALE)
 
 
 RENAMED_KEYWORDS: dict[str, tuple[str, Callable[[Any], Any]]] = {

@@ -63,6 +63,7 @@ from .layout import (
     LOG_WEIGHT,
     LOSSES_COUNT,
     LOSSES_SUM,
+    MOST_SCALE,
 )
 from .storage import read
 
@@ -546,7 +547,8 @@ def estimate_scale(norm, model, row, c):
     decrease = tl.log(model.loss) - tl.log(model.power)
     moved = row.ln_anchor + (decrease - row.ln_anchor) / anchors
     ln_anchor = tl.where(anchors > row.anchors, moved, row.ln_anchor)
-    return joint_estimate(loss_estimate(anchors, ln_anchor, c), norm, c), anchors, ln_anchor
+    scale = joint_estimate(loss_estimate(anchors, ln_anchor, c), norm, c)
+    return tl.minimum(scale, MOST_SCALE), anchors, ln_anchor
 
 
 @triton.jit

@@ -40,6 +40,7 @@ TENSOR_COLUMNS = tl.constexpr(len(layout.TENSOR))
 REFERENCE_BLOCK = tl.constexpr(layout.REFERENCE_BLOCK)
 REFERENCE_EVERY = tl.constexpr(layout.REFERENCE_EVERY)
 REFERENCE_PERIOD = tl.constexpr(layout.REFERENCE_PERIOD)
+MOST_SCALE = tl.constexpr(layout.MOST_SCALE)
 
 CHUNK_TENSOR, CHUNK_OFFSET, CHUNK_LENGTH = columns(layout.CHUNK)
 CHUNK_COLUMNS = tl.constexpr(len(layout.CHUNK))

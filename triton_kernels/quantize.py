@@ -11,17 +11,21 @@ import triton.language as tl
 
 from mechanic_fused.backends import quantize as definition
 
-from .formulas import divide, hash32, is_finite
+from .formulas import divide, is_finite
 
 LARGEST = tl.constexpr(definition.LARGEST)
 NOT_A_NUMBER = tl.constexpr(definition.NOT_A_NUMBER)
 TURN = tl.constexpr(definition.TURN)
+FRACTION_BITS = tl.constexpr(definition.FRACTION_BITS)
+FRACTIONS = tl.constexpr(definition.FRACTION * (1 + 2.0**-21))
 SIGNED_ROOT = tl.constexpr(definition.SIGNED.root)
 SIGNED_BIAS = tl.constexpr(definition.SIGNED.bias)
 SIGNED_TOP = tl.constexpr(definition.SIGNED.top)
+SIGNED_STRIDE = tl.constexpr(definition.SIGNED.stride)
 UNSIGNED_ROOT = tl.constexpr(definition.UNSIGNED.root)
 UNSIGNED_BIAS = tl.constexpr(definition.UNSIGNED.bias)
 UNSIGNED_TOP = tl.constexpr(definition.UNSIGNED.top)
+UNSIGNED_STRIDE = tl.constexpr(definition.UNSIGNED.stride)
 
 
 @triton.jit
@@ -57,22 +61,24 @@ def size_of(x, TOP: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, uniform, block: tl.constexpr, TOP: tl.constexpr):
-    """The codes of x, int32, and the scales of its blocks; ``uniform`` rounds, in (0, 1)."""
+def quantize(x, rounding_bits, block: tl.constexpr, TOP: tl.constexpr):
+    """The codes of x, int32, and the scales of its blocks; ``rounding_bits`` round them."""
     BLOCKS: tl.constexpr = x.shape[0] // block
     size = size_of(x, TOP)
     largest = compand(tl.max(tl.reshape(size, (BLOCKS, block)), 1), TOP)
-    codes = divide(largest * 0.0 + TOP, largest)
-    of_elements = tl.reshape(tl.broadcast_to(codes[:, None], (BLOCKS, block)), (x.shape[0],))
-    q = (compand(size, TOP) * of_elements + uniform).to(tl.int32)
-    q = tl.minimum(q, TOP)
+    top = largest * 0.0 + TOP
+    # A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+    fractions = divide(top, largest) * FRACTIONS
+    of_elements = tl.reshape(tl.broadcast_to(fractions[:, None], (BLOCKS, block)), (x.shape[0],))
+    count = (compand(size, TOP) * of_elements).to(tl.int32)
+    q = (count + (rounding_bits >> (32 - FRACTION_BITS)).to(tl.int32)) >> FRACTION_BITS
     if TOP != SIGNED_TOP:
         q = tl.maximum(q, 1)
     q = tl.where(size > 0, q, 0)
     if TOP == SIGNED_TOP:
         q = tl.where(x < 0, -q, q)
         q = tl.where(is_finite(x), q, NOT_A_NUMBER)
-    return q, divide(largest, largest * 0.0 + TOP)
+    return q, divide(largest, top)
 
 
 @triton.jit
@@ -87,15 +93,9 @@ def dequantize(q, one, TOP: tl.constexpr):
 
 
 @triton.jit
-def random_bits(seed, turn, element, TOP: tl.constexpr):
-    """16 random bits for an element's state of a format, uint32."""
-    bits = hash32(seed + element)
+def rounding_bits(seed, element, TOP: tl.constexpr):
+    """The bits by which elements of a weight are rounded, uint32: a fraction of 1."""
     if TOP == SIGNED_TOP:
-        bits = bits << 16
-    return (bits + turn) >> 16
-
-
-@triton.jit
-def uniform_of(bits):
-    """The middle of one of 4,096 parts of (0, 1)."""
-    return ((bits >> 4).to(tl.float32) + 0.5) * 0.000244140625
+        return seed + element * SIGNED_STRIDE
+    else:
+        return seed + element * UNSIGNED_STRIDE

@@ -22,8 +22,7 @@ from .quantize import (
     UNSIGNED_TOP,
     dequantize,
     quantize,
-    random_bits,
-    uniform_of,
+    rounding_bits,
 )
 from .storage import array, at, narrow, read, widen
 
@@ -36,19 +35,20 @@ class States(NamedTuple):
     scales0: tl.tensor  # of codes
     scales1: tl.tensor
     offset: tl.tensor  # of the chunk
-    seed: tl.tensor  # of the chunk's first element; None where nothing is rounded by random bits
-    turn: tl.tensor  # the steps taken so far, times TURN
+    seed: tl.tensor  # the weight's part of how it is rounded
+    start: tl.tensor  # the index of the chunk's first element in the whole weight, uint32
 
 
 @triton.jit
 def states_of(tensor, offset, step_count, S: tl.constexpr):
     """The States of a chunk at an offset into a weight with this row of the tensor table."""
-    seed = None
-    turn = None
+    # Zeros that nothing reads, since a function cannot return None.
+    seed = tl.zeros((), tl.uint32)
+    start = tl.zeros((), tl.uint32)
     if step_count is not None:
-        first = tl.load(tensor + TENSOR_ELEMENT) + offset
-        seed = hash32(tl.load(tensor + TENSOR_NUMBER).to(tl.uint32)) + first.to(tl.uint32)
-        turn = tl.load(step_count).to(tl.int64).to(tl.uint32) * TURN
+        start = (tl.load(tensor + TENSOR_ELEMENT) + offset).to(tl.uint32)
+        turns = tl.load(step_count).to(tl.int64).to(tl.uint32) * TURN
+        seed = hash32(tl.load(tensor + TENSOR_NUMBER).to(tl.uint32)) + turns
     V: tl.constexpr = tl.uint8 if S == tl.int8 else S
     return States(
         array(tl.load(tensor + TENSOR_STATE0), S),
@@ -57,7 +57,7 @@ def states_of(tensor, offset, step_count, S: tl.constexpr):
         array(tl.load(tensor + TENSOR_SCALES1), tl.float32),
         offset,
         seed,
-        turn,
+        start,
     )
 
 
@@ -94,14 +94,14 @@ def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
     if BLOCK == 0:
         # Rounded to nearest, v could not fall.
         if S == tl.bfloat16 and TOP == UNSIGNED_TOP:
-            bits = random_bits(states.seed, states.turn, i.to(tl.uint32), TOP)
-            tl.store(pointers, stochastic_round(bits, x), mask=mask)
+            bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), TOP)
+            tl.store(pointers, stochastic_round(bits >> 16, x), mask=mask)
         else:
             tl.store(pointers, narrow(x, S), mask=mask)
     else:
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
-        uniform = uniform_of(random_bits(states.seed, states.turn, i.to(tl.uint32), TOP))
-        q, of_blocks = quantize(x, uniform, BLOCK, TOP)
+        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), TOP)
+        q, of_blocks = quantize(x, bits, BLOCK, TOP)
         tl.store(pointers, q.to(S), mask=mask)
         BLOCKS: tl.constexpr = i.shape[0] // BLOCK
         first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)

@@ -14,7 +14,7 @@ ARCHITECTURES = (80, 90, 100)
 MAIN = (torch.float32, torch.bfloat16)
 DTYPES = (*MAIN, torch.float16, torch.float64)
 NARROW = (torch.bfloat16, torch.float16)
-"""The dtypes in which an option keeps the base's state, too."""
+"""The dtypes of weights of 16 bits."""
 
 STEPS = tuple(f"{kind} step" for kind in KINDS)
 """The running form's kernel for each kind; a kind alone is its accumulate."""
@@ -83,27 +83,32 @@ def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
     return torch.bfloat16 if narrow and wide is torch.float32 else wide
 
 
-def variants(kernel: str, dtype: torch.dtype) -> tuple[bool, ...]:
-    """Return whether a kernel's state may be wide, narrow, or both."""
-    return (False, True) if STATES.get(kind_of(kernel)) and dtype in NARROW else (False,)
+def variants(kernel: str, dtype: torch.dtype) -> list[torch.dtype | None]:
+    """Return the dtypes of a kernel's state: None for the arithmetic's, int8 for codes."""
+    if not STATES.get(kind_of(kernel)) or dtype is torch.float64:
+        return [None]
+    return [None, torch.bfloat16, torch.int8, *[dtype] * (dtype is torch.float16)]
 
 
 def traffic(
-    kernel: str, dtype: torch.dtype, narrow: bool = False, narrow_delta: bool = False
+    kernel: str,
+    dtype: torch.dtype,
+    state: torch.dtype | None = None,
+    narrow_delta: bool = False,
 ) -> Traffic:
     """Return what a kernel moves for the elements in 16 bytes of weights.
 
-    A narrow Δ beside float32 weights is not counted: its accesses are of 8 bytes, see ``halves``.
+    What is narrower than the weights is not counted: its accesses have fewer bytes, see
+    ``smaller``. Beside codes Δ is narrow as well.
     """
     share = 16 // dtype.itemsize
-    full = share * compute_dtype(dtype).itemsize // 16
+    narrow_delta = narrow_delta or state is torch.int8
     delta = share * delta_dtype(dtype, narrow_delta).itemsize // 16
+    each = share * (state or compute_dtype(dtype)).itemsize // 16
+    states = each * len(STATES.get(kind_of(kernel), ()))
     if kernel in KINDS:
-        each = 1 if narrow else full
-        moved = delta + each * len(STATES[kernel])
-        return Traffic(2 + moved, moved)  # g, x, Δ and the states
+        return Traffic(2 + delta + states, delta + states)  # g, x, Δ and the states
     if kernel.removesuffix(IN_PART) in STEPS:
-        states = (1 if narrow else full) * len(STATES[kind_of(kernel)])
         x = 2 if dtype in NARROW else 1  # with its low bits
         return Traffic(2 + x + states, x + states)  # g, x_ref, x and the states
     if kernel == "apply":
@@ -115,30 +120,52 @@ def traffic(
     return Traffic(0, 0)
 
 
-def halves(kernel: str, dtype: torch.dtype, narrow_delta: bool) -> int:
-    """Return how many loads of 8 bytes a thread adds to those of 16."""
-    return int(narrow_delta and kernel in WITH_DELTA and dtype is torch.float32)
+def smaller(kernel: str, dtype: torch.dtype, state: torch.dtype | None, narrow_delta: bool) -> int:
+    """Return the bytes that a thread loads in accesses of fewer than 16."""
+    share = 16 // dtype.itemsize
+    narrow_delta = narrow_delta or state is torch.int8
+    delta = share * delta_dtype(dtype, narrow_delta).itemsize % 16 if kernel in WITH_DELTA else 0
+    each = share * (state or compute_dtype(dtype)).itemsize % 16
+    return delta + each * len(STATES.get(kind_of(kernel), ()))
+
+
+def rounds(kernel: str, state: torch.dtype | None) -> bool:
+    """Return whether a kernel rounds its state by bits of its own: codes, and v in bfloat16."""
+    kind = kind_of(kernel)
+    return bool(STATES.get(kind)) and (
+        state is torch.int8 or (state is torch.bfloat16 and kind == "adam")
+    )
 
 
 def most_registers(
-    backend: str, kernel: str, dtype: torch.dtype, narrow_delta: bool = False
+    backend: str,
+    kernel: str,
+    dtype: torch.dtype,
+    state: torch.dtype | None = None,
+    narrow_delta: bool = False,
 ) -> int:
     """Return how many registers a thread may take.
 
     A 16-bit block gives each thread of Triton 8 elements, not 4. Beside float32 weights a narrow Δ
     may take 112 for 104, and an x_ref in part 120, which leave an SM the same four programs; beside
-    bfloat16 ones an x_ref in part may take 168 for 160, the same three programs. In CUDA it is what
-    leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the other kernels
-    for a thousand threads; of log_tune there is only one block.
+    bfloat16 ones an x_ref in part may take 168 for 160, the same three programs. A state that is
+    rounded by bits of its own may take what leaves three programs, and two beside bfloat16. In CUDA
+    it is what leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the
+    other kernels for a thousand threads; of log_tune there is only one block.
     """
+    in_part = kernel.endswith(IN_PART)
     if backend == "triton":
-        if kernel.endswith(IN_PART):
+        if rounds(kernel, state):
+            return {torch.float32: 168, torch.bfloat16: 255}[dtype]
+        if in_part:
             return {torch.float32: 120, torch.bfloat16: 168}[dtype]
         return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kind := kind_of(kernel):
-        in_part = kernel.endswith(IN_PART)
+        is_step = kernel.removesuffix(IN_PART) in STEPS
         blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32) - in_part
-        blocks = 2 if in_part and dtype in NARROW else blocks
+        blocks -= rounds(kernel, state)
+        has_codes = state is torch.int8 and rounds(kernel, state)
+        blocks = 2 if is_step and (in_part or has_codes) and dtype in NARROW else blocks
         return SM_REGISTERS // (blocks * 256) // 8 * 8
     return 255 if kernel == "log_tune" else 64
 
@@ -150,7 +177,7 @@ def checked(
     architecture: int,
     code: Code,
     block_threads: int,
-    narrow: bool = False,
+    state: torch.dtype | None = None,
     narrow_delta: bool = False,
 ) -> Row:
     """Return a kernel's row with the bounds that it breaks, if its dtype is JUDGED."""
@@ -158,13 +185,13 @@ def checked(
     blocks = SM_REGISTERS // ((code.registers + 7) // 8 * 8 * block_threads)
     blocks = min(blocks, SM_SHARED[architecture] // max(code.shared, 1))
     threads = min(blocks * block_threads, SM_THREADS)
-    wanted = traffic(kernel, dtype, narrow, narrow_delta)
+    wanted = traffic(kernel, dtype, state, narrow_delta)
     # Without weight decay accumulate leaves x alone.
-    loaded = 16 * (wanted.loads - (kernel in KINDS)) + 8 * halves(kernel, dtype, narrow_delta)
+    loaded = 16 * (wanted.loads - (kernel in KINDS)) + smaller(kernel, dtype, state, narrow_delta)
     in_flight = threads * loaded
     broken = []
     if dtype in JUDGED[backend]:
-        most = most_registers(backend, kernel, dtype, narrow_delta)
+        most = most_registers(backend, kernel, dtype, state, narrow_delta)
         if code.stack or code.local or code.local_accesses:
             broken.append("spills or local memory")
         if code.registers > most:
@@ -174,13 +201,14 @@ def checked(
         # A tuner works on a few hundred numbers.
         if in_flight < IN_FLIGHT and kernel not in TUNERS:
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
-    state = "" if not STATES.get(kind_of(kernel)) else dtype if narrow else compute_dtype(dtype)
+    has_state = bool(STATES.get(kind_of(kernel)))
+    narrow_delta = narrow_delta or state is torch.int8
     delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""
     return Row(
         backend,
         kernel,
         str(dtype).removeprefix("torch."),
-        str(state).removeprefix("torch."),
+        str(state or compute_dtype(dtype)).removeprefix("torch.") if has_state else "",
         str(delta).removeprefix("torch."),
         architecture,
         code.registers,

@@ -10,18 +10,24 @@ from typing import NamedTuple
 
 import torch
 
+from mechanic_fused.backends.layout import compute_dtype
+
 from . import machine_code
 from .bounds import ARCHITECTURES, IN_PART, Row, checked
 
 THREADS = 256
 """Of a block, in every kernel: kThreads of launch.cuh."""
 
-NUMBERS = {"f": torch.float32, "d": torch.float64, "BFloat16": torch.bfloat16, "Half": torch.half}
+NUMBERS = {
+    **{"f": torch.float32, "d": torch.float64, "BFloat16": torch.bfloat16, "Half": torch.half},
+    "Code": torch.int8,
+}
 
 # Mangled names: f and d are float and double; a later S3_ repeats the type that was named before.
 NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
 BASE = re.compile(
-    rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}(S\w*_|f|d)E"
+    rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}"
+    r"(S\w*_|(?:NS\d*_\d+)?(?:f|d|BFloat16|Half|Code))E"
 )
 NORM = re.compile(rf"norm_kernelI{NUMBER}E")
 TUNER = re.compile(r"\d((?:log_)?tune)_kernelE")
@@ -33,7 +39,7 @@ class Kernel(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    narrow: bool
+    state: torch.dtype | None  # None: the arithmetic's
 
 
 def kernel_of(function: str) -> Kernel | None:
@@ -41,14 +47,15 @@ def kernel_of(function: str) -> Kernel | None:
     if found := BASE.search(function):
         op, in_part, base, weight, state = found.groups()
         name = base.lower() + " step" * (op == "step") + IN_PART * (in_part == "1")
-        # float and double are themselves without being narrow.
-        return Kernel(name, NUMBERS[weight], state.startswith("S"))
+        dtype = NUMBERS[weight]
+        stored = dtype if state.startswith("S") else NUMBERS[re.sub(r"^NS\d*_\d+", "", state)]
+        return Kernel(name, dtype, None if stored is compute_dtype(dtype) else stored)
     if found := APPLY.search(function):
-        return Kernel("apply" if found[1] == "1" else "measure", NUMBERS[found[2]], False)
+        return Kernel("apply" if found[1] == "1" else "measure", NUMBERS[found[2]], None)
     if found := NORM.search(function):
-        return Kernel("norm", NUMBERS[found[1]], False)
+        return Kernel("norm", NUMBERS[found[1]], None)
     if found := TUNER.search(function):
-        return Kernel(found[1], torch.float64, False)
+        return Kernel(found[1], torch.float64, None)
     return None
 
 
@@ -69,5 +76,5 @@ def rows(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Row]:
     for architecture in architectures:
         for function, code in machine_code.read(Path(module.__file__), architecture).items():
             if kernel := kernel_of(function):
-                name, dtype, narrow = kernel
-                yield checked("cuda", name, dtype, architecture, code, THREADS, narrow)
+                name, dtype, state = kernel
+                yield checked("cuda", name, dtype, architecture, code, THREADS, state)

@@ -25,18 +25,22 @@ from .bounds import (
     checked,
     delta_dtype,
     kind_of,
+    rounds,
     variants,
 )
 
 
 def source(
-    kernel: str, dtype: torch.dtype, narrow: bool = False, narrow_delta: bool = False
+    kernel: str,
+    dtype: torch.dtype,
+    state: torch.dtype | None = None,
+    narrow_delta: bool = False,
 ) -> Any:
     """Return a Triton kernel as its launcher specialises it.
 
     Args:
-        narrow: the base's state is in the weights' dtype.
-        narrow_delta: Δ is in bfloat16.
+        state: the dtype of the base's state: None for the arithmetic's, int8 for codes.
+        narrow_delta: Δ is in bfloat16, as it is beside codes.
     """
     from mechanic_fused.triton_kernels import storage
     from triton.compiler import ASTSource
@@ -46,22 +50,29 @@ def source(
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
+    narrow_delta = narrow_delta or state is torch.int8
     d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
+    stored = {
+        "S": t if state is None else storage.STATE_DTYPES[state],
+        "STATE_BLOCK": 64 if state is torch.int8 else 0,
+    }
+    no_bits = {} if rounds(kernel, state) else {"step_count": None}
     constants = {
         "accumulate": {
             "KIND": kernel,
             "X": x,
             "T": t,
             "D": d,
-            "S": x if narrow else t,
-            **({} if narrow_delta else {"step_count": None}),
+            **stored,
+            **({} if narrow_delta else no_bits),
             **storage.sizes(dtype),
         },
         "step": {
             "KIND": kind_of(kernel),
             "X": x,
             "T": t,
-            "S": x if narrow else t,
+            **stored,
+            **no_bits,
             "IN_PART": kernel.endswith(IN_PART),
             **storage.sizes(dtype),
         },
@@ -96,7 +107,7 @@ def compiled(
     kernel: str,
     dtype: torch.dtype,
     architecture: int,
-    narrow: bool = False,
+    state: torch.dtype | None = None,
     narrow_delta: bool = False,
 ) -> dict[str, Any]:
     """Return every stage of a kernel's compilation, from "ttir" to "cubin"."""
@@ -105,7 +116,7 @@ def compiled(
     from triton.compiler import compile as triton_compile
 
     target = GPUTarget("cuda", architecture, 32)
-    found = source(kernel, dtype, narrow, narrow_delta)
+    found = source(kernel, dtype, state, narrow_delta)
     return triton_compile(found, target=target, options=storage.OPTIONS).asm
 
 
@@ -113,18 +124,18 @@ def row(
     kernel: str,
     dtype: torch.dtype,
     architecture: int,
-    narrow: bool = False,
+    state: torch.dtype | None = None,
     narrow_delta: bool = False,
 ) -> Row:
     """Compile one kernel and hold it against the bounds."""
     from mechanic_fused.triton_kernels import storage
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled(kernel, dtype, architecture, narrow, narrow_delta)["cubin"])
+        file.write(compiled(kernel, dtype, architecture, state, narrow_delta)["cubin"])
         file.flush()
         (code,) = machine_code.read(Path(file.name), architecture).values()
     threads = storage.THREADS
-    return checked("triton", kernel, dtype, architecture, code, threads, narrow, narrow_delta)
+    return checked("triton", kernel, dtype, architecture, code, threads, state, narrow_delta)
 
 
 def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
@@ -132,8 +143,8 @@ def rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
     for architecture in ARCHITECTURES:
         for dtype in dtypes:
             for kernel in KERNELS:
-                for narrow in variants(kernel, dtype):
-                    yield row(kernel, dtype, architecture, narrow)
+                for state in variants(kernel, dtype):
+                    yield row(kernel, dtype, architecture, state)
                 if kernel in WITH_DELTA and dtype is not torch.float64:
                     yield row(kernel, dtype, architecture, narrow_delta=True)
         for kernel in TUNERS:

@@ -14,7 +14,14 @@
 
 // One binary for every x86-64: the loader picks the widest clone that the processor supports.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define MECHANIC_WIDEST "x86-64-v4"
+#define MECHANIC_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), noinline))
+#else
+#define MECHANIC_WIDEST "avx512f"
 #define MECHANIC_CLONES __attribute__((target_clones("avx512f", "avx2", "default"), noinline))
+#endif
 #define MECHANIC_HAS_CLONES
 #else
 #define MECHANIC_CLONES __attribute__((noinline))

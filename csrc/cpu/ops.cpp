@@ -101,7 +101,7 @@ void log_tune(const Sums* sums, const LogTuner& tuner) {
 
 const char* instruction_set() {
 #if defined(MECHANIC_HAS_CLONES)
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports(MECHANIC_WIDEST)) return MECHANIC_WIDEST;
   if (__builtin_cpu_supports("avx2")) return "avx2";
 #endif
   return "default";

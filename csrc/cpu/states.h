@@ -2,6 +2,7 @@
 // a block at a time in scratch memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -54,8 +55,8 @@ struct State {
       }
     } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>) {
       for (int i = 0; i < n; ++i) {
-        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(start + i));
-        at[start + i] = stochastic_round(bits, scratch[i]);
+        const uint32_t bits = rounding_bits<Codes>(rounding, uint32_t(start + i));
+        at[start + i] = stochastic_round(bits >> 16, scratch[i]);
       }
     } else if constexpr (!kInPlace) {
       for (int i = 0; i < n; ++i) narrow(scratch[i], at[start + i]);
@@ -65,28 +66,53 @@ struct State {
  private:
   // Write a block that shares a scale.
   MECHANIC_INLINE void write_codes(int64_t start, const T* __restrict x) const {
-    alignas(64) float sizes[128];
-    uint32_t largest = 0;
     const int n = 1 << log_block;
-    // The bits of positive floats compare as the floats do, and a maximum of integers vectorizes.
+    uint32_t largest = 0;
     for (int first = 0; first < n; first += kCodes) {
 #pragma omp simd reduction(max : largest)
       for (int l = 0; l < kCodes; ++l) {
-        sizes[first + l] = size_of<Codes>(x[first + l]);
-        const uint32_t bits = bit_cast<uint32_t>(sizes[first + l]);
+        const uint32_t bits = magnitude(x[first + l]);
         largest = bits > largest ? bits : largest;
       }
     }
-    const BlockScale scale = block_scale<Codes>(bit_cast<float>(largest));
+    // Nearly always: then nothing has to be asked of each element.
+    if (largest < uint32_t(kMost)) {
+      write_block(
+          start, x, int32_t(largest), [](float y) { return int32_t(magnitude(y)); },
+          std::true_type());
+      return;
+    }
+    int32_t counted = 0;
+    for (int i = 0; i < n; ++i) counted = std::max(counted, size_of<Codes>(x[i]));
+    write_block(start, x, counted, size_of<Codes>, std::false_type());
+  }
+
+  // The bits of |x|, of which an unsigned x below 0 has the largest.
+  static MECHANIC_INLINE uint32_t magnitude(float x) {
+    return bit_cast<uint32_t>(x) & (std::is_same_v<Codes, Signed> ? 0x7fffffffu : 0xffffffffu);
+  }
+
+  // By way of integers of 32 bits, since loops over codes take vectors of half the width.
+  template <class Size, class Finite>
+  MECHANIC_INLINE void write_block(int64_t start, const T* __restrict x, int32_t largest, Size size,
+                                   Finite) const {
+    const BlockScale scale = block_scale<Codes>(largest);
     scales[start >> log_block] = scale.one;
+    const int n = 1 << log_block;
+    alignas(64) int32_t counts[64];
+    for (int first = 0; first < n; first += kCodes) {
+      const uint32_t base = rounding_bits<Codes>(rounding, uint32_t(start + first));
+#pragma omp simd
+      for (int l = 0; l < kCodes; ++l) {
+        const float y = x[first + l];
+        const uint32_t bits = base + uint32_t(l) * Codes::kStride;
+        counts[first + l] = quantize<Codes, Finite::value>(y, size(y), scale.fractions, bits);
+      }
+    }
     Stored* __restrict codes = at + start;
     for (int first = 0; first < n; first += kCodes) {
 #pragma omp simd
-      for (int l = 0; l < kCodes; ++l) {
-        const int i = first + l;
-        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(start + i));
-        codes[i] = quantize<Codes>(x[i], sizes[i], scale.codes, uniform(bits));
-      }
+      for (int l = 0; l < kCodes; ++l) codes[first + l] = Stored(counts[first + l]);
     }
   }
 };

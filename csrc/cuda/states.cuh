@@ -42,20 +42,21 @@ struct State {
   __device__ __forceinline__ void store(int i, int log_block, const Rounding& rounding,
                                         const T (&from)[N]) const {
     if constexpr (kHasCodes) {
-      float largest = 0;
+      int32_t largest = 0;
 #pragma unroll
-      for (int l = 0; l < N; ++l) largest = fmaxf(largest, size_of<Codes>(from[l]));
+      for (int l = 0; l < N; ++l) largest = max(largest, size_of<Codes>(from[l]));
       const int lane = int(threadIdx.x) & 31, lanes = (1 << log_block) / N;
       const unsigned group = (0xffffffffu >> (32 - lanes)) << (lane & ~(lanes - 1));
       const BlockScale scale = block_scale<Codes>(largest_of(largest, lanes, group));
       if ((lane & (lanes - 1)) == 0) scales[i >> log_block] = scale.one;
       store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
-        const uint32_t bits = random_bits<Codes>(rounding, uint32_t(i + l));
-        return quantize<Codes>(from[l], size_of<Codes>(from[l]), scale.codes, uniform(bits));
+        const uint32_t bits = rounding_bits<Codes>(rounding, uint32_t(i + l));
+        const int32_t size = size_of<Codes>(from[l]);
+        return Stored(quantize<Codes>(from[l], size, scale.fractions, bits));
       });
     } else if constexpr (kRounds) {
       store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
-        return stochastic_round(random_bits<Codes>(rounding, uint32_t(i + l)), from[l]);
+        return stochastic_round(rounding_bits<Codes>(rounding, uint32_t(i + l)) >> 16, from[l]);
       });
     } else {
       cuda::store<Reuse::kNever, N, kPackets>(from, at + i);
@@ -64,13 +65,12 @@ struct State {
 
  private:
   // The largest of the sizes that the threads of a group have; all of them must call.
-  static __device__ __forceinline__ float largest_of(float size, int lanes, unsigned group) {
+  static __device__ __forceinline__ int32_t largest_of(int32_t size, int lanes, unsigned group) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    // The bits of positive floats compare as the floats do.
-    return __uint_as_float(__reduce_max_sync(group, __float_as_uint(size)));
+    return __reduce_max_sync(group, size);
 #else
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      size = fmaxf(size, __shfl_xor_sync(group, size, offset));
+      size = max(size, __shfl_xor_sync(group, size, offset));
     }
     return size;
 #endif

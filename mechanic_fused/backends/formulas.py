@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import XX
+from .layout import MOST_SCALE, XX
 
 UINT32_MAX = 0xFFFFFFFF
 
@@ -363,7 +363,7 @@ def estimate_scale(sums: ScaleSums, model: WholeModel, row: LogRow, c: LogConsta
         row.anchors += 1
         decrease = math.log(model.loss) - math.log(model.power)
         row.ln_anchor += (decrease - row.ln_anchor) / row.anchors
-    row.scale = row.start = joint_estimate(loss_estimate(row, c), norm, c)
+    row.scale = row.start = min(joint_estimate(loss_estimate(row, c), norm, c), MOST_SCALE)
 
 
 def log_tuner_update(h: float, row: LogRow, c: LogConstants) -> None:

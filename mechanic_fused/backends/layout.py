@@ -101,6 +101,9 @@ STORED_DTYPES = (*KERNEL_DTYPES, torch.int8)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """The dtypes of weights beside which the running form keeps low bits."""
 
+MOST_SCALE = 1e30
+"""The largest S that a run starts with: where updates are tiny, it must not overflow in float32."""
+
 CPU_CHUNK = 1 << 17
 """Elements of a chunk on a CPU: small enough that threads share a model evenly, large enough that
 starting to read its streams costs little."""

@@ -6,11 +6,11 @@ to the bit. A number is companded by a root that is linear between powers of 2, 
 
     of momenta, int8: q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  of v, uint8: q = ⌊255·⁸√(x/max x) + ξ⌋
 
-ξ in (0, 1) moves by the golden ratio from step to step, so that an element is rounded up as often
-as its fraction says, evenly over any run of steps: with rounding to nearest neither v nor a
-momentum would ever fall below half a code a step, and random ξ make 1.2 times the error
-(benchmarks/state_formats.py). 0 stays 0; v above 0 has a code of 1 or more; a signed number that is
-NaN or infinite has the code −128.
+ξ in [0, 1) is a multiple of the golden ratio more in each step, and of another irrational number
+from element to element: so an element is rounded up as often as its fraction says, evenly over any
+run of steps, and so are neighbours. To nearest neither v nor a momentum would ever fall by less
+than half a code a step, and random ξ make 1.2 times the error (benchmarks/state_formats.py). 0
+stays 0; v above 0 has a code of 1 or more; a momentum that is NaN or infinite has the code −128.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ NOT_A_NUMBER = -128
 TURN = 0x9E3779B9
 """2³² over the golden ratio, by which ξ moves in a step."""
 
+FRACTION_BITS = 12
+"""Of a number of codes, before it is rounded."""
+
+FRACTION = 1 << FRACTION_BITS
+
 
 class Codes(NamedTuple):
     """A format of codes.
@@ -39,11 +44,13 @@ class Codes(NamedTuple):
         dtype: of the codes.
         root: log₂ of the order of the root.
         top: the largest code.
+        stride: 2³² times an irrational number, by which ξ moves from element to element.
     """
 
     dtype: torch.dtype
     root: int
     top: int
+    stride: int
 
     @property
     def bias(self) -> int:
@@ -51,7 +58,8 @@ class Codes(NamedTuple):
         return (127 << 23) - (127 << 23 >> self.root)
 
 
-SIGNED, UNSIGNED = Codes(torch.int8, 2, 127), Codes(torch.uint8, 3, 255)
+SIGNED = Codes(torch.int8, 2, 127, 0xBB67AE85)  # √3
+UNSIGNED = Codes(torch.uint8, 3, 255, 0x6A09E667)  # √2
 
 FORMATS = {codes.dtype: codes for codes in (SIGNED, UNSIGNED)}
 
@@ -67,12 +75,12 @@ def expand(r: Tensor, codes: Codes) -> Tensor:
     return (bits << codes.root).view(torch.float32)
 
 
-def quantize(x: Tensor, uniform: Tensor | float, codes: Codes) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, Tensor]:
     """Return the codes of blocks, and the scale of each: what a code counts, companded.
 
     Args:
         x: (blocks, elements) float32.
-        uniform: ξ of each element, in (0, 1), float32; ½ rounds to nearest.
+        fraction: ξ of each element in FRACTIONs, below 1; a half rounds to nearest.
 
     Returns:
         codes as x, and scales (blocks,) float32.
@@ -83,9 +91,10 @@ def quantize(x: Tensor, uniform: Tensor | float, codes: Codes) -> tuple[Tensor, 
     largest = compand(size.amax(-1, keepdim=True), codes)
     # A tensor: torch multiplies by the reciprocal where one side is a number, which rounds twice.
     top = torch.full_like(largest, codes.top)
-    q = (compand(size, codes) * (top / largest) + uniform).to(torch.int32)
-    q = q.clamp(min=0 if signed else 1, max=codes.top)
-    q = torch.where(size > 0, q, 0)
+    # A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+    count = compand(size, codes) * (top / largest * (FRACTION * (1 + 2.0**-21)))
+    q = count.to(torch.int32) + fraction >> FRACTION_BITS
+    q = torch.where(size > 0, q if signed else q.clamp(min=1), 0)
     if signed:
         q = torch.where(x.isfinite(), torch.where(x < 0, -q, q), NOT_A_NUMBER)
     return q.to(codes.dtype), (largest / top).squeeze(-1)
@@ -105,23 +114,19 @@ def dequantize(q: Tensor, scale: Tensor, codes: Codes) -> Tensor:
     return torch.where(count == NOT_A_NUMBER, torch.nan, torch.where(count < 0, -size, size))
 
 
-def random_bits(number: int, step_count: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 16 bits for an element's signed and 16 for its unsigned state, int64.
+def rounding_bits(number: int, step_count: Tensor, element: Tensor, codes: Codes) -> Tensor:
+    """Return ξ of elements in 2⁻³²ths, int64.
 
     Args:
         number: the weight's number.
         step_count: the steps taken so far.
         element: the elements' indices in the whole weight.
     """
-    bits = hash32(element + hash32(torch.tensor(number & UINT32_MAX)).to(element) & UINT32_MAX)
-    turn = (step_count.to(torch.int64) & UINT32_MAX) * TURN
-    return ((bits << 16) + turn & UINT32_MAX) >> 16, (bits + turn & UINT32_MAX) >> 16
+    seed = hash32(torch.tensor(number & UINT32_MAX)).to(element)
+    turns = (step_count.to(torch.int64) & UINT32_MAX) * TURN
+    return seed + element * codes.stride + turns & UINT32_MAX
 
 
-def uniform(bits: Tensor) -> Tensor:
-    """Return ξ of 16 bits: the middle of one of 4,096 parts of (0, 1), float32.
-
-    Its distance from 0 and 1 is more than what a code and back are off by, so that codes which are
-    not changed stay.
-    """
-    return ((bits >> 4).to(torch.float32) + 0.5) * 2.0**-12
+def fraction(bits: Tensor) -> Tensor:
+    """Return ξ in FRACTIONs, int32."""
+    return (bits >> 32 - FRACTION_BITS).to(torch.int32)

@@ -123,23 +123,25 @@ def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
     bits = element_bits(bucket, i)
     if v_is_bfloat16:
         states[0].copy_(moved[0])
-        states[1].copy_(formulas.stochastic_round(bits[1], moved[1]))
+        states[1].copy_(formulas.stochastic_round(bits[1] >> 16, moved[1]))
         return
     for q, scale, new, own in zip(states, bucket.scales[i], moved, bits, strict=False):
-        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, quantize.uniform(own)))
+        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, quantize.fraction(own)))
         codes, scales = quantize.quantize(of_blocks, xi, quantize.FORMATS[q.dtype])
         q.copy_(codes.view(q.shape))
         scale.copy_(scales.view(scale.shape))
 
 
-def element_bits(bucket: Bucket, i: int) -> tuple[Tensor, Tensor]:
-    """Return the random bits of each element of weight i, in its layout."""
+def element_bits(bucket: Bucket, i: int) -> list[Tensor]:
+    """Return the bits by which each element of both states of weight i is rounded, as it lies."""
     x = bucket.weights[i]
     # Elements are numbered by storage order, whatever the order of the axes.
     element = torch.arange(x.numel(), device=x.device) + bucket.elements[i]
-    bits = quantize.random_bits(bucket.numbers[i], bucket.step_count, element)  # type: ignore[arg-type]
-    first, second = (t.as_strided(x.shape, x.stride()) for t in bits)
-    return first, second
+    number, steps = bucket.numbers[i], bucket.step_count
+    assert steps is not None
+    both = (quantize.SIGNED, quantize.UNSIGNED)
+    bits = [quantize.rounding_bits(number, steps, element, codes) for codes in both]
+    return [t.as_strided(x.shape, x.stride()) for t in bits]
 
 
 def step(bucket: Bucket, tuner: LogTuner) -> None:

@@ -30,8 +30,8 @@ def slow_but(quick, values):
 @pytest.mark.parametrize("kernel", slow_but("adam step", KERNELS))
 @pytest.mark.parametrize("dtype", slow_but(torch.bfloat16, bounds.DTYPES), ids=str)
 def test_a_triton_kernel_keeps_the_bounds(kernel, dtype, architecture):
-    for narrow in bounds.variants(kernel, dtype):
-        row = codegen.triton.row(kernel, dtype, architecture, narrow)
+    for state in bounds.variants(kernel, dtype):
+        row = codegen.triton.row(kernel, dtype, architecture, state)
         assert not row.broken, codegen.line(row)
         assert row.registers > 0
         assert row.threads >= 128
@@ -179,7 +179,7 @@ def test_traffic_is_what_the_step_must_move():
     """Adam in float32: g, x, Δ, m, v in; Δ, m, v out. In bf16 Δ, m and v are twice as wide."""
     assert bounds.traffic("adam", torch.float32) == (5, 3)
     assert bounds.traffic("adam", torch.bfloat16) == (8, 6)
-    assert bounds.traffic("adam", torch.bfloat16, narrow=True) == (6, 4)
+    assert bounds.traffic("adam", torch.bfloat16, torch.bfloat16) == (6, 4)
     assert bounds.traffic("sgd", torch.float64) == (3, 1)
     assert bounds.traffic("apply", torch.bfloat16) == (3, 1)
     assert bounds.traffic("adam", torch.bfloat16, narrow_delta=True) == (7, 5)
@@ -187,5 +187,10 @@ def test_traffic_is_what_the_step_must_move():
     # g, x, x_ref, m, v in and x, m, v out; in bf16 also low bits, and m and v are twice as wide.
     assert bounds.traffic("adam step", torch.float32) == (5, 3)
     assert bounds.traffic("adam step", torch.bfloat16) == (8, 6)
-    assert bounds.traffic("adam step", torch.bfloat16, narrow=True) == (6, 4)
+    assert bounds.traffic("adam step", torch.bfloat16, torch.bfloat16) == (6, 4)
     assert bounds.traffic("sgd step", torch.float64) == (3, 1)
+    # Codes are taken 4 or 8 bytes at a time.
+    assert bounds.traffic("adam step", torch.float32, torch.int8) == (3, 1)
+    assert bounds.smaller("adam step", torch.float32, torch.int8, False) == 8
+    assert bounds.traffic("adam step", torch.bfloat16, torch.int8) == (4, 2)
+    assert bounds.smaller("adam step", torch.bfloat16, torch.int8, False) == 16

@@ -12,7 +12,7 @@ from support.cases import skip_unless_available
 
 # Clone → its registers. Beside 16-bit numbers gcc takes the half of AVX-512's, whose foundation has
 # no 16-bit arithmetic. The default clone is what every processor has: nothing to look for.
-REGISTERS = {"avx512f": "[yz]mm", "avx2": "ymm"}
+REGISTERS = {"x86-64-v4": "[yz]mm", "avx2": "ymm"}
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 OPS = ("apply", "norm", "step_along", "axpby", "difference_dots", "dots", "adarem")
 """Beside accumulate. ``abs_max`` has no arithmetic to look for."""
@@ -84,7 +84,7 @@ def test_float_and_double_take_the_widest_registers(kernels):
     for (name, _, clone), code in kernels.items():
         has_16_bits = "mechanic::Half" in name or "BFloat16" in name
         widest = PACKED["multiplication"].replace("{register}", "zmm")
-        if clone == "avx512f" and not has_16_bits and not re.search(widest, code):
+        if clone == "x86-64-v4" and not has_16_bits and not re.search(widest, code):
             lacking.append(name)
     assert not lacking
 

@@ -22,10 +22,10 @@ PREFIXES = {"LOG_TUNER": "LOG"}
 def test_cpp_and_python_have_the_same_columns():
     skip_unless_available("cpp")
     native = importlib.import_module("mechanic_fused._native")
-    constants = ("KINDS", "KERNEL_DTYPES", "REFERENCE_BLOCK", "REFERENCE_PERIOD")
+    constants = ("KINDS", "STORED_DTYPES", "REFERENCE_BLOCK", "REFERENCE_PERIOD", "MOST_SCALE")
     expected = {name: getattr(layout, name) for name in (*TABLES, *constants)}
-    expected["KERNEL_DTYPES"] = tuple(
-        str(dtype).removeprefix("torch.") for dtype in layout.KERNEL_DTYPES
+    expected["STORED_DTYPES"] = tuple(
+        str(dtype).removeprefix("torch.") for dtype in layout.STORED_DTYPES
     )
     assert native.layout == expected
 
@@ -53,6 +53,7 @@ def test_triton_takes_the_dtypes_that_the_kernels_take():
     pytest.importorskip("triton")
     storage = importlib.import_module("mechanic_fused.triton_kernels.storage")
     assert set(storage.DTYPES) == set(layout.KERNEL_DTYPES)
+    assert set(storage.STATE_DTYPES) == set(layout.STORED_DTYPES)
 
 
 def test_columns_are_named_once():

@@ -10,8 +10,9 @@ from support.cases import assert_same
 from mechanic_fused.backends import quantize
 from mechanic_fused.backends.quantize import FORMATS, SIGNED, UNSIGNED, Codes
 
-EVERY = torch.arange(1 << 16)
-"""Random bits."""
+EVERY = range(quantize.FRACTION)
+"""Every ξ."""
+HALF = quantize.FRACTION // 2
 
 FORMAT = pytest.mark.parametrize("codes", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
 
@@ -34,10 +35,6 @@ def blocks(codes, n=64, size=128, spread=2.0):
     return (x * signs).float()
 
 
-def every_uniform():
-    return quantize.uniform(EVERY).unique()
-
-
 @FORMAT
 def test_a_root_and_back_loses_the_last_bits_alone(codes):
     x = blocks(codes).abs().view(-1)
@@ -57,14 +54,13 @@ def test_a_number_is_counted_to_a_code_and_rounded_as_its_fraction_says(codes, s
     largest = x.abs().amax(1, keepdim=True)
     exact = codes.top * root_of(x.abs(), codes) / root_of(largest, codes)
     total = np.zeros_like(exact)
-    every = every_uniform()
-    for xi in every.tolist():
+    for xi in EVERY:
         q, _ = quantize.quantize(x, xi, codes)
         count = q.to(torch.int32).abs().numpy()
         assert (np.abs(count - exact) < 1 + 1e-4).all()
         assert (torch.sign(q.to(torch.int32)) == torch.where(q == 0, 0, x.sign())).all()
         total += count
-    mean = total / len(every)
+    mean = total / len(EVERY)
     # One in 4,096 for ξ, and what float32 loses of 255 codes; codes of 0 are 1 where unsigned.
     fair = (exact >= 1) & (exact <= codes.top)
     assert np.abs(mean - exact)[fair].max() < 2.0**-12 + 255 * 4 * EPS
@@ -89,7 +85,7 @@ def test_codes_that_are_not_changed_stay_whatever_rounds_them(codes, largest):
     x = quantize.dequantize(q, scale, codes)
     assert x.isfinite().all()
     assert float(x.max()) == pytest.approx(largest, rel=2**codes.root * 2 * EPS)
-    for xi in every_uniform()[[0, 1, 2047, -2, -1]].tolist():
+    for xi in (0, 1, HALF, quantize.FRACTION - 1):
         again, scales = quantize.quantize(x, xi, codes)
         assert_same(again, q)
         np.testing.assert_allclose(scales.numpy(), scale.numpy(), rtol=2 * EPS)
@@ -100,7 +96,7 @@ def test_zeros_stay_zeros_beside_anything(codes):
     x = blocks(codes)
     x[::2, ::3] = 0
     x[5] = 0
-    q, scale = quantize.quantize(x, 1 - 2.0**-13, codes)
+    q, scale = quantize.quantize(x, quantize.FRACTION - 1, codes)
     assert (q[x == 0] == 0).all()
     assert (quantize.dequantize(q, scale, codes)[x == 0] == 0).all()
     assert (quantize.dequantize(q, torch.zeros_like(scale), codes) == 0).all()
@@ -110,7 +106,7 @@ def test_v_above_zero_is_never_zero():
     """Or a momentum over it would be an infinite update."""
     x = torch.full((1, 128), 1e-30)
     x[0, 0] = 1.0
-    q, scale = quantize.quantize(x, 2.0**-13, UNSIGNED)
+    q, scale = quantize.quantize(x, 0, UNSIGNED)
     assert (q >= 1).all()
     assert (quantize.dequantize(q, scale, UNSIGNED) > 0).all()
 
@@ -121,7 +117,7 @@ def test_the_largest_and_smallest_numbers_stay_finite(codes, largest):
     x = torch.full((2, 32), largest)
     x[1] = 0
     x[1, 3] = largest
-    q, scale = quantize.quantize(x, 0.5, codes)
+    q, scale = quantize.quantize(x, HALF, codes)
     back = quantize.dequantize(q, scale, codes)
     assert back.isfinite().all()
     assert scale.isfinite().all()
@@ -133,13 +129,13 @@ def test_the_largest_and_smallest_numbers_stay_finite(codes, largest):
 
 def test_a_momentum_that_is_not_finite_is_nan_and_spoils_no_neighbour():
     x = blocks(SIGNED, n=4)
-    expected = quantize.quantize(x, 0.5, SIGNED)
+    expected = quantize.quantize(x, HALF, SIGNED)
     for bad in (math.nan, math.inf, -math.inf):
         spoilt = x.clone()
         largest = x.abs().argmax(1)
         places = (largest + 1) % 128
         spoilt[torch.arange(4), places] = bad
-        q, scale = quantize.quantize(spoilt, 0.5, SIGNED)
+        q, scale = quantize.quantize(spoilt, HALF, SIGNED)
         assert (q[torch.arange(4), places] == -128).all()
         assert quantize.dequantize(q, scale, SIGNED).isnan().sum() == 4
         kept = torch.ones_like(x, dtype=torch.bool)
@@ -152,37 +148,46 @@ def test_a_v_that_is_nan_or_infinite_does_not_spoil_its_block():
     """A v that overflowed is a large one: its weight moves little, as in torch, where it stands."""
     x = blocks(UNSIGNED, n=2)
     x[0, 1], x[1, 1] = math.nan, math.inf
-    q, scale = quantize.quantize(x, 0.5, UNSIGNED)
+    q, scale = quantize.quantize(x, HALF, UNSIGNED)
     back = quantize.dequantize(q, scale, UNSIGNED)
     assert back.isfinite().all()
     assert back[0, 1] == 0
     assert float(back[1, 1]) == pytest.approx(2.0**127, rel=1e-5)
 
 
+def drawn(number, steps, elements, codes):
+    """Return ξ of elements in each step, (steps, elements) float64."""
+    element = torch.arange(elements)
+    bits = [
+        quantize.rounding_bits(number, torch.tensor(float(t)), element, codes) for t in range(steps)
+    ]
+    return torch.stack(bits).double() / 2.0**32
+
+
 @FORMAT
-def test_the_rounding_of_an_element_is_even_over_any_run_of_steps(codes):
-    """The golden ratio leaves no run of steps with many more or fewer roundings up than due."""
-    steps, fraction = 2000, 0.037
-    element = torch.arange(64)
-    ups = []
-    for t in range(steps):
-        bits = quantize.random_bits(7, torch.tensor(float(t)), element)[codes is UNSIGNED]
-        ups.append(quantize.uniform(bits) >= 1 - fraction)
-    counted = torch.stack(ups).cumsum(0).double()
-    due = fraction * torch.arange(1, steps + 1)[:, None]
-    # Rounded by chance they would be √(2000·0.037) = 8 apart, and many of 64 elements more.
-    assert (counted - due).abs().max() < 4
+@pytest.mark.parametrize("fraction", [0.002, 0.037, 0.31, 0.5])
+@pytest.mark.parametrize("over", ["steps", "elements"])
+def test_what_is_rounded_up_is_even_over_any_run_of_steps_and_of_elements(codes, fraction, over):
+    """An irrational number leaves no run with many more or fewer roundings up than due."""
+    found = drawn(7, 2000, 64, codes) if over == "steps" else drawn(7, 64, 2000, codes).T
+    counted = (found >= 1 - fraction).double().cumsum(0)
+    due = fraction * torch.arange(1, len(found) + 1)[:, None]
+    # By chance they would be √(2000·0.25) = 22 apart at the end.
+    assert (counted - due).abs().max() < 5
 
 
-def test_elements_and_weights_are_rounded_apart():
-    element = torch.arange(1 << 14)
-    zero = torch.zeros(())
-    draws = [torch.stack(quantize.random_bits(n, zero, element)).double() for n in (0, 1)]
-    drawn = torch.cat(draws) / 2.0**16
-    limit = 5 / math.sqrt(len(element))
-    assert (drawn.mean(1) - 0.5).abs().max() < limit
-    correlation = torch.corrcoef(torch.cat([drawn, drawn.roll(1, 1)]))
-    assert (correlation - torch.eye(8)).abs().max() < limit
+def test_weights_and_both_states_are_rounded_apart():
+    draws = [drawn(number, 1, 4096, codes)[0] for number in (0, 1) for codes in (SIGNED, UNSIGNED)]
+    for i, one in enumerate(draws):
+        assert len(one.unique()) == len(one)
+        for other in draws[:i]:
+            apart = (one - other) % 1
+            assert float(torch.minimum(apart, 1 - apart).mean()) > 0.01
+
+
+def test_a_fraction_is_what_is_left_of_the_bits():
+    bits = torch.tensor([0, (1 << 20) - 1, 1 << 20, (1 << 32) - 1])
+    assert quantize.fraction(bits).tolist() == [0, 0, 1, quantize.FRACTION - 1]
 
 
 def test_the_formats_are_named_by_their_dtypes():
