@@ -30,6 +30,11 @@ from .bounds import (
 )
 
 
+def with_narrow_delta(dtype: torch.dtype, state: torch.dtype | None) -> bool:
+    """Return whether Δ is always narrow beside a state that is narrower than the weights."""
+    return state is torch.int8 or (state is torch.bfloat16 and dtype is not torch.bfloat16)
+
+
 def source(
     kernel: str,
     dtype: torch.dtype,
@@ -50,7 +55,7 @@ def source(
     module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
-    narrow_delta = narrow_delta or state is torch.int8
+    narrow_delta = narrow_delta or with_narrow_delta(dtype, state)
     d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
     stored = {
         "S": t if state is None else storage.STATE_DTYPES[state],
@@ -135,6 +140,7 @@ def row(
         file.flush()
         (code,) = machine_code.read(Path(file.name), architecture).values()
     threads = storage.THREADS
+    narrow_delta = narrow_delta or with_narrow_delta(dtype, state)
     return checked("triton", kernel, dtype, architecture, code, threads, state, narrow_delta)
 
 
