@@ -159,17 +159,17 @@ def _check_codes(name: str, entries: Group, p: Tensor, what: str) -> None:
             f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of a shape out of {shapes}, "
             f"got {found}"
         )
-    for t in (codes, scales):
+    for called, t in ((name, codes), (name + SCALE_SUFFIX, scales)):
         if not has_storage(local(t)):
             raise ValueError(
-                f"{what} and its scales must be plain tensors with storage of their own, got a "
-                f"{type(t).__name__} on {t.device}"
+                f"{what} holds 8-bit codes: expected {called} to be a plain tensor with storage of "
+                f"its own, got a {type(t).__name__} on {t.device}"
             )
     mine = local(scales)
     if mine.dtype is not torch.float32 or not bool((mine.isfinite() & (mine >= 0)).all()):
         raise ValueError(
             f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of finite float32 numbers of "
-            f"0 or more, got {mine.dtype} from {mine.min()} to {mine.max()}"
+            f"0 or more, got {mine.dtype}{', some of them not' * (mine.dtype is torch.float32)}"
         )
 
 

@@ -217,7 +217,7 @@ def tuner_options(
             s_init = number("s_init", s_init, 0, MOST_SCALE, above=True)
         except ValueError:
             raise ValueError(
-                f's_init must be "auto" or a number above 0 and of {MOST_SCALE:g} or less, '
+                f's_init must be "auto" or a finite number above 0, at most {MOST_SCALE:g}, '
                 f"got {s_init!r}"
             ) from None
     return {

@@ -18,6 +18,7 @@ from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize
 from mechanic_fused.tuners import AdaRem
 
 SHAPES = ((6, 4), (7,), ())
+WITH_CODES = ((32, 128), (7,), ())
 
 
 REFUSED = {
@@ -33,6 +34,13 @@ REFUSED = {
     "meta": lambda t: t.to("meta"),
     "without storage": WithoutStorage,
     "freed": freed,
+}
+REFUSED_SCALES = {
+    "below 0": lambda t: -1 - t,
+    "one NaN": lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]),
+    "one infinity": lambda t: torch.cat([t[:-1], t[-1:] + torch.inf]),
+    "of twice as many blocks": lambda t: torch.cat([t, t, t], 1),
+    "bfloat16": lambda t: t.bfloat16(),
 }
 REFUSED_COUNTS = {
     "two counts": lambda t: torch.zeros(2),
@@ -60,6 +68,8 @@ MAKERS = {
     "SGD": lambda ps: MechanicSGD(ps, lr=1.0, momentum=0.9),
     "bfloat16": lambda ps: MechanicAdamW(ps, lr=1.0),
     "annealed": lambda ps: MechanicAdamW(ps, lr=1.0, variant="annealed"),
+    "8 bits": lambda ps: MechanicAdamW(ps, lr=1.0, optim_bits=8),
+    "16 bits": lambda ps: MechanicSGD(ps, lr=1.0, momentum=0.9, optim_bits=16),
     "a scale a group": lambda ps: MechanicAdamW(ps, lr=1.0, scale_per="group"),
     "a scale a weight": lambda ps: MechanicAdamW(ps, lr=1.0, scale_per="parameter"),
     "RAdam": lambda ps: mechanize(torch.optim.RAdam)(ps, lr=1.0),
@@ -70,7 +80,8 @@ MAKERS = {
 def _trained(name, steps):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-    weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    shapes = WITH_CODES if name.endswith("bits") else SHAPES
+    weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     opt = MAKERS[name](weights)
     _step(weights, opt, steps)
     return weights, opt
@@ -90,10 +101,13 @@ def _changes(saved):
             # What a base of the fallback keeps is its own affair.
             table = REFUSED_COUNTS if name == "step" else REFUSED
             for how, change in table.items():
-                shape = () if how == "a list" and entries[name].dim() == 0 else SHAPES[key]
+                shape = tuple(entries[name].shape)
                 if name == "x_low" and how == "integers":
                     continue
                 yield f"{name} of weight {key}, {shape}: {how}", (key, name, change)
+            for how, change in REFUSED_SCALES.items():
+                if name.endswith("_scale"):
+                    yield f"{name} of weight {key}: {how}", (key, name, change)
     for how, change in REFUSED_ROWS.items():
         if "mechanic_state" in saved["param_groups"][0]:
             yield f"mechanic_state: {how}", (None, "mechanic_state", change)
@@ -151,7 +165,7 @@ def test_an_error_names_the_weight_and_the_entry():
         opt.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "annealed"])
+@pytest.mark.parametrize("name", ["AdamW", "annealed", "8 bits"])
 def test_a_checkpoint_with_dropped_or_swapped_entries_loads_or_is_refused(name):
     """Swaps of entries of one shape are other numbers, and a missing entry starts anew."""
     saved = _trained(name, 12)[1].state_dict()

@@ -33,6 +33,7 @@ OF_TUNER = {
     "backend": [("gpu", "must be .*reference.* 'gpu'")],
 }
 OF_INSTANCE = {
+    "optim_bits": [(4, "must be one of 32, 16, 8, got 4"), ("8", "one of .* '8'"), (True, "True")],
     "state_dtype": [
         (torch.bfloat16, "must be one of None, param, got torch.bfloat16"),
         ("float32", "must be one of .* 'float32'"),

@@ -17,6 +17,7 @@ OWN = {
     "variant": None,
     "scale_per": "model",
     "backend": "auto",
+    "optim_bits": 32,
     "state_dtype": None,
     "delta_dtype": None,
     "x_ref_every": 1,
