@@ -231,7 +231,7 @@ def report(record: Record) -> str:
     columns = list(dict.fromkeys((row["beta2"], row["phase"]) for row in record.rows))
     found = {(row["format"], row["beta2"], row["phase"]): row["error"] for row in record.rows}
     lines = [
-        [name, *(tables.shown(found[(name, *column)], 2) for column in columns)]
+        [name, *(f"{found[(name, *column)]:.2g}" for column in columns)]
         for name in dict.fromkeys(row["format"] for row in record.rows)
     ]
     worst = max(found[(OURS, *column)] for column in columns if column[1] in JUDGED)

@@ -166,8 +166,10 @@ class PlanOptions:
     loss_group: Any = None
     is_running: bool = False
 
-    def format_of_state(self, p: Tensor, group: Group) -> StateFormat:
-        """Return how the base's state of a weight is stored."""
+    def format_of_state(self, p: Tensor, group: Group, kind: str) -> StateFormat:
+        """Return how the base's state of a weight is stored, for an update of a kind."""
+        if not STATES.get(kind):
+            return StateFormat(compute_dtype(p.dtype))
         bits = checked_optim_bits(group.get(OPTIM_BITS, 32), self.state_dtype, None)
         return state_format(p, bits, self.state_dtype, self.reduce_group)
 
@@ -348,7 +350,7 @@ class StepPlan:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
         is_sharded = local(p) is not p
-        stored = self.options.format_of_state(p, group)
+        stored = self.options.format_of_state(p, group, kind)
         return BucketKey(kind, p.device, p.dtype, name, groups, is_sharded, stands_still, stored)
 
     def _state_of(self, p: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
@@ -805,7 +807,7 @@ def create_state_of_fakes(
         for p in filter(is_trained, group["params"]):
             if not fused and p.grad is None:
                 continue  # the base takes any entry for a state that it has made itself
-            stored = options.format_of_state(p, group)
+            stored = options.format_of_state(p, group, kind)
             delta, [phase] = options.dtype_of_delta(p, stored), blocks.phases([(p, share)])
             ensure_state(states[p], p, kind, stored, delta, phase)
 

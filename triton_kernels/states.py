@@ -102,8 +102,8 @@ def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
         bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), TOP)
         q, of_blocks = quantize(x, bits, BLOCK, TOP)
-        tl.store(pointers, q.to(S), mask=mask)
         BLOCKS: tl.constexpr = i.shape[0] // BLOCK
         first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)
         scales_mask = None if limit is None else first < limit
         tl.store(scales + (states.offset + first) // BLOCK, of_blocks, mask=scales_mask)
+        tl.store(pointers, q.to(S), mask=mask)

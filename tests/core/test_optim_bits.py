@@ -107,6 +107,14 @@ def test_bytes_a_weight_are_those_of_the_docs(dtype, bits, more, most):
     assert sum(t.numel() * t.element_size() for t in kept) / p.numel() <= most
 
 
+@pytest.mark.parametrize("variant", [RUNNING, "optax"])
+def test_a_base_without_a_state_has_nothing_to_narrow(variant):
+    p = nn.Parameter(torch.ones(64, 128))
+    opt = MechanicSGD([p], lr=0.1, optim_bits=8, variant=variant)
+    train([p], opt, 2)
+    assert all(t.dtype is torch.float32 for t in opt.state[p].values())
+
+
 def test_a_group_may_have_bits_of_its_own_and_change_them():
     params, opt = made(8, shapes=((64, 128),))
     embedding = nn.Parameter(torch.randn(64, 128))

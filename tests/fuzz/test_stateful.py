@@ -22,7 +22,9 @@ from support.single_step import SingleStep
 
 # In float64 powers and roots of the libraries differ by an ulp, and nothing rounds that away.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((3,), (), (0,), (5, 3), (130,), (2, 3, 4), (9000,))
+SHAPES = ((3,), (), (0,), (5, 3), (130,), (2, 3, 4), (9000,), (33, 128), (45, 97))
+"""The last two are stored in 8 and in 16 bits, if any."""
+BITS = (32, 16, 8)
 
 
 def _with_one(number):
@@ -66,6 +68,7 @@ options = st.fixed_dictionaries(
         "variant": st.sampled_from(["running", "running", "annealed", "optax", "paper", "pytorch"]),
         "scale_per": st.sampled_from(["model", "group", "parameter"]),
         "s_init": st.sampled_from([None, 0.1]),
+        "optim_bits": st.sampled_from([32, *BITS]),
     }
 )
 
@@ -220,10 +223,19 @@ class Twins(RuleBasedStateMachine):
         self.each(event)
 
     def can_convert(self):
-        """Whether a plain base can step: S is known, and no lr overflows beside other gradients."""
+        """Whether a plain base can step: S is known, and no lr overflows in float16."""
         scale = self.pairs[0][0].scale
         # With a scale for each weight the base has a group for each.
-        return self.scale_per != "parameter" and bool(scale.gt(0).any() and scale.lt(1e6).all())
+        return self.scale_per != "parameter" and bool(scale.gt(0).any() and scale.lt(6e4).all())
+
+    @rule(bits=st.sampled_from(BITS), index=st.integers(0, 9))
+    def change_bits(self, bits, index):
+        """Store the base's state of a group otherwise from here on."""
+
+        def event(opt, _):
+            opt.param_groups[index % len(opt.param_groups)]["optim_bits"] = bits
+
+        self.each(event)
 
     @rule(threads=st.sampled_from([1, 2]))
     def threads(self, threads):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mechanic_fused.backends import quantize
 from mechanic_fused.backends.layout import LOG_TUNER, SUMS
 from mechanic_fused.kept_blocks import LEAST_ELEMENTS
+from mechanic_fused.state_formats import has_codes
 
 from .cases import SUM_RTOL
 from .lockstep import displacement, joined
@@ -28,8 +30,32 @@ LARGEST = {torch.float16: 6e4}
 ENTRIES = ("exp_avg", "exp_avg_sq", "momentum_buffer", "delta")
 
 
+BFLOAT16 = 2.0**-7
+"""How far a number may be rounded in bfloat16, up or down, relative to it."""
+
+
 def array(x):
     return x.detach().double().numpy()
+
+
+def numbers(entries, name):
+    """Return an entry of a state as numbers, and how far its storage may have rounded each."""
+    t = entries[name]
+    if not has_codes(t):
+        found = array(t)
+        return found, (BFLOAT16 * np.abs(found) if t.dtype is torch.bfloat16 else 0.0)
+    scales = entries[f"{name}_scale"]
+    codes = quantize.FORMATS[t.dtype]
+
+    def of_count(count):
+        wide = count.to(torch.int32).view(-1, t.numel() // scales.numel())
+        return array(quantize.dequantize(wide, scales.view(-1), codes)).reshape(t.shape)
+
+    # It lay between this code and one of its neighbours; of codes above the largest there is none.
+    count = t.to(torch.int32).abs()
+    size = of_count(count)
+    gaps = [np.abs(of_count((count + k).clamp(min=0)) - size) for k in (-1, 1)]
+    return of_count(t), np.maximum(*gaps)
 
 
 class Weight:
@@ -44,7 +70,7 @@ class Weight:
         if "x_ref" in entries and self.is_whole:
             self.moved = array(displacement(opt, p, entries))
         self.steps = float(entries.get("step", 0))
-        self.entries = {name: array(entries[name]) for name in ENTRIES if name in entries}
+        self.entries = {n: numbers(entries, n)[0] for n in ENTRIES if n in entries}
         self.g = None if p.grad is None else array(p.grad) * (-1 if group["maximize"] else 1)
 
     def entry(self, name):
@@ -149,7 +175,8 @@ class SingleStep:
                 continue
             u, off, entries = w.update()
             for name, (expected, entry_off) in entries.items():
-                agree(name, w, after[name], expected, entry_off)
+                found, rounded = numbers(after, name)
+                agree(name, w, found, expected, entry_off + rounded)
             if "delta" in after:
                 self.check_exact(w, after, u, off)
             else:
@@ -167,7 +194,8 @@ class SingleStep:
     def check_exact(self, w, after, u, off):
         """Compare Δ + u, and round(x_ref + S·Δ) with the S that was learned since."""
         size = np.abs(w.entry("delta")) + np.abs(u)
-        agree("Δ", w, after["delta"], w.entry("delta") + u, off + 2 * EPS * size)
+        delta, rounded = numbers(after, "delta")
+        agree("Δ", w, delta, w.entry("delta") + u, off + 2 * EPS * size + rounded)
         scale = float(self.opt.scale[w.row])
         x_ref, move = array(after["x_ref"]), scale * array(after["delta"])
         size = np.abs(x_ref) + np.abs(move)
@@ -209,7 +237,7 @@ class SingleStep:
 
 def agree(name, w, found, expected, allowed):
     """Compare elements, but for numbers that leave the range of the dtype."""
-    found = array(found)
+    found = array(found) if torch.is_tensor(found) else found
     largest = LARGEST.get(w.p.dtype, 1e37) if name == "x" else 1e37
     judged = np.isfinite(expected) & np.isfinite(allowed) & (np.abs(expected) < largest)
     bad = judged & ~(np.abs(found - expected) <= allowed + TINY)
