@@ -623,7 +623,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
                     f"{name} must be the same in all groups: expected {value}, "
                     f"got {param_group[name]}"
                 )
-        param_group.setdefault(OPTIM_BITS, self._optim_bits)
+        if self._optim_bits != 32:
+            # Loaders look in a checkpoint for every entry that a group has here.
+            param_group.setdefault(OPTIM_BITS, self._optim_bits)
         if param_group["variant"] == RUNNING:
             param_group.setdefault(X_REF_EVERY, self._x_ref_every)
         checked_x_ref_every(param_group.get(X_REF_EVERY, 1), param_group["variant"])
@@ -651,7 +653,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     def _check_optim_bits(self, group: dict[str, Any]) -> None:
         """Raise ValueError where the base's state cannot be kept in so few bits."""
-        bits = checked_optim_bits(group[OPTIM_BITS], self._state_dtype, self.fallback_reason)
+        bits = group.get(OPTIM_BITS, 32)
+        checked_optim_bits(bits, self._state_dtype, self.fallback_reason)
         for p in group["params"]:
             state_format(p, bits, self._state_dtype, self.reduce_group)
 
@@ -778,7 +781,6 @@ class Mechanized(SupportsGradScaler, Optimizer):
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
                 group.setdefault(name, value)
-            group.setdefault(OPTIM_BITS, self._optim_bits)
         if self.defaults.get("fused"):
             # Torch's fused optimizers set it in the constructor, and copies forget it.
             self._step_supports_amp_scaling = True

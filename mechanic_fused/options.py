@@ -105,7 +105,7 @@ CALIBRATED = ("s_init", "max_peak_lr")
 """The options that the start of a run replaces."""
 
 OPTIM_BITS = "optim_bits"
-"""The option in the param groups that says in how many bits the base's state is kept."""
+"""The option in param groups that says in how many bits the base's state is kept; without it 32."""
 
 X_REF_EVERY = "x_ref_every"
 """The option in the param groups of the running form, where checkpoints find it."""
@@ -285,9 +285,11 @@ def with_own_optim_bits(
     saved: list[dict[str, Any]], own: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return a checkpoint's groups with the optimizer's own ``optim_bits``."""
-    pairs = zip(saved, own, strict=False)
-    found = [{**theirs, OPTIM_BITS: mine.get(OPTIM_BITS, 32)} for theirs, mine in pairs]
-    return [*found, *saved[len(found) :]]
+    found = [{k: v for k, v in theirs.items() if k != OPTIM_BITS} for theirs in saved]
+    for theirs, mine in zip(found, own, strict=False):
+        if OPTIM_BITS in mine:
+            theirs[OPTIM_BITS] = mine[OPTIM_BITS]
+    return found
 
 
 def with_own_x_ref_every(

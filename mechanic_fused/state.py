@@ -23,7 +23,7 @@ from .backends.quantize import SIGNED, UNSIGNED, Codes
 from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
-from .options import GROUP_OPTIONS, X_REF_EVERY
+from .options import GROUP_OPTIONS, OPTIM_BITS, X_REF_EVERY
 from .param_checks import has_storage, is_dense
 from .scale_rows import KEY
 from .state_formats import (
@@ -375,7 +375,7 @@ def to_base(
     """
     groups: list[dict[str, Any]] = []
     weights: list[Tensor] = []
-    ours = ("params", KEY, PEAK, X_REF_EVERY, *GROUP_OPTIONS)
+    ours = ("params", KEY, PEAK, OPTIM_BITS, X_REF_EVERY, *GROUP_OPTIONS)
     for group, scales in zip(optimizer.param_groups, group_scales, strict=True):
         options = {k: v for k, v in group.items() if k not in ours}
         # A group with a scale for each weight becomes a group for each weight.

@@ -39,11 +39,16 @@ def saved(tmp_path_factory):
     return folder
 
 
+OTHER_ROUNDING = ("narrow_state adamw",)
+"""Where v is in bfloat16: 0.1 rounded it to nearest, so that it could not fall."""
+
+
 def assert_goes_on(found, expected, case=""):
+    same_bits = SAME_BITS and case not in OTHER_ROUNDING
     for name, value in expected.items():
         if torch.is_tensor(value):
-            narrow = value.dtype is torch.bfloat16
-            tolerance = 0.0 if SAME_BITS else 2.0**-6 if narrow else 1e-5
+            narrow = value.dtype is torch.bfloat16 or case in OTHER_ROUNDING
+            tolerance = 0.0 if same_bits else 2.0**-6 if narrow else 1e-5
             torch.testing.assert_close(
                 found[name],
                 value,
@@ -52,7 +57,7 @@ def assert_goes_on(found, expected, case=""):
                 msg=lambda text, name=name: f"{case} {name}: {text}",
             )
         else:
-            assert found[name] == (value if SAME_BITS else pytest.approx(value, rel=1e-5)), name
+            assert found[name] == (value if same_bits else pytest.approx(value, rel=1e-5)), name
 
 
 def parameters(tensors):
