@@ -21,12 +21,17 @@ from ._harness.baselines import OptimizerSpec
 COPY = 4.3e12
 """Measured speed of a large copy within an H200's memory: bytes read plus written a second."""
 
-SMALL = ((16,),) * 8
-"""The shapes of the weights that bytes are counted for."""
+SMALL = ((64, 128),)
+"""The shapes of the weights that bytes are counted for: large enough for a narrow state."""
 
 OPTIMIZERS = (
     baselines.adamw("reference"),
     baselines.adamw("reference", decay=0.0),
+    baselines.adamw("reference", x_ref_every=8),
+    baselines.adamw("reference", optim_bits=16),
+    baselines.adamw("reference", optim_bits=8),
+    baselines.adamw("reference", optim_bits=8, x_ref_every=8),
+    baselines.adamw("reference", optim_bits=8, bf16_stochastic_round=True),
     baselines.sgd("reference"),
     baselines.lion("reference"),
 )

@@ -185,7 +185,10 @@ def errors(formats: dict[str, Format], phase: Phase, beta2: float, steps: int) -
         g = phase.change(g) if t >= steps // 2 else g
         chance = torch.randint(1 << 32, (2, ELEMENTS), generator=rng)
         steps_taken = torch.tensor(float(t))
-        turning = [quantize.rounding_bits(0, steps_taken, element, c) for c in (SIGNED, UNSIGNED)]
+        turning = [
+            quantize.rounding_bits(0, steps_taken, element, codes.stride)
+            for codes in (SIGNED, UNSIGNED)
+        ]
         true = _moved(*true, g, beta2)
         expected = _update(*true, t + 1, beta2)
         counts = t >= 0.8 * steps and t % 20 == 0

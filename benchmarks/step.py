@@ -25,6 +25,10 @@ OURS_PLAIN = baselines.adamw(decay=0.0)
 OURS_EXACT = baselines.adamw(variant="annealed")
 OURS_BF16_DELTA = baselines.adamw(variant="annealed", delta_dtype=torch.bfloat16)
 OURS_PART = baselines.adamw(x_ref_every=8)
+OURS_8 = baselines.adamw(optim_bits=8)
+OURS_16 = baselines.adamw(optim_bits=16)
+OURS_8_PART = baselines.adamw(optim_bits=8, x_ref_every=8)
+OURS_8_ROUNDED = baselines.adamw(optim_bits=8, bf16_stochastic_round=True)
 OURS_SGD = baselines.sgd()
 FUSED = baselines.torch_adamw("fused")
 FUSED_PLAIN = baselines.torch_adamw("fused", decay=0.0)
@@ -40,19 +44,31 @@ MORE_PAIRS = [
     (OURS_EXACT, FUSED),
     (OURS_PART, FUSED),
     (OURS_PART, OURS),
+    (OURS_8, FUSED),
+    (OURS_16, FUSED),
+    (OURS_8_PART, FUSED),
     (OURS_PLAIN, FUSED_PLAIN),
     (OURS_SGD, SGD_FUSED),
     (SGD_FOREACH, SGD_FUSED),
 ]
 """Only for 35M, whose requirements name them."""
 
-BF16_PAIRS = [(OURS, FUSED_MASTERS), (OURS_PART, FUSED_MASTERS), (OURS_BF16_DELTA, FUSED)]
+BF16_PAIRS = [
+    (OURS, FUSED_MASTERS),
+    (OURS_PART, FUSED_MASTERS),
+    (OURS_BF16_DELTA, FUSED),
+    (OURS_8, FUSED_MASTERS),
+    (OURS_8_ROUNDED, FUSED_MASTERS),
+    (OURS_16, FUSED_MASTERS),
+]
 
 REQUIRED = [
     Requirement("35M", OURS.name, FUSED.name, 1.25, floor=True),
     Requirement("35M", OURS_PLAIN.name, FUSED_PLAIN.name, 1.25, floor=True),
     Requirement("35M", OURS_SGD.name, SGD_FUSED.name, 1.35, floor=True),
     Requirement("35M", OURS_PART.name, FUSED.name, 1.12, floor=True),
+    Requirement("35M", OURS_16.name, FUSED.name, 1.0, floor=True),
+    Requirement("35M", OURS_8.name, FUSED.name, 1.0, floor=True),
     Requirement("35M-bf16", OURS.name, FUSED_MASTERS.name, 1.20, floor=True),
     Requirement("35M", OURS_EXACT.name, FUSED.name, 1.70, floor=True),
     Requirement("35M", THEIRS_FUSED.name, OURS.name, 4.2, at_least=True),

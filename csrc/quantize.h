@@ -101,6 +101,9 @@ MECHANIC_INLINE float dequantize(int32_t q, float one) {
   }
 }
 
+// As kStride, of bfloat16 weights that are rounded by such bits: the root of 5.
+constexpr uint32_t kWeightStride = 0x3c6ef372u;
+
 // What decides how the elements of a chunk are rounded: the weight's part, and the index of the
 // chunk's first element in the whole weight.
 struct Rounding {
@@ -114,9 +117,9 @@ MECHANIC_INLINE Rounding rounding_of(const double* step_count, int64_t number, i
 }
 
 // The bits by which an element of the chunk is rounded: a fraction of 1 in 32 bits.
-template <class Codes>
-MECHANIC_INLINE uint32_t rounding_bits(const Rounding& rounding, uint32_t element) {
-  return rounding.seed + (rounding.first + element) * Codes::kStride;
+MECHANIC_INLINE uint32_t rounding_bits(const Rounding& rounding, uint32_t element,
+                                       uint32_t stride) {
+  return rounding.seed + (rounding.first + element) * stride;
 }
 
 }  // namespace mechanic

@@ -84,9 +84,10 @@ class Bucket:
         kind: the update, one of ``layout.KINDS``, or "fallback".
         compute_dtype: the dtype of the arithmetic.
         delta_is_bfloat16: whether Δ is kept in bfloat16.
-        rounds_by_random_bits: whether Δ or the base's state is narrower than the arithmetic.
+        rounds_by_random_bits: whether Δ, the base's state or x is narrower than the arithmetic.
         weights, grads, x_ref, delta, x_low, states, steps: tensors (``states``: a tuple of them);
-            the running form has no Δ, and low bits beside 16-bit weights.
+            the running form has no Δ, and beside 16-bit weights low bits, unless they are rounded
+            stochastically.
         with_gradient: the parameters that have a gradient.
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
         state_block: elements that share a scale of an 8-bit state; 0: the state has no codes.
@@ -162,7 +163,8 @@ class Bucket:
         scale_names = [name + SCALE_SUFFIX for name in slots[0].names if self.state_block]
         self.scales = [tuple(local(slot.state[name]) for name in scale_names) for slot in slots]
         narrow = [t.dtype is not self.compute_dtype for t in (*self.states[0], *self.delta[:1])]
-        self.rounds_by_random_bits = any(narrow)
+        has_wide_x = bool(self.delta) or bool(self.x_low) or self.dtype is not torch.bfloat16
+        self.rounds_by_random_bits = any(narrow) or not has_wide_x
         self.steps = [slot.state["step"] for slot in slots] if kind in STEPPED else []
         self.grads: list[Tensor | None] = [None] * len(slots)
         self.with_gradient: list[Tensor] = []

@@ -33,6 +33,7 @@ from .options import (
     X_REF_EVERY,
     accepts_old_names,
     checked_optim_bits,
+    checked_stochastic_round,
     checked_x_ref_every,
     max_norm,
     one_of,
@@ -100,6 +101,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -133,6 +135,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._delta_dtype = one_of("delta_dtype", delta_dtype, DELTA_DTYPES)
         self._optim_bits = checked_optim_bits(optim_bits, state_dtype, None)
         self._x_ref_every = checked_x_ref_every(x_ref_every, chosen["variant"])
+        self._bf16_stochastic_round = checked_stochastic_round(
+            bf16_stochastic_round, chosen["variant"], self._optim_bits
+        )
         self.max_grad_norm = max_norm(max_grad_norm)
         if delta_dtype is not None and chosen["variant"] == RUNNING:
             raise ValueError(
@@ -305,6 +310,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self.reduce_group,
             self.loss_group,
             self._is_running,
+            self._bf16_stochastic_round,
         )
 
     def _has_fakes(self) -> bool:
@@ -761,6 +767,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         kept = (
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
             *("_optim_bits", "_state_dtype", "_delta_dtype", "_x_ref_every"),
+            "_bf16_stochastic_round",
         )
         self._run.settle()
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
@@ -777,6 +784,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         super().__setstate__(_from_0_1(saved))
         vars(self).setdefault("_x_ref_every", 1)
         vars(self).setdefault("_optim_bits", 32)
+        vars(self).setdefault("_bf16_stochastic_round", False)
         self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self._tuner_options.items():

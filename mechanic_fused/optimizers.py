@@ -53,6 +53,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
             torch.bfloat16 in bfloat16 with stochastic rounding (not beside float64 weights).
         x_ref_every: of the running form: 8 keeps x_ref for one block of 128 elements in eight, of
             weights of 8,192 elements or more; 1 keeps all of it. A param group may have its own.
+        bf16_stochastic_round: of the running form: round bfloat16 weights whose state is narrow
+            stochastically; without it 16 low bits are kept beside them, so that nothing is lost.
         max_grad_norm: clip the gradients of all weights and ranks to this norm, above 0, within the
             step; None: no clipping.
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
@@ -132,6 +134,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -160,6 +163,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
+            bf16_stochastic_round=bf16_stochastic_round,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -228,6 +232,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -257,6 +262,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
+            bf16_stochastic_round=bf16_stochastic_round,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -323,6 +329,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -350,6 +357,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
+            bf16_stochastic_round=bf16_stochastic_round,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -406,6 +414,7 @@ class MechanicLion(Mechanized, Lion):
         state_dtype: str | None = None,
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -428,6 +437,7 @@ class MechanicLion(Mechanized, Lion):
             state_dtype=state_dtype,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
+            bf16_stochastic_round=bf16_stochastic_round,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,

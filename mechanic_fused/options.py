@@ -281,6 +281,22 @@ def checked_optim_bits(value: Any, state_dtype: str | None, fallback_reason: str
     return int(value)
 
 
+def checked_stochastic_round(value: Any, variant: str, optim_bits: int) -> bool:
+    """Return ``bf16_stochastic_round``, or raise ValueError."""
+    one_of("bf16_stochastic_round", value, (True, False))
+    if value and variant != RUNNING:
+        raise ValueError(
+            f"bf16_stochastic_round must be False with variant={variant!r}, where x is made of "
+            f"x_ref + S·Δ, which lose nothing; expected variant='running', got {value!r}"
+        )
+    if value and optim_bits == 32:
+        raise ValueError(
+            "bf16_stochastic_round rounds weights whose state is narrow: expected optim_bits=16 or "
+            f"8 beside it, got {optim_bits}"
+        )
+    return bool(value)
+
+
 def with_own_optim_bits(
     saved: list[dict[str, Any]], own: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:

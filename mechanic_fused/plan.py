@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import reference
-from .backends.layout import COUNT, GD, GG, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .backends.layout import COUNT, GD, GG, HALF_DTYPES, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
 from .distributed import (
     Groups,
@@ -156,6 +156,8 @@ class PlanOptions:
         loss_group: the process group over whose ranks observed losses are averaged; None: those of
             the meshes of the weights, and ``reduce_group``.
         is_running: the running form; its state has no Δ.
+        bf16_stochastic_round: of the running form: round bfloat16 weights whose state is narrow
+            stochastically, instead of keeping their low bits.
     """
 
     backend: str
@@ -165,6 +167,7 @@ class PlanOptions:
     reduce_group: Any = None
     loss_group: Any = None
     is_running: bool = False
+    bf16_stochastic_round: bool = False
 
     def format_of_state(self, p: Tensor, group: Group, kind: str) -> StateFormat:
         """Return how the base's state of a weight is stored, for an update of a kind."""
@@ -172,6 +175,12 @@ class PlanOptions:
             return StateFormat(compute_dtype(p.dtype))
         bits = checked_optim_bits(group.get(OPTIM_BITS, 32), self.state_dtype, None)
         return state_format(p, bits, self.state_dtype, self.reduce_group)
+
+    def has_low_bits(self, weight: torch.dtype, stored: StateFormat) -> bool:
+        """Return whether low bits are kept beside a weight of a dtype and its state."""
+        is_narrow = stored.dtype is not compute_dtype(weight)
+        rounds = self.bf16_stochastic_round and weight is torch.bfloat16 and is_narrow
+        return self.is_running and weight in HALF_DTYPES and not rounds
 
     def dtype_of_delta(self, p: Tensor, stored: StateFormat) -> torch.dtype | None:
         """Return the dtype of a weight's Δ; None where there is none.
@@ -356,7 +365,9 @@ class StepPlan:
     def _state_of(self, p: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
         """Return a weight's entries of the state, the missing ones created."""
         kind, state = key.kind, dict(self.states.get(p, {}))
-        ensure_state(state, p, kind, key.state, self.options.dtype_of_delta(p, key.state), phase)
+        options = self.options
+        delta, low = options.dtype_of_delta(p, key.state), options.has_low_bits(p.dtype, key.state)
+        ensure_state(state, p, kind, key.state, delta, low, phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -809,7 +820,8 @@ def create_state_of_fakes(
                 continue  # the base takes any entry for a state that it has made itself
             stored = options.format_of_state(p, group, kind)
             delta, [phase] = options.dtype_of_delta(p, stored), blocks.phases([(p, share)])
-            ensure_state(states[p], p, kind, stored, delta, phase)
+            low = options.has_low_bits(p.dtype, stored)
+            ensure_state(states[p], p, kind, stored, delta, low, phase)
 
 
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backends.layout import (
-    HALF_DTYPES,
     OWN_STATE,
     REFERENCE_EVERY,
     STATES,
@@ -44,6 +43,7 @@ def ensure_state(
     kind: str,
     stored: StateFormat,
     delta_dtype: torch.dtype | None,
+    low_bits: bool,
     phase: int = WHOLE,
 ) -> None:
     """Create the missing entries of a weight's state, and bring the others to its layout.
@@ -54,8 +54,8 @@ def ensure_state(
         kind: its update, which names the base's own entries; the base of the fallback creates its
             own.
         stored: how the base's entries are stored.
-        delta_dtype: the dtype of Δ; None in the running form, which has none, and has low bits
-            beside 16-bit weights.
+        delta_dtype: the dtype of Δ; None in the running form, which has none.
+        low_bits: whether the low bits of a 16-bit weight are kept.
         phase: of x_ref, see ``kept_blocks.py``.
 
     Raises:
@@ -81,9 +81,7 @@ def ensure_state(
         if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == x.device):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=x.device)
     state["x_ref"] = _reference(state.get("x_ref"), x, phase)
-    own = {"delta": delta_dtype, "x_low": None}
-    if delta_dtype is None and x.dtype in HALF_DTYPES:
-        own["x_low"] = torch.int16
+    own = {"delta": delta_dtype, "x_low": torch.int16 if low_bits else None}
     for name, own_dtype in own.items():
         if own_dtype is None:
             state.pop(name, None)

@@ -25,6 +25,7 @@ SIGNED_STRIDE = tl.constexpr(definition.SIGNED.stride)
 UNSIGNED_ROOT = tl.constexpr(definition.UNSIGNED.root)
 UNSIGNED_BIAS = tl.constexpr(definition.UNSIGNED.bias)
 UNSIGNED_TOP = tl.constexpr(definition.UNSIGNED.top)
+WEIGHT_STRIDE = tl.constexpr(definition.WEIGHT_STRIDE)
 UNSIGNED_STRIDE = tl.constexpr(definition.UNSIGNED.stride)
 
 
@@ -93,9 +94,6 @@ def dequantize(q, one, TOP: tl.constexpr):
 
 
 @triton.jit
-def rounding_bits(seed, element, TOP: tl.constexpr):
+def rounding_bits(seed, element, STRIDE: tl.constexpr):
     """The bits by which elements of a weight are rounded, uint32: a fraction of 1."""
-    if TOP == SIGNED_TOP:
-        return seed + element * SIGNED_STRIDE
-    else:
-        return seed + element * UNSIGNED_STRIDE
+    return seed + element * STRIDE

@@ -17,8 +17,10 @@ from .layout import (
     TENSOR_STATE1,
 )
 from .quantize import (
+    SIGNED_STRIDE,
     SIGNED_TOP,
     TURN,
+    UNSIGNED_STRIDE,
     UNSIGNED_TOP,
     dequantize,
     quantize,
@@ -94,13 +96,14 @@ def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
     if BLOCK == 0:
         # Rounded to nearest, v could not fall.
         if S == tl.bfloat16 and TOP == UNSIGNED_TOP:
-            bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), TOP)
+            bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), UNSIGNED_STRIDE)
             tl.store(pointers, stochastic_round(bits >> 16, x), mask=mask)
         else:
             tl.store(pointers, narrow(x, S), mask=mask)
     else:
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
-        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), TOP)
+        STRIDE: tl.constexpr = SIGNED_STRIDE if TOP == SIGNED_TOP else UNSIGNED_STRIDE
+        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), STRIDE)
         q, of_blocks = quantize(x, bits, BLOCK, TOP)
         BLOCKS: tl.constexpr = i.shape[0] // BLOCK
         first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)

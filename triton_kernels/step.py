@@ -21,6 +21,7 @@ from .formulas import (
     join,
     peak_ratio,
     split,
+    stochastic_round,
 )
 from .layout import (
     HYPER_COLUMNS,
@@ -46,6 +47,7 @@ from .layout import (
     TENSOR_X_LOW,
     TENSOR_X_REF,
 )
+from .quantize import WEIGHT_STRIDE, rounding_bits
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
 from .states import States, read_codes, states_of
 from .storage import STATE_DTYPES, array, at, read, widen
@@ -113,6 +115,7 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     X: tl.constexpr = streams.x.dtype.element_ty
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
+    HAS_LOW: tl.constexpr = OP[2]
     x_low_at = at(streams.x_low, streams.offset, i, limit)
     if streams.kept is None:
         x_ref_at = at(streams.x_ref, streams.offset, i, limit)
@@ -121,8 +124,10 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     mask = None if limit is None else i < limit
     g = widen(read(g_at, mask), T) * streams.c.gradient
     x = read(x_at, mask)
-    if X != T:
+    if HAS_LOW:
         x = join(x, read_codes(x_low_at, mask))
+    else:
+        x = widen(x, T)
     counted = g
     if streams.kept is None:
         x_ref = read(x_ref_at, mask)
@@ -134,10 +139,14 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     u = base_update(OP, T, finite_or_zero(g), x, streams.states, i, limit, streams.c)
     wide_u = u.to(tl.float64)
     moved = apply_update(x, streams.scale, u)
-    if X != T:
+    if HAS_LOW:
         nearest, low = split(moved, X)
         tl.store(x_at, nearest, mask=mask)
         tl.store(x_low_at, low, mask=mask)
+    elif X != T:
+        states = streams.states
+        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), WEIGHT_STRIDE)
+        tl.store(x_at, stochastic_round(bits >> 16, moved), mask=mask)
     else:
         tl.store(x_at, moved, mask=mask)
     gd = counted.to(tl.float64) * displacement.to(tl.float64)
@@ -164,6 +173,7 @@ def step_kernel(
     T: tl.constexpr,
     S: tl.constexpr,
     STATE_BLOCK: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     IN_PART: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -171,9 +181,10 @@ def step_kernel(
     """The columns gd, gg, xx, uu and count of the sums; then x += S·u, state = state'.
 
     One program a chunk, then one a scale, which does something only for a scale without chunks.
-    Arithmetic is in T with one rounding an operation, products and their sums in float64; 16-bit x
-    are stored with low bits beside them, the state in S: int8 stands for codes, of which
-    STATE_BLOCK share a scale. ``step_count`` is None unless S is narrower than T. ``tuner`` is the
+    Arithmetic is in T with one rounding an operation, products and their sums in float64. 16-bit x
+    are stored with low bits beside them if HAS_LOW; if not, bfloat16 ones are rounded
+    stochastically. The state is stored in S; int8 stands for codes, of which STATE_BLOCK share a
+    scale. ``step_count`` is None unless S is narrower than T or x is rounded so. ``tuner`` is the
     log tuner's state, a row a scale. Where ``found_inf`` is not 0, or a gradient is absent, nothing
     changes. IN_PART: whether x_ref of any weight is kept in part; for the others a kernel of their
     own, which takes fewer registers.
@@ -218,7 +229,7 @@ def step_kernel(
             tl.load(tuner + row * LOG_COLUMNS + LOG_SCALE).to(T),
             c,
         )
-        OP: tl.constexpr = (KIND, STATE_BLOCK)
+        OP: tl.constexpr = (KIND, STATE_BLOCK, HAS_LOW)
         totals = chunk_loop(step_block, OP, T, streams, length, aligned, 4, "sum", BLOCK, TAIL)
         to_peak = peak_ratio(h)
         uu = totals[3] * (to_peak * to_peak)
@@ -249,6 +260,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         KIND=bucket.kind,
         S=STATE_DTYPES[state],
         STATE_BLOCK=bucket.state_block,
+        HAS_LOW=bool(bucket.x_low),
         IN_PART=bucket.in_part > 0,
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.

@@ -75,18 +75,36 @@ def torch_sgd(form: str) -> OptimizerSpec:
     )
 
 
+def torch_adamw_narrow() -> OptimizerSpec:
+    """Return torch's fused AdamW with its state in bfloat16 beside float32 weights."""
+
+    def make(weights: list[Any]) -> Any:
+        optimizer = torch.optim.AdamW(weights, lr=1e-6, weight_decay=DECAY, fused=True)
+        optimizer.step()
+        for state in optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].bfloat16()
+        return optimizer
+
+    return OptimizerSpec("torch AdamW fused, bf16 state", make)
+
+
 def adamw(
     backend: str = "auto",
     decay: float = DECAY,
     delta_dtype: torch.dtype | None = None,
     variant: str | None = None,
     x_ref_every: int = 1,
+    optim_bits: int = 32,
+    bf16_stochastic_round: bool = False,
 ) -> OptimizerSpec:
     """Return our AdamW; the name has what is not the default."""
     suffix = "" if variant is None else f", {variant}"
     suffix += "" if backend == "auto" else f", {backend}"
     suffix += ", bf16 Δ" if delta_dtype is torch.bfloat16 else ""
     suffix += f", x_ref/{x_ref_every}" if x_ref_every > 1 else ""
+    suffix += f", {optim_bits} bits" if optim_bits < 32 else ""
+    suffix += ", x rounded" if bf16_stochastic_round else ""
     return OptimizerSpec(
         f"MechanicAdamW wd={decay:g}{suffix}",
         lambda weights: mechanic_fused.MechanicAdamW(
@@ -97,6 +115,8 @@ def adamw(
             variant=variant,
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
+            optim_bits=optim_bits,
+            bf16_stochastic_round=bf16_stochastic_round,
         ),
         ours=True,
     )
@@ -153,6 +173,29 @@ def other_tuners() -> list[OptimizerSpec]:
         ),
     }
     return [OptimizerSpec(name, make, shares_gradients=False) for name, make in makes.items()]
+
+
+def lean_adamws() -> list[OptimizerSpec]:
+    """Return AdamW with a state of 8 bits of other packages, where they are installed."""
+
+    def bitsandbytes(weights: list[Any]) -> Any:
+        package = importlib.import_module("bitsandbytes")
+        return package.optim.AdamW8bit(weights, lr=1e-6, weight_decay=DECAY)
+
+    def torchao(weights: list[Any]) -> Any:
+        package = importlib.import_module("torchao.optim")
+        return package.AdamW8bit(weights, lr=1e-6, weight_decay=DECAY)
+
+    def flashoptim(weights: list[Any]) -> Any:
+        package = importlib.import_module("flashoptim")
+        return package.FlashAdamW(weights, lr=1e-6, weight_decay=DECAY)
+
+    makes: dict[str, Make] = {
+        "bitsandbytes AdamW8bit": bitsandbytes,
+        "torchao AdamW8bit": torchao,
+        "FlashAdamW": flashoptim,
+    }
+    return [OptimizerSpec(name, make) for name, make in makes.items()]
 
 
 def compiled(spec: OptimizerSpec, compiler: str) -> OptimizerSpec:

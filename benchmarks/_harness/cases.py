@@ -104,7 +104,7 @@ def plan_bytes(optimizer: Any) -> int:
     for bucket in optimizer._plan.buckets:
         for i, x in enumerate(bucket.weights):
             hyper = bucket.hyper[bucket.groups[i]]
-            moved = sum(state.nbytes for state in bucket.states[i])
+            moved = sum(t.nbytes for t in (*bucket.states[i], *bucket.scales[i]))
             clips = optimizer.max_grad_norm is not None
             if not bucket.delta:
                 moved += x.nbytes + sum(low.nbytes for low in bucket.x_low[i : i + 1])

@@ -78,6 +78,7 @@ def source(
             "T": t,
             **stored,
             **no_bits,
+            "HAS_LOW": dtype.itemsize == 2,
             "IN_PART": kernel.endswith(IN_PART),
             **storage.sizes(dtype),
         },

@@ -72,6 +72,16 @@ def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
     pairs = [(baselines.adamw(name), FUSED) for name in names]
     pairs += [(baselines.adamw(name, x_ref_every=8), FUSED) for name in names]
     pairs += [(baselines.adamw(name, variant="annealed"), FUSED) for name in names]
+    narrow = [baselines.adamw(name, optim_bits=bits) for name in names for bits in (8, 16)]
+    pairs += [(each, FUSED) for each in narrow]
+    if case.dtype is torch.bfloat16:
+        options = {"optim_bits": 8, "bf16_stochastic_round": True}
+        pairs += [(baselines.adamw(name, **options), FUSED) for name in names]
+    else:
+        pairs += [(baselines.adamw(name, optim_bits=8, x_ref_every=8), FUSED) for name in names]
+        # The fair rival: 20 bytes a weight.
+        pairs += [(each, baselines.torch_adamw_narrow()) for each in narrow]
+    pairs += [(each, FUSED) for each in baselines.lean_adamws()]
     pairs += [(FOREACH, FUSED)]
     if case.name.startswith("1.5B"):
         return pairs  # the other packages' copies would not fit into memory

@@ -250,24 +250,39 @@ MECHANIC_CLONES void accumulate_chunk(const AccumulateStreams<X, S>& at, int64_t
   out = lanes;
 }
 
-// The weights of a chunk: in T, or in 16 bits with low bits beside them.
+// The weights of a chunk: in T, or in 16 bits with low bits beside them; of a BFloat16 they may be
+// null, then it is rounded stochastically.
 template <class X>
 struct Weights {
   X* x;
   int16_t* low;
+  Rounding rounding;
 
   // Return n elements from `start` on: in memory, or joined in scratch.
   MECHANIC_INLINE opmath_t<X>* read(int64_t start, int n, opmath_t<X>* scratch) const {
     if constexpr (std::is_same_v<X, opmath_t<X>>) {
       return x + start;
     } else {
-      for (int i = 0; i < n; ++i) scratch[i] = join(x[start + i], low[start + i]);
+      if (low == nullptr) {
+        for (int i = 0; i < n; ++i) scratch[i] = widen(x[start + i]);
+      } else {
+        for (int i = 0; i < n; ++i) scratch[i] = join(x[start + i], low[start + i]);
+      }
       return scratch;
     }
   }
 
   // Write the same elements back from scratch.
   MECHANIC_INLINE void write(int64_t start, int n, const opmath_t<X>* scratch) const {
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      if (low == nullptr) {
+        for (int i = 0; i < n; ++i) {
+          const uint32_t bits = rounding_bits(rounding, uint32_t(start + i), kWeightStride);
+          x[start + i] = stochastic_round(bits >> 16, scratch[i]);
+        }
+        return;
+      }
+    }
     if constexpr (!std::is_same_v<X, opmath_t<X>>) {
       for (int i = 0; i < n; ++i) split(scratch[i], x[start + i], low[start + i]);
     }

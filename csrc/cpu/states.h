@@ -55,7 +55,7 @@ struct State {
       }
     } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>) {
       for (int i = 0; i < n; ++i) {
-        const uint32_t bits = rounding_bits<Codes>(rounding, uint32_t(start + i));
+        const uint32_t bits = rounding_bits(rounding, uint32_t(start + i), Codes::kStride);
         at[start + i] = stochastic_round(bits >> 16, scratch[i]);
       }
     } else if constexpr (!kInPlace) {
@@ -101,7 +101,7 @@ struct State {
     const int n = 1 << log_block;
     alignas(64) int32_t counts[64];
     for (int first = 0; first < n; first += kCodes) {
-      const uint32_t base = rounding_bits<Codes>(rounding, uint32_t(start + first));
+      const uint32_t base = rounding_bits(rounding, uint32_t(start + first), Codes::kStride);
 #pragma omp simd
       for (int l = 0; l < kCodes; ++l) {
         const float y = x[first + l];

@@ -21,6 +21,7 @@ struct AccumulateStreams {
   static constexpr bool kHasCodes = std::is_same_v<S, Code>;
   Delta<opmath_t<X>, kHasCodes> delta;  // beside codes always narrow
   States<opmath_t<X>, S> states;
+  const ChunkRounding* rounding;  // in shared memory
   bool reads_x;  // only with weight decay: the bytes saved are worth a uniform branch
 };
 
@@ -33,6 +34,7 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
   T g[N], delta[N], a[N] = {}, b[N] = {}, x[N] = {};
   load<Reuse::kNever, N, kPackets>(at.gradient + i, g);
   const States<T, S>& states = at.states;
+  const ChunkRounding& rounding = *at.rounding;
   if constexpr (Base::kStates > 0) {
     states.first.template load<N, kPackets>(i, states.log_block, a);
   }
@@ -53,10 +55,10 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
   }
   at.delta.template store<Reuse::kSoon, N, kPackets>(i, delta);
   if constexpr (Base::kStates > 0) {
-    states.first.template store<N, kPackets>(i, states.log_block, states.rounding, a);
+    states.first.template store<N, kPackets>(i, states.log_block, rounding, a);
   }
   if constexpr (Base::kStates > 1) {
-    states.second.template store<N, kPackets>(i, states.log_block, states.rounding, b);
+    states.second.template store<N, kPackets>(i, states.log_block, rounding, b);
   }
 }
 
@@ -80,18 +82,21 @@ __device__ __forceinline__ Totals<2> accumulate_chunk(const Bucket& bucket, cons
   using T = opmath_t<X>;
   // The bias corrections take two powers in double: once a chunk, not once a thread.
   __shared__ Coefficients<T> shared;
+  __shared__ ChunkRounding shared_rounding;
   const Hyper& hyper = bucket.tables.hyper[tensor.group];
   if (threadIdx.x == 0) {
     Hyper scaled = hyper;
     scaled.gradient = gradient_multiplier(hyper, scalars.grad_scale, scalars.clip);
     const double step = tensor.step != 0 ? double(*address<const float>(tensor.step, 0)) : 0;
+    shared_rounding = chunk_rounding(tensor, chunk, scalars.step_count);
     shared = Base::template coefficients<T>(scaled, step);
   }
   AccumulateStreams<X, S> at = {};
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weight = address<const X>(tensor.weight, chunk.offset);
   at.delta = delta_of<T, std::is_same_v<S, Code>>(bucket, tensor, chunk, scalars.step_count);
-  at.states = states_of<Base, T, S>(bucket, tensor, chunk, scalars.step_count);
+  at.states = states_of<Base, T, S>(bucket, tensor, chunk);
+  at.rounding = &shared_rounding;
   const int n = int(chunk.length);
   const int in_packets =
       packet_elements<X>(n, at.gradient, at.weight, at.delta.full, at.delta.bfloat16,

@@ -50,13 +50,14 @@ struct State {
       const BlockScale scale = block_scale<Codes>(largest_of(largest, lanes, group));
       if ((lane & (lanes - 1)) == 0) scales[i >> log_block] = scale.one;
       store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
-        const uint32_t bits = rounding_bits<Codes>(rounding, uint32_t(i + l));
+        const uint32_t bits = rounding_bits(rounding, uint32_t(i + l), Codes::kStride);
         const int32_t size = size_of<Codes>(from[l]);
         return Stored(quantize<Codes>(from[l], size, scale.fractions, bits));
       });
     } else if constexpr (kRounds) {
       store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
-        return stochastic_round(rounding_bits<Codes>(rounding, uint32_t(i + l)) >> 16, from[l]);
+        return stochastic_round(rounding_bits(rounding, uint32_t(i + l), Codes::kStride) >> 16,
+                                from[l]);
       });
     } else {
       cuda::store<Reuse::kNever, N, kPackets>(from, at + i);
@@ -82,7 +83,7 @@ template <class Base, class S>
 constexpr bool kRounds = Base::kStates > 0 && (std::is_same_v<S, Code> ||
                                                (std::is_same_v<S, BFloat16> && Base::kStates > 1));
 
-// Both states of a base, and what decides how they are rounded.
+// Both states of a base.
 template <class T, class S>
 struct States {
   static constexpr bool kHasCodes = std::is_same_v<S, Code>;
@@ -90,13 +91,12 @@ struct States {
   State<T, S, Signed> first;
   State<T, S, Unsigned> second;
   int log_block;
-  Rounding rounding;
 };
 
-// step_count is needed where the state is narrower than T. Of a base with kStates of them.
+// Of a base with kStates of them.
 template <class Base, class T, class S>
 __device__ __forceinline__ States<T, S> states_of(const Bucket& bucket, const Tensor& tensor,
-                                                  const Chunk& chunk, const double* step_count) {
+                                                  const Chunk& chunk) {
   States<T, S> states = {};
   using First = State<T, S, Signed>;
   using Second = State<T, S, Unsigned>;
@@ -112,10 +112,17 @@ __device__ __forceinline__ States<T, S> states_of(const Bucket& bucket, const Te
     states.first.scales = address<float>(tensor.scales0, first);
     if constexpr (Base::kStates > 1) states.second.scales = address<float>(tensor.scales1, first);
   }
-  if constexpr (kRounds<Base, S>) {
-    states.rounding = rounding_of(step_count, tensor.number, tensor.element + chunk.offset);
-  }
   return states;
+}
+
+// What decides how a chunk is rounded: in shared memory, and read where it is needed.
+struct ChunkRounding : Rounding {
+  bool of_weights;  // whether a BFloat16 x is rounded stochastically too, having no low bits
+};
+
+__device__ __forceinline__ ChunkRounding chunk_rounding(const Tensor& tensor, const Chunk& chunk,
+                                                        const double* step_count) {
+  return {rounding_of(step_count, tensor.number, tensor.element + chunk.offset), tensor.x_low == 0};
 }
 
 }  // namespace mechanic::cuda

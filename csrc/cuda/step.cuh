@@ -12,20 +12,28 @@
 
 namespace mechanic::cuda {
 
-// The weights of a chunk: in T, or in 16 bits with low bits beside them.
-template <class X>
+// The weights of a chunk: in T, or in 16 bits with low bits beside them. A BFloat16 whose state is
+// narrow may have none: then it is rounded stochastically, a branch that all threads take alike.
+template <class X, class S>
 struct Weights {
   static constexpr bool kHasLow = !std::is_same_v<X, opmath_t<X>>;
+  static constexpr bool kMayRound = std::is_same_v<X, BFloat16> && !std::is_same_v<S, float>;
 
   X* x;
   int16_t* low;
 
   template <int N, bool kPackets>
-  __device__ __forceinline__ void load(int i, opmath_t<X> (&to)[N]) const {
+  __device__ __forceinline__ void load(int i, const ChunkRounding& rounding,
+                                       opmath_t<X> (&to)[N]) const {
     if constexpr (kHasLow) {
       X high[N];
-      int16_t bits[N];
       load_each<Reuse::kNever, N, kPackets>(x + i, [&](int l, X y) { high[l] = y; });
+      if (kMayRound && rounding.of_weights) {
+#pragma unroll
+        for (int l = 0; l < N; ++l) to[l] = widen(high[l]);
+        return;
+      }
+      int16_t bits[N];
       load_each<Reuse::kNever, N, kPackets>(low + i, [&](int l, int16_t y) { bits[l] = y; });
 #pragma unroll
       for (int l = 0; l < N; ++l) to[l] = join(high[l], bits[l]);
@@ -36,7 +44,16 @@ struct Weights {
 
   // The forward pass reads x next, from the other end on.
   template <int N, bool kPackets>
-  __device__ __forceinline__ void store(int i, const opmath_t<X> (&from)[N]) const {
+  __device__ __forceinline__ void store(int i, const ChunkRounding& rounding,
+                                        const opmath_t<X> (&from)[N]) const {
+    if constexpr (kMayRound) {
+      if (rounding.of_weights) {
+        return store_each<Reuse::kSoon, N, kPackets>(x + i, [&](int l) {
+          const uint32_t bits = rounding_bits(rounding, uint32_t(i + l), kWeightStride);
+          return stochastic_round(bits >> 16, from[l]);
+        });
+      }
+    }
     if constexpr (kHasLow) {
       X high[N];
       int16_t bits[N];
@@ -54,9 +71,10 @@ struct Weights {
 template <class X, class S>
 struct StepStreams {
   const X* gradient;
-  Weights<X> weights;
+  Weights<X, S> weights;
   const X* x_ref;  // from kept.first on
   States<opmath_t<X>, S> states;
+  const ChunkRounding* rounding;  // in shared memory
   KeptBlocks kept;
 };
 
@@ -78,13 +96,14 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
     load<Reuse::kNever, N, kPackets>(at.x_ref + (kInPart ? at.kept.place(i) : i), x_ref);
   }
   const States<T, S>& states = at.states;
+  const ChunkRounding& rounding = *at.rounding;
   if constexpr (Base::kStates > 0) {
     states.first.template load<N, kPackets>(i, states.log_block, a);
   }
   if constexpr (Base::kStates > 1) {
     states.second.template load<N, kPackets>(i, states.log_block, b);
   }
-  at.weights.template load<N, kPackets>(i, x);
+  at.weights.template load<N, kPackets>(i, rounding, x);
 #pragma unroll
   for (int l = 0; l < N; ++l) {
     g[l] = g[l] * c.gradient;
@@ -99,12 +118,12 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
     sum.of[3] = fma(double(u), double(u), sum.of[3]);
     x[l] = apply_update(x[l], scale, u);
   }
-  at.weights.template store<N, kPackets>(i, x);
+  at.weights.template store<N, kPackets>(i, rounding, x);
   if constexpr (Base::kStates > 0) {
-    states.first.template store<N, kPackets>(i, states.log_block, states.rounding, a);
+    states.first.template store<N, kPackets>(i, states.log_block, rounding, a);
   }
   if constexpr (Base::kStates > 1) {
-    states.second.template store<N, kPackets>(i, states.log_block, states.rounding, b);
+    states.second.template store<N, kPackets>(i, states.log_block, rounding, b);
   }
 }
 
@@ -127,19 +146,23 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
   using T = opmath_t<X>;
   // The bias corrections take two powers in double: once a chunk, not once a thread.
   __shared__ Coefficients<T> shared;
+  __shared__ ChunkRounding shared_rounding;
   if (threadIdx.x == 0) {
     Hyper hyper = bucket.tables.hyper[tensor.group];
     hyper.gradient = gradient_multiplier(hyper, scalars.grad_scale, scalars.clip);
     const double step = tensor.step != 0 ? double(*address<const float>(tensor.step, 0)) : 0;
+    shared_rounding = chunk_rounding(tensor, chunk, scalars.step_count);
     shared = Base::template coefficients<T>(hyper, step);
   }
   StepStreams<X, S> at = {};
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weights.x = address<X>(tensor.weight, chunk.offset);
-  if constexpr (Weights<X>::kHasLow) at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
+  if constexpr (Weights<X, S>::kHasLow)
+    at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
   if constexpr (kInPart) at.kept = kept_blocks(tensor, chunk.offset);
   at.x_ref = address<const X>(tensor.x_ref, kInPart ? at.kept.first : chunk.offset);
-  at.states = states_of<Base, T, S>(bucket, tensor, chunk, scalars.step_count);
+  at.states = states_of<Base, T, S>(bucket, tensor, chunk);
+  at.rounding = &shared_rounding;
   const int n = int(chunk.length);
   int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
                                       at.states.first.at, at.states.second.at);

@@ -61,6 +61,9 @@ class Codes(NamedTuple):
 SIGNED = Codes(torch.int8, 2, 127, 0xBB67AE85)  # √3
 UNSIGNED = Codes(torch.uint8, 3, 255, 0x6A09E667)  # √2
 
+WEIGHT_STRIDE = 0x3C6EF372
+"""As ``Codes.stride``, of bfloat16 weights that are rounded by such bits: √5."""
+
 FORMATS = {codes.dtype: codes for codes in (SIGNED, UNSIGNED)}
 
 
@@ -114,17 +117,18 @@ def dequantize(q: Tensor, scale: Tensor, codes: Codes) -> Tensor:
     return torch.where(count == NOT_A_NUMBER, torch.nan, torch.where(count < 0, -size, size))
 
 
-def rounding_bits(number: int, step_count: Tensor, element: Tensor, codes: Codes) -> Tensor:
+def rounding_bits(number: int, step_count: Tensor, element: Tensor, stride: int) -> Tensor:
     """Return ξ of elements in 2⁻³²ths, int64.
 
     Args:
         number: the weight's number.
         step_count: the steps taken so far.
         element: the elements' indices in the whole weight.
+        stride: of what is rounded: ``Codes.stride`` or WEIGHT_STRIDE.
     """
     seed = hash32(torch.tensor(number & UINT32_MAX)).to(element)
     turns = (step_count.to(torch.int64) & UINT32_MAX) * TURN
-    return seed + element * codes.stride + turns & UINT32_MAX
+    return seed + element * stride + turns & UINT32_MAX
 
 
 def fraction(bits: Tensor) -> Tensor:

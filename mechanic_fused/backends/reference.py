@@ -120,28 +120,32 @@ def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
         for state, new in zip(states, moved, strict=True):
             state.copy_(new)
         return
-    bits = element_bits(bucket, i)
     if v_is_bfloat16:
         states[0].copy_(moved[0])
-        states[1].copy_(formulas.stochastic_round(bits[1] >> 16, moved[1]))
+        bits = element_bits(bucket, i, quantize.UNSIGNED.stride)
+        states[1].copy_(formulas.stochastic_round(bits >> 16, moved[1]))
         return
-    for q, scale, new, own in zip(states, bucket.scales[i], moved, bits, strict=False):
-        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, quantize.fraction(own)))
-        codes, scales = quantize.quantize(of_blocks, xi, quantize.FORMATS[q.dtype])
+    for q, scale, new in zip(states, bucket.scales[i], moved, strict=True):
+        own = quantize.FORMATS[q.dtype]
+        xi = quantize.fraction(element_bits(bucket, i, own.stride))
+        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, xi))
+        codes, scales = quantize.quantize(of_blocks, xi, own)
         q.copy_(codes.view(q.shape))
         scale.copy_(scales.view(scale.shape))
 
 
-def element_bits(bucket: Bucket, i: int) -> list[Tensor]:
-    """Return the bits by which each element of both states of weight i is rounded, as it lies."""
-    x = bucket.weights[i]
+def element_bits(bucket: Bucket, i: int, stride: int) -> Tensor:
+    """Return the bits by which each element of weight i is rounded, in its layout.
+
+    Args:
+        stride: of what is rounded, see ``quantize.rounding_bits``.
+    """
+    x, steps = bucket.weights[i], bucket.step_count
+    assert steps is not None
     # Elements are numbered by storage order, whatever the order of the axes.
     element = torch.arange(x.numel(), device=x.device) + bucket.elements[i]
-    number, steps = bucket.numbers[i], bucket.step_count
-    assert steps is not None
-    both = (quantize.SIGNED, quantize.UNSIGNED)
-    bits = [quantize.rounding_bits(number, steps, element, codes) for codes in both]
-    return [t.as_strided(x.shape, x.stride()) for t in bits]
+    bits = quantize.rounding_bits(bucket.numbers[i], steps, element, stride)
+    return bits.as_strided(x.shape, x.stride())
 
 
 def step(bucket: Bucket, tuner: LogTuner) -> None:
@@ -162,7 +166,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
 def read_weight(bucket: Bucket, i: int) -> Tensor:
     """Return weight i in the dtype of arithmetic: itself, or a 16-bit one with its low bits."""
     x = bucket.weights[i]
-    return formulas.join(x, bucket.x_low[i]) if bucket.x_low else x
+    return formulas.join(x, bucket.x_low[i]) if bucket.x_low else x.to(bucket.compute_dtype)
 
 
 def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
@@ -197,6 +201,9 @@ def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -
         nearest, low = formulas.split(moved, bucket.dtype)
         bucket.weights[i].copy_(nearest)
         bucket.x_low[i].copy_(low)
+    elif bucket.dtype is torch.bfloat16:
+        bits = element_bits(bucket, i, quantize.WEIGHT_STRIDE)
+        bucket.weights[i].copy_(formulas.stochastic_round(bits >> 16, moved))
     else:
         bucket.weights[i].copy_(moved)
 

@@ -82,6 +82,35 @@ def test_codes_beside_an_x_ref_in_part(running, dtype):
     running.run("adamw", drawn_in(dtype, shapes), 3, **options)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("case", ["adamw", "nesterov", slow("lion"), "sgd"])
+def test_weights_rounded_stochastically_have_the_bits_of_the_reference(running, case, bits):
+    base, options = CASES[case]
+    options = {**options, "optim_bits": bits, "bf16_stochastic_round": True}
+    running.run(base, drawn_in(torch.bfloat16), 4, uneven_gradient, **options)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_updates_below_a_last_place_add_up_in_weights_without_low_bits(any_kernels, bits):
+    """An eighth of a last place each: in each step a weight in eight moves, and then all have."""
+
+    def make():
+        return [torch.full((64, 128), 1.5, dtype=torch.bfloat16)]
+
+    options = {"lr": 2.0**-10, "variant": RUNNING, "s_init": 1.0, "momentum": 0.5}
+    rounding = {"optim_bits": bits, "bf16_stochastic_round": True, "dampening": 0.5}
+    opt, [p] = optimizer(any_kernels, "sgd", make, **options, **rounding)
+    opt.freeze_scale()
+    assert "x_low" not in opt.state[p]
+    for _ in range(16):
+        p.grad = torch.full_like(p, -1.0)
+        opt.step()
+    moved = (p.detach().double() - 1.5).cpu()
+    assert float(moved.mean()) == pytest.approx(16 * 2.0**-10, rel=0.05)
+    # Evenly: no weight is more than two last places from where exact arithmetic would have it.
+    assert (moved - 16 * 2.0**-10).abs().max() <= 2.0**-6
+
+
 @pytest.mark.parametrize("variant", [RUNNING, "optax"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_step_without_gradients_in_them_moves_no_state(any_kernels, bits, variant):

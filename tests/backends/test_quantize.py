@@ -159,7 +159,8 @@ def drawn(number, steps, elements, codes):
     """Return ξ of elements in each step, (steps, elements) float64."""
     element = torch.arange(elements)
     bits = [
-        quantize.rounding_bits(number, torch.tensor(float(t)), element, codes) for t in range(steps)
+        quantize.rounding_bits(number, torch.tensor(float(t)), element, codes.stride)
+        for t in range(steps)
     ]
     return torch.stack(bits).double() / 2.0**32
 

@@ -97,6 +97,7 @@ def test_float64_weights_keep_a_float64_state_and_transposed_ones_no_codes():
         (torch.float32, 16, {}, 12),
         (torch.bfloat16, 8, {}, 8.2),
         (torch.bfloat16, 16, {}, 10),
+        (torch.bfloat16, 8, {"bf16_stochastic_round": True}, 6.2),
     ],
     ids=str,
 )
@@ -139,6 +140,11 @@ def test_a_group_may_have_bits_of_its_own_and_change_them():
         (lambda ps: MechanicAdamW(ps, optim_bits=8, amsgrad=True), "amsgrad=True has no fused"),
         (lambda ps: mechanize(torch.optim.RAdam)(ps, optim_bits=16), "RAdam has no fused update"),
         (lambda ps: MechanicAdamW(ps, optim_bits=8, state_dtype="param"), "state_dtype=None"),
+        (lambda ps: MechanicAdamW(ps, bf16_stochastic_round=True), "optim_bits=16 or 8 beside it"),
+        (
+            lambda ps: MechanicAdamW(ps, optim_bits=8, bf16_stochastic_round=True, variant="optax"),
+            "expected variant='running'",
+        ),
         (lambda ps: MechanicAdamW([{"params": ps, "optim_bits": 3}]), "one of 32, 16, 8, got 3"),
     ],
 )
@@ -224,6 +230,24 @@ def test_a_plain_checkpoint_of_adamw_loads_and_the_base_takes_the_state_back():
         assert_same(base.state[params[0]][name], wide(state, name))
     assert set(base.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
     base.step()
+
+
+def test_low_bits_come_and_go_with_the_option():
+    """Who drops them rounds to the weights that everybody sees; who has none starts them at 0."""
+    rounding = {"dtype": torch.bfloat16, "bf16_stochastic_round": True}
+    params, opt = made(8, **rounding)
+    train(params, opt, 3)
+    assert "x_low" not in opt.state[params[0]]
+    assert "x_low" in opt.state[params[1]]
+    others, other = made(8, dtype=torch.bfloat16)
+    other.load_state_dict(opt.state_dict())
+    other.plan_step()
+    assert (other.state[others[0]]["x_low"] == 0).all()
+    train(others, other, 1, 3)
+    params, opt = made(8, **rounding)
+    opt.load_state_dict(other.state_dict())
+    train(params, opt, 1, 4)
+    assert "x_low" not in opt.state[params[0]]
 
 
 def test_rows_that_are_replaced_keep_their_codes():

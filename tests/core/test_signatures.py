@@ -21,6 +21,7 @@ OWN = {
     "state_dtype": None,
     "delta_dtype": None,
     "x_ref_every": 1,
+    "bf16_stochastic_round": False,
     "max_grad_norm": None,
     "reduce_group": None,
     "loss_group": None,

@@ -18,6 +18,7 @@ from support.cases import (
 )
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, step_together
+from mechanic_fused.backends.layout import MOST_SCALE
 from mechanic_fused.options import FIRST_UPDATE_NORM, UNCALIBRATED, ZERO_WEIGHT_RMS
 
 STEPS = 30
@@ -194,3 +195,17 @@ def test_lr_may_be_traded_for_the_constants_of_the_tuner(backend, base, variant)
         one = Training(backend, base, **options, **tuner).run()
         found.append([*one.x, one.opt.scale * c])
     assert_same(*found)
+
+
+@pytest.mark.parametrize("variant", [EXACT, "running"])
+def test_a_start_beside_tiny_updates_does_not_overflow(implementation, variant):
+    """S of 1e39 would be infinite as a float32 number, and make a weight of 0.4 so."""
+    one = Training(implementation, "sgd", s_init="auto", lr=1e-30, variant=variant)
+    for _ in range(3):
+        one.step([torch.full_like(p, 1e-12) for p in one.params])
+    # Of the fallback u = x′ − x is 0 here, and no S is known.
+    assert float(one.opt.scale) <= 2 * MOST_SCALE
+    assert float(one.opt.scale) > 0 or implementation == "fallback"
+    assert all(p.isfinite().all() for p in one.params)
+    with pytest.raises(ValueError, match=r"s_init must .* at most 1e\+30, got 1e\+31"):
+        MechanicSGD(one.params, s_init=1e31)

@@ -89,14 +89,17 @@ class Twins(RuleBasedStateMachine):
         options=options,
         more=st.sampled_from([{}, {"maximize": True}, {"weight_decay": 0.1}]),
         part=st.booleans(),
+        rounds=st.booleans(),
     )
-    def begin(self, base, dtypes, shapes, options, more, part):
+    def begin(self, base, dtypes, shapes, options, more, part, rounds):
         """Make twins."""
         options = {k: v for k, v in options.items() if v is not None} | more
         self.base, self.options, self.scale_per = base, options, options["scale_per"]
         self.in_part = part and options["variant"] == "running"
         if self.in_part:
             options["x_ref_every"] = 8
+        if rounds and options["variant"] == "running" and options["optim_bits"] < 32:
+            options["bf16_stochastic_round"] = True
         kernels = kernels_of("cpp", self.patch)
         self.lockstep = Lockstep(kernels, self.patch, options["variant"])
         self.pairs = []
@@ -143,6 +146,7 @@ class Twins(RuleBasedStateMachine):
             self.each(lambda opt, _: opt.plan_step() and None)
             opt, params = self.pairs[0]
             give_gradients(params, self.t, gradient)
+            opt.plan_step()  # a weight that has just been given a gradient gets its format
             oracle = SingleStep(opt, self.scale_per)
             self.lockstep.step(self.pairs, self.t, gradient)
             oracle.check(self.lockstep.recorded)

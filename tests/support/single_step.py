@@ -210,6 +210,8 @@ class SingleStep:
         allowed = abs(scale) * off + 2 * EPS * size
         if w.p.dtype is torch.float16:  # 2⁻¹⁶ of the last place, of subnormal numbers too
             allowed = allowed + 2.0**-16 * np.maximum(2.0**-10 * size, 2.0**-24)
+        if w.p.dtype is torch.bfloat16 and "x_low" not in after:  # rounded up or down
+            allowed = allowed + BFLOAT16 * size
         if abs(scale) < 1e37:  # it enters as a float32 number
             agree("x", w, joined(w.p, after), w.x + scale * u, allowed)
 
