@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[..., list[Spec]]] = {
     "noloss": protocol.no_loss_runs,
     "shapes": protocol.shape_runs,
     "ablate": protocol.ablation_runs,
+    "narrow": protocol.narrow_runs,
     "precision": protocol.precision_runs,
 }
 
@@ -108,6 +109,10 @@ def report(store: Store, tasks: list[str], chosen: protocol.Protocol) -> None:
         (
             "Ablations: per cent of loss, or points of accuracy, behind the grid's best",
             tables.ablations(rows, tasks, chosen),
+        ),
+        (
+            "Twins with a narrow state: per cent of loss, or points of accuracy, behind 32 bits",
+            tables.narrow_states(rows, tasks, chosen),
         ),
         ("Low precision, the character model", tables.precisions(rows, chosen)),
         ("Summary, in per cent of loss or points of accuracy", summary.summary(judged)),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas
 
-from . import precision
+from . import narrow_state, precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .runs import NO_LOSS, Spec
@@ -147,6 +147,18 @@ def ablation_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec
         for arm, (bases, _) in ARMS.items()
         for base in bases
         for seed in protocol.choosing
+    ]
+    return missing(rows, specs)
+
+
+def narrow_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the missing runs with the base's state in 32, 16 and 8 bits, on fresh seeds."""
+    specs = [
+        Spec(task, 1, "Mechanic AdamW", 0.0, arm, seed)
+        for task in tasks
+        if task in narrow_state.TASKS
+        for seed in protocol.fresh
+        for arm in narrow_state.NARROW
     ]
     return missing(rows, specs)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
+from .narrow_state import NARROW
 from .precision import PRECISIONS, in_precision
 from .problem import Problem
 from .schedules import FALLS
@@ -33,8 +34,8 @@ class Spec:
         method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
             in TUNED.
         lr: of a plain base, or where a tuner starts; 0 for the rest.
-        arm: "" for the defaults; of Mechanic a name in ablations.ARMS or in precision.PRECISIONS,
-            or NO_LOSS; of a base one in precision.PRECISIONS or in schedules.FALLS.
+        arm: "" for the defaults; of Mechanic a name in ablations.ARMS, in narrow_state.NARROW or
+            in precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS or in schedules.FALLS.
     """
 
     task: str
@@ -70,6 +71,7 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
     if spec.arm in ARMS:
         chosen, change = ARMS[spec.arm][1]
         stack.enter_context(change)
+    chosen = NARROW.get(spec.arm, chosen)
     precision = PRECISIONS.get(spec.arm)
     if precision:
         chosen = precision.options

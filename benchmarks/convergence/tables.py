@@ -8,7 +8,7 @@ import pandas
 from scipy import stats
 from tabulate import tabulate
 
-from . import precision
+from . import narrow_state, precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .protocol import KEY, Protocol, Rows, best_shape, cells, grid, grid_means, shapes
@@ -162,6 +162,35 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
                 loss = TASKS[task].metric == "loss"
                 line[task] = 100 * (ours / tuned - 1 if loss else tuned - ours)
             if len(line) > 2:
+                lines.append(line)
+    return pandas.DataFrame(lines)
+
+
+def narrow_states(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
+    """Return how far runs with a narrow state are behind their twins: the mean and the worst."""
+    lines = []
+    for task in (task for task in tasks if task in narrow_state.TASKS):
+        loss = TASKS[task].metric == "loss"
+        for beta2 in narrow_state.BETAS2:
+            found = {
+                bits: select(
+                    rows,
+                    task,
+                    1,
+                    "Mechanic AdamW",
+                    arm=narrow_state.arm(beta2, bits),
+                    seed=protocol.fresh,
+                ).set_index("seed")[score(task)]
+                for bits in narrow_state.BITS
+            }
+            wide = found[32]
+            line: dict[str, Any] = {"task": task, "beta2": beta2, "seeds": len(wide)}
+            for bits in narrow_state.BITS[1:]:
+                twins = found[bits].reindex(wide.index).dropna()
+                behind = twins / wide[twins.index] - 1 if loss else wide[twins.index] - twins
+                line[f"{bits} bits, mean"] = 100 * behind.mean()
+                line[f"{bits} bits, worst"] = 100 * behind.max()
+            if len(wide):
                 lines.append(line)
     return pandas.DataFrame(lines)
 
