@@ -34,8 +34,9 @@ class Spec:
         method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
             in TUNED.
         lr: of a plain base, or where a tuner starts; 0 for the rest.
-        arm: "" for the defaults; of Mechanic a name in ablations.ARMS, in narrow_state.NARROW or
-            in precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS or in schedules.FALLS.
+        arm: "" for the defaults; of Mechanic a name in ablations.ARMS, narrow_state.NARROW or
+            precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS or in
+            schedules.FALLS.
     """
 
     task: str

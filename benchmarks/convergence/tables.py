@@ -180,7 +180,7 @@ def narrow_states(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
                     "Mechanic AdamW",
                     arm=narrow_state.arm(beta2, bits),
                     seed=protocol.fresh,
-                ).set_index("seed")[score(task)]
+                )[score(task)]
                 for bits in narrow_state.BITS
             }
             wide = found[32]
