@@ -56,7 +56,7 @@ def predicted(case: cases.Case, spec: OptimizerSpec, copy: float) -> records.Row
     return {
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "optimizer": spec.name.removesuffix(", reference"),
+        "optimizer": spec.name.replace(", reference", ""),
         "parameters": case.parameters,
         "bytes_per_parameter": each,
         "bytes": round(each * case.parameters),

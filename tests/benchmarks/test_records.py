@@ -48,6 +48,7 @@ def test_an_environment_gets_a_new_number_only_if_it_differs(records, tmp_path):
         ("gpu.__main__", "gpu_h100", ["1.5B", "MechanicAdamW wd=0.01, cuda", "17.5"]),
         ("distributed", "distributed", ["35M", "fsdp2", "MechanicAdamW wd=0.01", "40.7"]),
         ("memory", "memory", ["MechanicAdamW", "released", "2051.8", "2078.1", "26.3"]),
+        ("state_formats", "state_formats", ["codes of 8 bits, blocks of 64", "0.1", "0.11"]),
         ("autodrop", "autodrop", ["running sum", "421", "11.3", "16.3", "0.705"]),
     ],
 )

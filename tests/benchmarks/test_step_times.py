@@ -15,12 +15,23 @@ FLOORS = {
         "MechanicAdamW wd=0": FLOOR["adamw"],
         "MechanicSGD momentum": FLOOR["sgd"],
         "MechanicLion wd=0.01": FLOOR["sgd"],
+        # A scale of 4 bytes a block of 64 and state, read and written, is a quarter of a byte.
+        "MechanicAdamW wd=0.01, x_ref/8": 28.5,
+        "MechanicAdamW wd=0.01, 16 bits": 24,
+        "MechanicAdamW wd=0.01, 8 bits": 20.25,
+        "MechanicAdamW wd=0.01, x_ref/8, 8 bits": 16.75,
+        "MechanicAdamW wd=0.01, 8 bits, x rounded": 20.25,
     },
     torch.bfloat16: {
         "MechanicAdamW wd=0.01": BF16_FLOOR["adamw"],
         "MechanicAdamW wd=0": BF16_FLOOR["adamw"],
         "MechanicSGD momentum": 20,
         "MechanicLion wd=0.01": 20,
+        "MechanicAdamW wd=0.01, x_ref/8": 26.25,
+        "MechanicAdamW wd=0.01, 16 bits": 20,
+        "MechanicAdamW wd=0.01, 8 bits": 16.25,
+        "MechanicAdamW wd=0.01, x_ref/8, 8 bits": 14.5,
+        "MechanicAdamW wd=0.01, 8 bits, x rounded": 12.25,
     },
 }
 
@@ -67,8 +78,9 @@ def test_rows_and_requirements(step, tmp_path, capsys):
     ]
     assert unmeasured == ["35M-bf16", "1000x1000"]
     floors = [round(row["floor"], 2) for row in required if row["floor"]]
-    # In a miniature more weights are too small to keep a part of x_ref: 1.02 at full size.
-    assert floors == [1.14, 1.14, 1.20, 1.04, 1.57]
+    # In a miniature more weights are too small to keep a part of x_ref, or a narrow state: at full
+    # size they are 1.02, 0.86 and 0.73.
+    assert floors == [1.14, 1.14, 1.20, 1.04, 0.88, 0.76, 1.57]
     printed = capsys.readouterr().out
     assert "| MechanicAdamW wd=0.01 " in printed
     assert "figures mean nothing" in printed and "not judged" in printed
@@ -188,7 +200,7 @@ def test_the_roofline_predicts_every_case_from_its_bytes(tmp_path, capsys):
     assert "predicted ms at 1 TB/s" in capsys.readouterr().out
     found = {(row["case"], row["optimizer"]): row for row in Record.load(out).rows}
     listed = {case.name: case for case in (*cases.GPU, *cases.CPU)}
-    assert {case for case, _ in found} == set(listed) and len(found) == 4 * len(listed)
+    assert {case for case, _ in found} == set(listed) and len(found) == 9 * len(listed)
     for name, case in listed.items():
         for optimizer, floor in FLOORS[case.dtype].items():
             row = found[name, optimizer]
