@@ -33,6 +33,7 @@ from ._harness.tables import shown
 from ._harness.timing import Step
 
 OURS = "MechanicAdamW"
+NARROW = {f"{OURS}, {bits} bits": bits for bits in (16, 8)}
 TORCH = "torch AdamW fused"
 BATCH = 16
 STEPS = 3
@@ -90,7 +91,8 @@ def torch_adamw(*weights: nn.Parameter) -> torch.optim.Optimizer:
 def optimizer_of(name: str, released: bool, weights: list[nn.Parameter]) -> Any:
     if name == TORCH:
         return PerWeight(weights) if released else torch_adamw(*weights)
-    optimizer = MechanicAdamW(weights, lr=1.0, weight_decay=DECAY)
+    bits = NARROW.get(name, 32)
+    optimizer = MechanicAdamW(weights, lr=1.0, weight_decay=DECAY, optim_bits=bits)
     if released:
         optimizer.release_gradients()
     return optimizer
@@ -232,7 +234,7 @@ def run(chosen: argparse.Namespace) -> Record:
             "turn in one process",
         }
     )
-    for name in (OURS, TORCH):
+    for name in (OURS, *NARROW, TORCH):
         for released in (False, True):
             row = in_new_process(memory, size, name, released, chosen.device)
             record.rows.append(row)

@@ -83,12 +83,12 @@ def test_released_gradients_do_not_count_at_the_peak(memory, name):
 def test_memory_and_times_are_written(memory, monkeypatch, capsys, tmp_path):
     from benchmarks._harness.records import Record
 
-    # A new process is tested below; the four of a run would take too long here.
+    # A new process is tested below; the eight of a run would take too long here.
     monkeypatch.setattr(memory, "in_new_process", lambda call, *given: call(*given))
     out = tmp_path / "memory.csv"
     memory.main(["--quick", "--out", str(out)])
     rows = Record.load(out).rows
-    assert [row["released"] for row in rows if "released" in row] == [False, True] * 2
+    assert [row["released"] for row in rows if "released" in row] == [False, True] * 4
     times = [row for row in rows if "median_s" in row]
     assert len(times) == 2 and all(row["released_median_s"] > 0 for row in times)
     assert "the figures mean nothing" in capsys.readouterr().out
