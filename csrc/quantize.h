@@ -42,7 +42,7 @@ MECHANIC_INLINE float compand(float x) {
 template <class Codes>
 MECHANIC_INLINE float expand(float r) {
   const int32_t bits = bit_cast<int32_t>(r) - Codes::kBias;
-  return bit_cast<float>((bits < 0 ? 0 : bits) << Codes::kRoot);
+  return bit_cast<float>(uint32_t(bits < 0 ? 0 : bits) << Codes::kRoot);
 }
 
 // 2^127: larger numbers count as this one, so that no code decodes to infinity.

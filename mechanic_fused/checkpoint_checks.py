@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import quantize
 from .backends.layout import LOG_TUNER, OWN_STATE, tuner_width
 from .kept_blocks import LEAST_ELEMENTS, may_be_kept
 from .options import RUNNING, USER_OPTIONS, tuner_options
 from .param_checks import has_storage
 from .scale_rows import KEY
 from .state_formats import BLOCKS, SCALE_SUFFIX, has_codes, scale_shape
-from .torch_internals import local
+from .torch_internals import dtensor, local
 
 Group = dict[str, Any]
 
@@ -159,6 +160,11 @@ def _check_codes(name: str, entries: Group, p: Tensor, what: str) -> None:
             f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of a shape out of {shapes}, "
             f"got {found}"
         )
+    if isinstance(codes, dtensor()) != isinstance(scales, dtensor()):
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} sharded as they are, got a "
+            f"{type(scales).__name__} beside a {type(codes).__name__}"
+        )
     for called, t in ((name, codes), (name + SCALE_SUFFIX, scales)):
         if not has_storage(local(t)):
             raise ValueError(
@@ -166,10 +172,11 @@ def _check_codes(name: str, entries: Group, p: Tensor, what: str) -> None:
                 f"its own, got a {type(t).__name__} on {t.device}"
             )
     mine = local(scales)
-    if mine.dtype is not torch.float32 or not bool((mine.isfinite() & (mine >= 0)).all()):
+    most = quantize.largest_scale(quantize.FORMATS[codes.dtype]) * (1 + 1e-6)
+    if mine.dtype is not torch.float32 or not bool(((mine >= 0) & (mine <= most)).all()):
         raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of finite float32 numbers of "
-            f"0 or more, got {mine.dtype}{', some of them not' * (mine.dtype is torch.float32)}"
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of float32 numbers from 0 to "
+            f"{most:.4g}, got {mine.dtype}{', some of them not' * (mine.dtype is torch.float32)}"
         )
 
 

@@ -173,7 +173,7 @@ class PlanOptions:
         """Return how the base's state of a weight is stored, for an update of a kind."""
         if not STATES.get(kind):
             return StateFormat(compute_dtype(p.dtype))
-        bits = checked_optim_bits(group.get(OPTIM_BITS, 32), self.state_dtype, None)
+        bits = group.get(OPTIM_BITS, 32)
         return state_format(p, bits, self.state_dtype, self.reduce_group)
 
     def has_low_bits(self, weight: torch.dtype, stored: StateFormat) -> bool:
@@ -248,6 +248,9 @@ class StepPlan:
     ) -> None:
         self.param_groups, self.states, self.options = param_groups, states, options
         self.tuner, self.run, self.fused, self.fallback = tuner, run, fused, fallback
+        reason = fallback.reason if fallback else None
+        for group in param_groups:
+            checked_optim_bits(group.get(OPTIM_BITS, 32), options.state_dtype, reason)
         self._members = [p for group in param_groups for p in group["params"]]
         self._require_grad = [p.requires_grad for p in self._members]
         self._frozen = [p for p in self._members if not is_trained(p) and may_be_given(p)]

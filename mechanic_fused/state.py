@@ -66,6 +66,8 @@ def ensure_state(
     _check_given(state, x, (*names, *OWN_STATE), phase)
     if kind not in STATES:
         # The fallback's base steps on copies in the compute dtype, and so does its state.
+        for name in [name for name in state if has_codes(state[name])]:
+            state[name] = decode(state[name], state.pop(name + SCALE_SUFFIX))
         for name, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
                 inner = compute_dtype(x.dtype)

@@ -96,7 +96,7 @@ def _check_shards(p: Any, block: int) -> None:
         if placement.is_replicate() or p.device_mesh.size(i) == 1:
             continue
         dim = getattr(placement, "dim", None)
-        ranks *= p.device_mesh.size(i)
+        ranks *= 1 if dim == 0 else p.device_mesh.size(i)
         if dim != 0 and not (dim == 1 and p.dim() == 2 and p.shape[1] % (block * ranks) == 0):
             raise ValueError(
                 f"optim_bits=8 needs shards of whole blocks of {block} elements of a row: expected "

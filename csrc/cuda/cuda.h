@@ -26,7 +26,7 @@ struct StepScalars {
   const float* grad_scale;   // GradScaler's factor, by which the gradients are divided
   const float* found_inf;    // if not 0, this step changes nothing
   const double* clip;        // (N^2, max_norm)
-  const double* step_count;  // steps taken so far, the seed of the rounding of a bfloat16 Δ
+  const double* step_count;  // steps taken so far, by which what is narrow is rounded
 };
 
 // An error is thrown as std::runtime_error with the names of the op and of the CUDA call.

@@ -85,7 +85,7 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
 
 def step(bucket: Bucket, tuner: LogTuner) -> None:
     """Take the sums with the x before the step, move the base's state, and x += S·u."""
-    scalars = _scalars(bucket.grad_scale, bucket.found_inf, bucket.clip)
+    scalars = _scalars(bucket.grad_scale, bucket.found_inf, bucket.clip, bucket.step_count)
     _launch(
         _native.cuda.step,
         bucket.device,

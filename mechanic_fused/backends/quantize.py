@@ -78,6 +78,11 @@ def expand(r: Tensor, codes: Codes) -> Tensor:
     return (bits << codes.root).view(torch.float32)
 
 
+def largest_scale(codes: Codes) -> float:
+    """Return the largest scale of a block: that of LARGEST."""
+    return float(compand(torch.tensor(LARGEST), codes)) / codes.top
+
+
 def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, Tensor]:
     """Return the codes of blocks, and the scale of each: what a code counts, companded.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kept_blocks import WHOLE, keep
+from ..param_checks import is_dense
 from . import formulas, quantize
 from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, REFERENCE_EVERY, UU, XD, XX
 
@@ -145,7 +146,8 @@ def element_bits(bucket: Bucket, i: int, stride: int) -> Tensor:
     # Elements are numbered by storage order, whatever the order of the axes.
     element = torch.arange(x.numel(), device=x.device) + bucket.elements[i]
     bits = quantize.rounding_bits(bucket.numbers[i], steps, element, stride)
-    return bits.as_strided(x.shape, x.stride())
+    # A weight whose storage has gaps is numbered by its axes.
+    return bits.as_strided(x.shape, x.stride()) if is_dense(x) else bits.view(x.shape)
 
 
 def step(bucket: Bucket, tuner: LogTuner) -> None:

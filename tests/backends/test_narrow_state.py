@@ -1,13 +1,15 @@
 """The base's state in 16 and 8 bits: every backend has the reference's bits, and it can fall."""
 
 import math
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from support.cases import CASES, RUNNING, assert_same
+from support.cases import CASES, RUNNING, assert_same, skip_unless_available
 from support.kernels import INTERPRETED
 from support.lockstep import drawn, give_gradients, optimizer, random_gradient
 
+from mechanic_fused import MechanicAdamW, backends
 from mechanic_fused.backends import quantize
 from mechanic_fused.state_formats import decode, has_codes
 
@@ -220,3 +222,23 @@ def test_numbers_beyond_the_ranges_of_codes_stay_usable(any_kernels):
     assert m.isnan().sum() == 1
     assert decode(state["exp_avg_sq"], state["exp_avg_sq_scale"]).isfinite().all()
     assert p.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("op", "variant"), [("step", RUNNING), ("accumulate", "optax")])
+def test_kernels_of_a_gpu_are_told_the_step_by_which_they_round(monkeypatch, op, variant):
+    """Without a GPU: what the ops hand to the compiled module."""
+    skip_unless_available("cpp")
+    cuda = backends.load("cuda")
+    told = []
+    for name in ("_launch", "describe_log_tuner", "increment_version"):
+        monkeypatch.setattr(cuda, name, lambda *_: None)
+    monkeypatch.setattr(cuda, "_native", MagicMock())
+    monkeypatch.setattr(cuda, "_scalars", lambda *scalars: told.append(scalars))
+    p = torch.nn.Parameter(torch.ones(64, 128))
+    opt = MechanicAdamW([p], optim_bits=8, variant=variant, backend="cpp")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    [bucket] = opt._plan.buckets
+    bucket.handle = MagicMock()
+    getattr(cuda, op)(*[bucket, opt._tuner][: 1 + (op == "step")])
+    assert told[0][-1] is bucket.step_count is not None

@@ -39,6 +39,7 @@ REFUSED_SCALES = {
     "below 0": lambda t: -1 - t,
     "one NaN": lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]),
     "one infinity": lambda t: torch.cat([t[:-1], t[-1:] + torch.inf]),
+    "too large": lambda t: t + 1e30,
     "of twice as many blocks": lambda t: torch.cat([t, t, t], 1),
     "bfloat16": lambda t: t.bfloat16(),
 }

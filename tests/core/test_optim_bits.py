@@ -108,6 +108,41 @@ def test_bytes_a_weight_are_those_of_the_docs(dtype, bits, more, most):
     assert sum(t.numel() * t.element_size() for t in kept) / p.numel() <= most
 
 
+@pytest.mark.parametrize(
+    "options", [{"optim_bits": 8}, {"optim_bits": 16}, {"state_dtype": "param"}]
+)
+def test_weights_whose_storage_has_gaps_are_trained(options):
+    bits = options.get("optim_bits", 32)
+    p = nn.Parameter(torch.randn(64, 256).bfloat16()[:, :128])
+    rounding = {"bf16_stochastic_round": True} if bits == 16 else {}
+    opt = MechanicAdamW([p], lr=1e-2, **options, **rounding)
+    train([p], opt, 3)
+    assert p.isfinite().all()
+    assert opt.state[p]["exp_avg"].dtype is torch.bfloat16
+    assert opt.state[p]["step"] == 3
+
+
+def test_a_fallback_takes_a_checkpoint_of_codes():
+    class Own(torch.optim.AdamW):
+        pass
+
+    params, opt = made(8, shapes=((64, 128),))
+    train(params, opt, 3)
+    expected = wide(opt.state[params[0]], "exp_avg")
+    for base in (Own, torch.optim.RAdam):
+        p = nn.Parameter(torch.randn(64, 128))
+        other = mechanize(base)([p], lr=1e-2)
+        other.load_state_dict(opt.state_dict())
+        other.plan_step()
+        assert_same(other.state[p]["exp_avg"], expected)
+        assert not any(name.endswith(SCALE_SUFFIX) for name in other.state[p])
+        train([p], other, 2, 3)
+        assert p.isfinite().all()
+        other.param_groups[0]["optim_bits"] = 8
+        with pytest.raises(ValueError, match="needs a fused update"):
+            other.step()
+
+
 @pytest.mark.parametrize("variant", [RUNNING, "optax"])
 def test_a_base_without_a_state_has_nothing_to_narrow(variant):
     p = nn.Parameter(torch.ones(64, 128))

@@ -169,6 +169,19 @@ def by_columns(width):
     return {name: tuple(state[name].full_tensor().shape) for name in ("exp_avg", "exp_avg_scale")}
 
 
+def by_rows_and_columns():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    found = []
+    for placements in ((Shard(0), Shard(1)), (Shard(1), Shard(0))):
+        x = distribute_tensor(torch.randn(128, 128), mesh, placements, src_data_rank=None)
+        p = nn.Parameter(x)
+        opt = MechanicAdamW([p], lr=1e-2, s_init=0.1, optim_bits=8)
+        p.grad = distribute_tensor(torch.ones(128, 128), mesh, placements, src_data_rank=None)
+        opt.step()
+        found.append(tuple(opt.state[p]["exp_avg_scale"].full_tensor().shape))
+    return found
+
+
 def by_fsdp1(bits):
     net = FullyShardedDataParallel(nn.Linear(128, 128), device_id=torch.device("cpu"))
     group = distributed.group.WORLD
@@ -196,6 +209,11 @@ def test_columns_are_shared_by_whole_blocks_or_refused(ranks):
     for error in ranks(2).run(error_of, "by_columns", 96):
         assert "whole blocks of 32" in error
         assert "optim_bits=16" in error
+
+
+def test_rows_and_columns_are_shared_together(ranks):
+    for found in ranks(4).run(by_rows_and_columns):
+        assert found == [(128, 2)] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
