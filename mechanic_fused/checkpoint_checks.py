@@ -14,8 +14,8 @@ from .kept_blocks import LEAST_ELEMENTS, may_be_kept
 from .options import RUNNING, USER_OPTIONS, tuner_options
 from .param_checks import has_storage
 from .scale_rows import KEY
-from .state_formats import BLOCKS, SCALE_SUFFIX, has_codes, scale_shape
-from .torch_internals import dtensor, local
+from .state_formats import SCALE_SUFFIX, check_codes, codes_of, has_codes
+from .torch_internals import local
 
 Group = dict[str, Any]
 
@@ -120,7 +120,8 @@ def check_entries(
                 if entries.get(name) is not None:
                     of = f"{name} of {weight}, of shape {tuple(p.shape)},"
                     if name in (names or ()) and has_codes(entries[name]):
-                        _check_codes(name, entries, p, f"the checkpoint's {of}")
+                        check_codes(name, entries, p, f"the checkpoint's {of}")
+                        _check_scales(name, entries, f"the checkpoint's {of}")
                     else:
                         _check_entry(name, entries[name], p, f"the checkpoint's {of}")
 
@@ -145,43 +146,15 @@ def _check_entry(name: str, value: Any, p: Tensor, what: str) -> None:
         )
 
 
-def _check_codes(name: str, entries: Group, p: Tensor, what: str) -> None:
-    """Raise ValueError unless an entry of 8-bit codes and its scales can be a weight's."""
-    codes = entries[name]
-    if codes.dtype is not (torch.uint8 if name == "exp_avg_sq" else torch.int8):
-        raise ValueError(f"{what} must have the dtype of its own codes, got {codes.dtype}")
-    if codes.shape != p.shape:
-        raise ValueError(f"{what} must have its shape, got {tuple(codes.shape)}")
-    scales = entries.get(name + SCALE_SUFFIX)
-    shapes = [scale_shape(p, block) for block in BLOCKS if p.dim() and _row(p) % block == 0]
-    if not torch.is_tensor(scales) or tuple(scales.shape) not in shapes:
-        found = tuple(scales.shape) if torch.is_tensor(scales) else type(scales).__name__
+def _check_scales(name: str, entries: Group, what: str) -> None:
+    """Raise ValueError unless the numbers of the block scales of codes can be those of a state."""
+    scales = local(entries[name + SCALE_SUFFIX])
+    most = quantize.largest_scale(codes_of(name)) * (1 + 1e-6)
+    if not bool(((scales >= 0) & (scales <= most)).all()):
         raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of a shape out of {shapes}, "
-            f"got {found}"
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of numbers from 0 to "
+            f"{most:.4g}, got {scales.min()} to {scales.max()}"
         )
-    if isinstance(codes, dtensor()) != isinstance(scales, dtensor()):
-        raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} sharded as they are, got a "
-            f"{type(scales).__name__} beside a {type(codes).__name__}"
-        )
-    for called, t in ((name, codes), (name + SCALE_SUFFIX, scales)):
-        if not has_storage(local(t)):
-            raise ValueError(
-                f"{what} holds 8-bit codes: expected {called} to be a plain tensor with storage of "
-                f"its own, got a {type(t).__name__} on {t.device}"
-            )
-    mine = local(scales)
-    most = quantize.largest_scale(quantize.FORMATS[codes.dtype]) * (1 + 1e-6)
-    if mine.dtype is not torch.float32 or not bool(((mine >= 0) & (mine <= most)).all()):
-        raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of float32 numbers from 0 to "
-            f"{most:.4g}, got {mine.dtype}{', some of them not' * (mine.dtype is torch.float32)}"
-        )
-
-
-def _row(p: Tensor) -> int:
-    return math.prod(p.shape[1:])
 
 
 def _may_be_part(x_ref: Tensor, p: Tensor) -> bool:

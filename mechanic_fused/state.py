@@ -18,7 +18,6 @@ from .backends.layout import (
     STEPPED,
     compute_dtype,
 )
-from .backends.quantize import SIGNED, UNSIGNED, Codes
 from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
 from .lr_schedule import PEAK
@@ -28,6 +27,8 @@ from .scale_rows import KEY
 from .state_formats import (
     SCALE_SUFFIX,
     StateFormat,
+    check_codes,
+    codes_of,
     decode,
     encode,
     has_codes,
@@ -74,8 +75,8 @@ def ensure_state(
                 has_shape = value.shape == x.shape
                 state[name] = conform(value, x, inner) if has_shape else value.to(inner)
     established = any(state.get(name) is not None for name in names)
-    for i, name in enumerate(names):
-        _store(state, name, x, stored, (SIGNED, UNSIGNED)[i])
+    for name in names:
+        _store(state, name, x, stored)
     if kind in STEPPED:
         # Float32 and 0-dim, as in torch's fused optimizers. A momentum buffer that was loaded
         # without a count is past its first step.
@@ -91,14 +92,14 @@ def ensure_state(
             state[name] = conform(state.get(name), x, own_dtype)
 
 
-def _store(state: dict[str, Any], name: str, x: Tensor, stored: StateFormat, codes: Codes) -> None:
+def _store(state: dict[str, Any], name: str, x: Tensor, stored: StateFormat) -> None:
     """Bring an entry of the base's own state to how it is to be stored; create it of zeros."""
-    scale_name = name + SCALE_SUFFIX
+    scale_name, codes = name + SCALE_SUFFIX, codes_of(name)
     old: Any = state.get(name)
     scales = state.pop(scale_name, None)
     if has_codes(old):
         shape = scale_shape(x, stored.block) if stored.block else None
-        is_format = old.dtype is codes.dtype and tuple(scales.shape) == shape
+        is_format = tuple(scales.shape) == shape
         if is_format and _is_laid_out(old, x) and _is_laid_out(scales, x):
             state[scale_name] = scales
             return
@@ -133,12 +134,6 @@ def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase
                 f"{name} of a weight of shape {tuple(x.shape)} must be a plain tensor with storage "
                 f"of its own, got a {type(value).__name__}"
             )
-    for name in names:
-        if has_codes(state.get(name)) and not torch.is_tensor(state.get(name + SCALE_SUFFIX)):
-            raise ValueError(
-                f"{name} of a weight of shape {tuple(x.shape)} holds 8-bit codes, expected their "
-                f"scales as {name}{SCALE_SUFFIX} beside them, got none"
-            )
     may_be_part = phase != WHOLE or x.numel() >= LEAST_ELEMENTS
     found = {
         name: tuple(state[name].shape)
@@ -153,6 +148,8 @@ def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase
             f"{', '.join(f'{name} of shape {shape}' for name, shape in found.items())}; a weight "
             "that grows or shrinks keeps its state with opt.replace_parameter(old, new, index_map)"
         )
+    for name in filter(lambda name: has_codes(state[name]), state):
+        check_codes(name, state, x, f"{name} of a weight of shape {tuple(x.shape)}")
 
 
 def _reference(old: Tensor | None, x: Tensor, phase: int) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from .backends import quantize
 from .backends.layout import compute_dtype
 from .distributed import wrap
-from .torch_internals import dtensor, local
+from .param_checks import has_storage
+from .torch_internals import dtensor, is_fake, local
 
 SCALE_SUFFIX = "_scale"
 """What the name of a state's scales has behind that of its codes."""
@@ -139,3 +140,47 @@ def decode(value: Tensor, scales: Tensor) -> Tensor:
 def has_codes(value: Any) -> bool:
     """Return whether an entry of the state holds codes."""
     return torch.is_tensor(value) and value.dtype in quantize.FORMATS
+
+
+def codes_of(name: str) -> quantize.Codes:
+    """Return the format of an entry's codes: Adam's second moment has no sign."""
+    return quantize.UNSIGNED if name == "exp_avg_sq" else quantize.SIGNED
+
+
+def check_codes(name: str, entries: dict[str, Any], x: Tensor, what: str) -> None:
+    """Raise ValueError unless codes and their block scales can be those of a weight.
+
+    Args:
+        name: of the entry that holds codes.
+        entries: the weight's state, or that of a checkpoint.
+        x: the weight.
+        what: how the error begins: the entry and its weight.
+    """
+    codes: Any = entries[name]
+    scales: Any = entries.get(name + SCALE_SUFFIX)
+    if codes.dtype is not codes_of(name).dtype:
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {codes_of(name).dtype}, got {codes.dtype}"
+        )
+    if codes.shape != x.shape:
+        raise ValueError(f"{what} must have its shape, got {tuple(codes.shape)}")
+    row = math.prod(x.shape[1:])
+    shapes = [scale_shape(x, block) for block in BLOCKS if x.dim() and row % block == 0]
+    is_scales = torch.is_tensor(scales) and tuple(scales.shape) in shapes
+    if not is_scales or scales.dtype is not torch.float32:
+        found = f"{scales.dtype} {tuple(scales.shape)}" if torch.is_tensor(scales) else repr(scales)
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX}, their block scales, as "
+            f"torch.float32 of a shape out of {shapes}, got {found}"
+        )
+    if isinstance(codes, dtensor()) != isinstance(scales, dtensor()):
+        raise ValueError(
+            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} sharded as they are, got a "
+            f"{type(scales).__name__} beside a {type(codes).__name__}"
+        )
+    for called, t in ((name, codes), (name + SCALE_SUFFIX, scales)):
+        if not (is_fake(x) or has_storage(local(t))):
+            raise ValueError(
+                f"{what} holds 8-bit codes: expected {called} to be a plain tensor with storage of "
+                f"its own, got a {type(t).__name__} on {t.device}"
+            )

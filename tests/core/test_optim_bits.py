@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from support.cases import RUNNING, assert_same
+from support.tensors import freed
 from torch import nn
 
 from mechanic_fused import MechanicAdamW, MechanicLion, MechanicSGD, mechanize
@@ -300,14 +301,32 @@ def test_rows_that_are_replaced_keep_their_codes():
     assert new.isfinite().all()
 
 
-def test_codes_without_their_scales_are_refused():
-    params, opt = made(8)
+REPLACED = {
+    "removed": None,
+    "of another shape": torch.ones(3),
+    "in another dtype": torch.ones(64, 2, dtype=torch.float64),
+    "without storage": torch.ones(64, 2, device="meta"),
+    "freed": freed(torch.ones(64, 2)),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_scales_that_no_kernel_can_read_are_refused_before_a_step(backend, how):
+    params, opt = made(8, backend=backend)
     train(params, opt, 2)
-    del opt.state[params[0]]["exp_avg_scale"]
-    with pytest.raises(
-        ValueError, match=r"exp_avg .*codes, expected their scales as exp_avg_scale"
-    ):
+    before = everything(params, opt)
+    kept = opt.state[params[0]].pop("exp_avg_scale")
+    if REPLACED[how] is not None:
+        opt.state[params[0]]["exp_avg_scale"] = REPLACED[how]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    reason = r"exp_avg of a weight .* 8-bit codes: expected exp_avg_scale"
+    with pytest.raises(ValueError, match=reason):
         opt.step()
+    opt.state[params[0]]["exp_avg_scale"] = kept
+    assert_same(everything(params, opt), before)
+    train(params, opt, 1, 2)
 
 
 def test_state_that_was_replaced_is_taken():
