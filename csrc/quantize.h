@@ -1,4 +1,4 @@
-// 8-bit codes of the base's state, by blocks that share a scale: the formulas of
+// Block-wise quantization of the base's state to 8-bit codes: the formulas of
 // mechanic_fused/backends/quantize.py, which says what they are for, under the same names.
 #pragma once
 
@@ -12,25 +12,22 @@ namespace mechanic {
 // 2^32 over the golden ratio, by which the rounding of an element moves in a step.
 constexpr uint32_t kTurn = 0x9e3779b9u;
 
-// Of a number of codes, before it is rounded.
+// Of a number in units of codes, before it is rounded.
 constexpr int kFractionBits = 12;
 
-// A format: codes of momenta, int8, and of v, uint8. kBias: what the root adds to the shifted bits
-// of a float, so that 1 stays 1. kStride: 2^32 times an irrational number, by which the rounding
-// moves from element to element.
-struct Signed {
-  using Code = int8_t;
-  static constexpr int kRoot = 2, kTop = 127;
-  static constexpr uint32_t kStride = 0xbb67ae85u;  // the root of 3
+// A format of codes. kStride: 2^32 times an irrational number, by which the rounding moves from
+// element to element. kBias: what the root adds to the shifted bits of a float, so that 1 stays 1.
+template <class C, int kOrderBits, int kLargest, uint32_t kStep>
+struct CodeFormat {
+  using Code = C;
+  static constexpr bool kSigned = C(-1) < C(0);
+  static constexpr int kRoot = kOrderBits, kTop = kLargest;
+  static constexpr uint32_t kStride = kStep;
   static constexpr int32_t kBias = (127 << 23) - ((127 << 23) >> kRoot);
 };
 
-struct Unsigned {
-  using Code = uint8_t;
-  static constexpr int kRoot = 3, kTop = 255;
-  static constexpr uint32_t kStride = 0x6a09e667u;  // the root of 2
-  static constexpr int32_t kBias = (127 << 23) - ((127 << 23) >> kRoot);
-};
+struct Signed : CodeFormat<int8_t, 2, 127, 0xbb67ae85u> {};     // momenta; the root of 3
+struct Unsigned : CodeFormat<uint8_t, 3, 255, 0x6a09e667u> {};  // v; the root of 2
 
 // The root of x >= 0, on a line between powers of 2.
 template <class Codes>
@@ -52,12 +49,11 @@ constexpr int32_t kMost = 0x7f000000;
 // finite, an unsigned one that is NaN or below 0. Bits of floats above 0 compare as the floats do.
 template <class Codes>
 MECHANIC_INLINE int32_t size_of(float x) {
-  constexpr bool kSigned = Codes::kTop == 127;
   constexpr int32_t kInfinite = 0x7f800000;
-  const int32_t bits = bit_cast<int32_t>(x) & (kSigned ? 0x7fffffff : -1);
+  const int32_t bits = bit_cast<int32_t>(x) & (Codes::kSigned ? 0x7fffffff : -1);
   const int32_t limited = bits < kMost ? bits : kMost;
   // Of an unsigned x one below 0 has the largest bits.
-  const bool counts = kSigned ? bits < kInfinite : uint32_t(bits) <= uint32_t(kInfinite);
+  const bool counts = Codes::kSigned ? bits < kInfinite : uint32_t(bits) <= uint32_t(kInfinite);
   return counts ? limited : 0;
 }
 
@@ -69,7 +65,7 @@ struct BlockScale {
 template <class Codes>
 MECHANIC_INLINE BlockScale block_scale(int32_t largest_size) {
   const float largest = compand<Codes>(bit_cast<float>(largest_size)), top = float(Codes::kTop);
-  // A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+  // The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
   constexpr float kFractions = float((1 << kFractionBits) * (1 + 0x1p-21));
   return {largest / top, top / largest * kFractions};
 }
@@ -80,7 +76,7 @@ template <class Codes, bool kFinite = false>
 MECHANIC_INLINE int32_t quantize(float x, int32_t size, float fractions, uint32_t rounding_bits) {
   const int32_t count = int32_t(compand<Codes>(bit_cast<float>(size)) * fractions);
   int32_t q = (count + int32_t(rounding_bits >> (32 - kFractionBits))) >> kFractionBits;
-  if constexpr (Codes::kTop == 127) {
+  if constexpr (Codes::kSigned) {
     q = size != 0 ? q : 0;
     q = x < 0 ? -q : q;
     return kFinite || (bit_cast<int32_t>(x) & 0x7fffffff) < 0x7f800000 ? q : -128;
@@ -93,7 +89,7 @@ MECHANIC_INLINE int32_t quantize(float x, int32_t size, float fractions, uint32_
 // The number of a code, with BlockScale::one of its block.
 template <class Codes>
 MECHANIC_INLINE float dequantize(int32_t q, float one) {
-  if constexpr (Codes::kTop == 127) {
+  if constexpr (Codes::kSigned) {
     const int32_t size = bit_cast<int32_t>(expand<Codes>(float(q < 0 ? -q : q) * one));
     return bit_cast<float>(size | (q & INT32_MIN) | (q == -128 ? 0x7fc00000 : 0));
   } else {

@@ -1,4 +1,4 @@
-"""8-bit codes of the base's state, by blocks that share a scale, in Triton.
+"""Block-wise quantization of the base's state to 8-bit codes, in Triton.
 
 The formulas of ``mechanic_fused/backends/quantize.py``, which says what they are for, under the
 same names. ``TOP`` names the format: 127 that of momenta, 255 that of v.
@@ -25,8 +25,8 @@ SIGNED_STRIDE = tl.constexpr(definition.SIGNED.stride)
 UNSIGNED_ROOT = tl.constexpr(definition.UNSIGNED.root)
 UNSIGNED_BIAS = tl.constexpr(definition.UNSIGNED.bias)
 UNSIGNED_TOP = tl.constexpr(definition.UNSIGNED.top)
-WEIGHT_STRIDE = tl.constexpr(definition.WEIGHT_STRIDE)
 UNSIGNED_STRIDE = tl.constexpr(definition.UNSIGNED.stride)
+WEIGHT_STRIDE = tl.constexpr(definition.WEIGHT_STRIDE)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def quantize(x, rounding_bits, block: tl.constexpr, TOP: tl.constexpr):
     size = size_of(x, TOP)
     largest = compand(tl.max(tl.reshape(size, (BLOCKS, block)), 1), TOP)
     top = largest * 0.0 + TOP
-    # A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+    # The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
     fractions = divide(top, largest) * FRACTIONS
     of_elements = tl.reshape(tl.broadcast_to(fractions[:, None], (BLOCKS, block)), (x.shape[0],))
     count = (compand(size, TOP) * of_elements).to(tl.int32)

@@ -73,17 +73,8 @@ def load_state(states, i, limit, T: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.c
         return widen(read(pointers, mask), T)
     else:
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
-        q = read_codes(pointers, mask).to(tl.int32)
+        q = read(pointers, mask).to(tl.int32)
         return dequantize(q, read(scales + (states.offset + i) // BLOCK, mask), TOP)
-
-
-@triton.jit
-def read_codes(pointers, mask):
-    """Load integers; 0 where the mask is false."""
-    if mask is None:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ from .layout import (
 )
 from .quantize import WEIGHT_STRIDE, rounding_bits
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
-from .states import States, read_codes, states_of
+from .states import States, states_of
 from .storage import STATE_DTYPES, array, at, read, widen
 
 
@@ -125,7 +125,7 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     g = widen(read(g_at, mask), T) * streams.c.gradient
     x = read(x_at, mask)
     if HAS_LOW:
-        x = join(x, read_codes(x_low_at, mask))
+        x = join(x, read(x_low_at, mask))
     else:
         x = widen(x, T)
     counted = g

@@ -64,7 +64,7 @@ def read(pointers, mask):
     if mask is None:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=mask, other=0.0)
+        return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit

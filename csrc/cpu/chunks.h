@@ -45,7 +45,7 @@ States<T, S> states_of(const Bucket& bucket, const Chunk& chunk, const double* s
   return states;
 }
 
-// Call run with the base's update, the weights' dtype and that of the state.
+// Call run(base, weight, state): the base's update and a value of each dtype, whose types count.
 template <class Run>
 void for_types(const Bucket& bucket, Run run) {
   for_kind(bucket.kind, [&](auto base) {

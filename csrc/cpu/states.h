@@ -53,7 +53,7 @@ struct State {
       for (int first = 0; first < n; first += 1 << log_block) {
         write_codes(start + first, scratch + first);
       }
-    } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>) {
+    } else if constexpr (std::is_same_v<S, BFloat16> && !Codes::kSigned) {
       for (int i = 0; i < n; ++i) {
         const uint32_t bits = rounding_bits(rounding, uint32_t(start + i), Codes::kStride);
         at[start + i] = stochastic_round(bits >> 16, scratch[i]);
@@ -89,7 +89,7 @@ struct State {
 
   // The bits of |x|, of which an unsigned x below 0 has the largest.
   static MECHANIC_INLINE uint32_t magnitude(float x) {
-    return bit_cast<uint32_t>(x) & (std::is_same_v<Codes, Signed> ? 0x7fffffffu : 0xffffffffu);
+    return bit_cast<uint32_t>(x) & (Codes::kSigned ? 0x7fffffffu : 0xffffffffu);
   }
 
   // By way of integers of 32 bits, since loops over codes take vectors of half the width.

@@ -33,14 +33,8 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
   using T = opmath_t<X>;
   T g[N], delta[N], a[N] = {}, b[N] = {}, x[N] = {};
   load<Reuse::kNever, N, kPackets>(at.gradient + i, g);
-  const States<T, S>& states = at.states;
   const ChunkRounding& rounding = *at.rounding;
-  if constexpr (Base::kStates > 0) {
-    states.first.template load<N, kPackets>(i, states.log_block, a);
-  }
-  if constexpr (Base::kStates > 1) {
-    states.second.template load<N, kPackets>(i, states.log_block, b);
-  }
+  at.states.template load<Base, N, kPackets>(i, a, b);
   if (at.reads_x) load<Reuse::kNever, N, kPackets>(at.weight + i, x);
   // The last load, since widening a bfloat16 Δ waits for it.
   at.delta.template load<Reuse::kSoon, N, kPackets>(i, delta);
@@ -54,12 +48,7 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
         delta[l] + Base::template update<false>(finite_or_zero(gradient), x[l], a[l], b[l], c);
   }
   at.delta.template store<Reuse::kSoon, N, kPackets>(i, delta);
-  if constexpr (Base::kStates > 0) {
-    states.first.template store<N, kPackets>(i, states.log_block, rounding, a);
-  }
-  if constexpr (Base::kStates > 1) {
-    states.second.template store<N, kPackets>(i, states.log_block, rounding, b);
-  }
+  at.states.template store<Base, N, kPackets>(i, rounding, a, b);
 }
 
 // The elements [begin, end) of the chunk. Not a loop shared with the other kernels: around a lambda

@@ -18,8 +18,7 @@ constexpr int kSingles = std::is_same_v<S, Code> ? kLanes<X> : 1;
 template <class T, class S, class Codes>
 struct State {
   static constexpr bool kHasCodes = std::is_same_v<S, Code>;
-  static constexpr bool kRounds =
-      kHasCodes || (std::is_same_v<S, BFloat16> && std::is_same_v<Codes, Unsigned>);
+  static constexpr bool kRounds = kHasCodes || (std::is_same_v<S, BFloat16> && !Codes::kSigned);
   using Stored = std::conditional_t<kHasCodes, typename Codes::Code, S>;
 
   Stored* at;
@@ -83,7 +82,7 @@ template <class Base, class S>
 constexpr bool kRounds = Base::kStates > 0 && (std::is_same_v<S, Code> ||
                                                (std::is_same_v<S, BFloat16> && Base::kStates > 1));
 
-// Both states of a base.
+// The states of a base: kStates of them.
 template <class T, class S>
 struct States {
   static constexpr bool kHasCodes = std::is_same_v<S, Code>;
@@ -91,9 +90,22 @@ struct States {
   State<T, S, Signed> first;
   State<T, S, Unsigned> second;
   int log_block;
+
+  template <class Base, int N, bool kPackets>
+  __device__ __forceinline__ void load(int i, T (&a)[N], T (&b)[N]) const {
+    if constexpr (Base::kStates > 0) first.template load<N, kPackets>(i, log_block, a);
+    if constexpr (Base::kStates > 1) second.template load<N, kPackets>(i, log_block, b);
+  }
+
+  template <class Base, int N, bool kPackets>
+  __device__ __forceinline__ void store(int i, const Rounding& rounding, const T (&a)[N],
+                                        const T (&b)[N]) const {
+    if constexpr (Base::kStates > 0) first.template store<N, kPackets>(i, log_block, rounding, a);
+    if constexpr (Base::kStates > 1) second.template store<N, kPackets>(i, log_block, rounding, b);
+  }
 };
 
-// Of a base with kStates of them.
+// The states of a chunk.
 template <class Base, class T, class S>
 __device__ __forceinline__ States<T, S> states_of(const Bucket& bucket, const Tensor& tensor,
                                                   const Chunk& chunk) {

@@ -95,14 +95,8 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
   if (has_x_ref) {
     load<Reuse::kNever, N, kPackets>(at.x_ref + (kInPart ? at.kept.place(i) : i), x_ref);
   }
-  const States<T, S>& states = at.states;
   const ChunkRounding& rounding = *at.rounding;
-  if constexpr (Base::kStates > 0) {
-    states.first.template load<N, kPackets>(i, states.log_block, a);
-  }
-  if constexpr (Base::kStates > 1) {
-    states.second.template load<N, kPackets>(i, states.log_block, b);
-  }
+  at.states.template load<Base, N, kPackets>(i, a, b);
   at.weights.template load<N, kPackets>(i, rounding, x);
 #pragma unroll
   for (int l = 0; l < N; ++l) {
@@ -119,12 +113,7 @@ __device__ __forceinline__ void step_block(const StepStreams<X, S>& at, int i,
     x[l] = apply_update(x[l], scale, u);
   }
   at.weights.template store<N, kPackets>(i, rounding, x);
-  if constexpr (Base::kStates > 0) {
-    states.first.template store<N, kPackets>(i, states.log_block, rounding, a);
-  }
-  if constexpr (Base::kStates > 1) {
-    states.second.template store<N, kPackets>(i, states.log_block, rounding, b);
-  }
+  at.states.template store<Base, N, kPackets>(i, rounding, a, b);
 }
 
 // The elements [begin, end) of the chunk.
