@@ -183,7 +183,7 @@ class PlanOptions:
         return self.is_running and weight in HALF_DTYPES and not rounds
 
     def dtype_of_delta(self, p: Tensor, stored: StateFormat) -> torch.dtype | None:
-        """Return the dtype of a weight's Δ; None where there is none.
+        """Return the dtype of a weight's Δ, or None in forms without one.
 
         Where ``optim_bits`` has made the base's state narrow, so is Δ.
         """

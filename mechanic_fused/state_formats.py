@@ -1,7 +1,7 @@
-"""How the base's state of a weight is stored: wide, in 16 bits, or in 8-bit codes by blocks.
+"""How the base's state of a weight is stored: wide, in 16 bits, or in block-wise 8-bit codes.
 
-The choice goes by options and by the shape of the whole weight, never by that of a shard: so the
-same weights are narrow on one rank and on a hundred.
+Options and the shape of the whole weight decide, never the shape of a shard: so the same weights
+are narrow on one rank and on a hundred.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .param_checks import has_storage
 from .torch_internals import dtensor, is_fake, local
 
 SCALE_SUFFIX = "_scale"
-"""What the name of a state's scales has behind that of its codes."""
+"""Appended to the name of the codes, it names their block scales."""
 
 BLOCKS = (64, 32)
 """Elements that may share a scale: the largest of these that divides a row is taken. With 128 the

@@ -1,16 +1,18 @@
-"""8-bit codes of the base's state, by blocks that share a scale, in PyTorch.
+"""Block-wise quantization of the base's state to 8-bit codes, in PyTorch.
 
 ``csrc/quantize.h`` and ``triton_kernels/quantize.py`` state the same formulas under the same names,
-to the bit. A number is companded by a root that is linear between powers of 2, then counted in
-255ths (127ths beside a sign) of its block's largest:
+to the bit. A block of neighbours shares a scale. A number is companded by a root that is linear
+between powers of 2, then rounded to a multiple of 1/255 (1/127 beside a sign) of the companded
+maximum of its block:
 
     of momenta, int8: q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  of v, uint8: q = ⌊255·⁸√(x/max x) + ξ⌋
 
-ξ in [0, 1) is a multiple of the golden ratio more in each step, and of another irrational number
-from element to element: so an element is rounded up as often as its fraction says, evenly over any
-run of steps, and so are neighbours. To nearest neither v nor a momentum would ever fall by less
-than half a code a step, and random ξ make 1.2 times the error (benchmarks/state_formats.py). 0
-stays 0; v above 0 has a code of 1 or more; a momentum that is NaN or infinite has the code −128.
+ξ in [0, 1) makes the rounding unbiased. It is an additive-recurrence (Kronecker) sequence: each
+step adds the golden ratio modulo 1, and each element adds a second irrational number. So an element
+is rounded up in the proportion of its fraction over any run of steps, and so are neighbours within
+a step. With round-to-nearest v and a momentum would never decay by less than half a code a step;
+with independent random ξ the error is 1.2 times as large (benchmarks/state_formats.py). 0 stays 0;
+v above 0 has a code of at least 1; a momentum that is NaN or infinite has the code −128.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ TURN = 0x9E3779B9
 """2³² over the golden ratio, by which ξ moves in a step."""
 
 FRACTION_BITS = 12
-"""Of a number of codes, before it is rounded."""
+"""Of a number in units of codes, before it is rounded."""
 
 FRACTION = 1 << FRACTION_BITS
 
@@ -79,12 +81,12 @@ def expand(r: Tensor, codes: Codes) -> Tensor:
 
 
 def largest_scale(codes: Codes) -> float:
-    """Return the largest scale of a block: that of LARGEST."""
+    """Return the scale of a block whose maximum is LARGEST: no scale is larger."""
     return float(compand(torch.tensor(LARGEST), codes)) / codes.top
 
 
 def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, Tensor]:
-    """Return the codes of blocks, and the scale of each: what a code counts, companded.
+    """Return the codes of blocks and their scales: the companded size of one code.
 
     Args:
         x: (blocks, elements) float32.
@@ -99,7 +101,7 @@ def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, T
     largest = compand(size.amax(-1, keepdim=True), codes)
     # A tensor: torch multiplies by the reciprocal where one side is a number, which rounds twice.
     top = torch.full_like(largest, codes.top)
-    # A little more than 1 makes up for what a code and back lose: codes that do not change stay.
+    # The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
     count = compand(size, codes) * (top / largest * (FRACTION * (1 + 2.0**-21)))
     q = count.to(torch.int32) + fraction >> FRACTION_BITS
     q = torch.where(size > 0, q if signed else q.clamp(min=1), 0)
