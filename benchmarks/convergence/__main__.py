@@ -114,6 +114,10 @@ def report(store: Store, tasks: list[str], chosen: protocol.Protocol) -> None:
             "Twins with a narrow state: per cent of loss, or points of accuracy, behind 32 bits",
             tables.narrow_states(rows, tasks, chosen),
         ),
+        (
+            "AdamW with a narrow state, at the best rate of the grid, behind AdamW",
+            tables.narrow_rivals(rows, tasks, chosen),
+        ),
         ("Low precision, the character model", tables.precisions(rows, chosen)),
         ("Summary, in per cent of loss or points of accuracy", summary.summary(judged)),
         ("Mean rank", summary.ranks(ranking)),

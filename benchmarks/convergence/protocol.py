@@ -152,13 +152,20 @@ def ablation_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec
 
 
 def narrow_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
-    """Return the missing runs with the base's state in 32, 16 and 8 bits, on fresh seeds."""
+    """Return the missing runs with the base's state in 32, 16 and 8 bits, on fresh seeds.
+
+    And those of AdamW in other packages, where the best of its grid is known.
+    """
+    tasks = [task for task in tasks if task in narrow_state.TASKS]
+    compared = [(task, "Mechanic AdamW", 0.0, arm) for task in tasks for arm in narrow_state.NARROW]
+    for task in tasks:
+        chosen = best(rows, task, 1, "AdamW", grid(rows, task, 1, "AdamW", protocol), protocol)
+        if chosen is not None:
+            compared += [(task, "AdamW", chosen, arm) for arm in ("", *narrow_state.installed())]
     specs = [
-        Spec(task, 1, "Mechanic AdamW", 0.0, arm, seed)
-        for task in tasks
-        if task in narrow_state.TASKS
+        Spec(task, 1, method, lr, arm, seed)
+        for task, method, lr, arm in compared
         for seed in protocol.fresh
-        for arm in narrow_state.NARROW
     ]
     return missing(rows, specs)
 

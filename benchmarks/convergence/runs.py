@@ -11,7 +11,7 @@ from typing import Any
 
 from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
-from .narrow_state import NARROW
+from .narrow_state import NARROW, RIVALS, rival
 from .precision import PRECISIONS, in_precision
 from .problem import Problem
 from .schedules import FALLS
@@ -35,8 +35,8 @@ class Spec:
             in TUNED.
         lr: of a plain base, or where a tuner starts; 0 for the rest.
         arm: "" for the defaults; of Mechanic a name in ablations.ARMS, narrow_state.NARROW or
-            precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS or in
-            schedules.FALLS.
+            precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS, in
+            schedules.FALLS or in narrow_state.RIVALS.
     """
 
     task: str
@@ -67,6 +67,8 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
         return OTHERS[spec.method]
     if spec.method in TUNED:
         return partial(TUNED[spec.method].make, spec.lr)
+    if spec.arm in RIVALS:
+        return partial(rival, spec.arm, spec.lr)
     name, _, base = spec.method.rpartition(" ")
     chosen: dict[str, Any] = {}
     if spec.arm in ARMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas
@@ -167,32 +168,54 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
 
 
 def narrow_states(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
-    """Return how far runs with a narrow state are behind their twins: the mean and the worst."""
+    """Return how far Mechanic with a narrow state is behind its twins with a wide one.
+
+    Mean and worst of the seeds of a task, and of all tasks with the same β₂, each task once.
+    """
     lines = []
+    for beta2 in narrow_state.BETAS2:
+        wide, *narrow = [narrow_state.arm(beta2, bits) for bits in narrow_state.BITS]
+        named = {
+            arm: f"{bits} bits" for arm, bits in zip(narrow, narrow_state.BITS[1:], strict=True)
+        }
+        found = _behind(rows, tasks, protocol, "Mechanic AdamW", wide, named)
+        lines += [{"task": line.pop("task"), "beta2": beta2, **line} for line in found]
+    return pandas.DataFrame(lines)
+
+
+def narrow_rivals(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
+    """Return the same of AdamW with a narrow state, at the best rate of its grid in 32 bits."""
+    named = {arm: arm for arm in narrow_state.RIVALS}
+    return pandas.DataFrame(_behind(rows, tasks, protocol, "AdamW", "", named))
+
+
+def _behind(
+    rows: Rows,
+    tasks: list[str],
+    protocol: Protocol,
+    method: str,
+    wide: str,
+    named: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Return a line for each task, and one of all, with the mean and the worst of each arm."""
+    lines: list[dict[str, Any]] = []
     for task in (task for task in tasks if task in narrow_state.TASKS):
         loss = TASKS[task].metric == "loss"
-        for beta2 in narrow_state.BETAS2:
-            found = {
-                bits: select(
-                    rows,
-                    task,
-                    1,
-                    "Mechanic AdamW",
-                    arm=narrow_state.arm(beta2, bits),
-                    seed=protocol.fresh,
-                )[score(task)]
-                for bits in narrow_state.BITS
-            }
-            wide = found[32]
-            line: dict[str, Any] = {"task": task, "beta2": beta2, "seeds": len(wide)}
-            for bits in narrow_state.BITS[1:]:
-                twins = found[bits].reindex(wide.index).dropna()
-                behind = twins / wide[twins.index] - 1 if loss else wide[twins.index] - twins
-                line[f"{bits} bits, mean"] = 100 * behind.mean()
-                line[f"{bits} bits, worst"] = 100 * behind.max()
-            if len(wide):
-                lines.append(line)
-    return pandas.DataFrame(lines)
+        twins = select(rows, task, 1, method, arm=wide, seed=protocol.fresh)[score(task)]
+        line: dict[str, Any] = {"task": task, "seeds": len(twins)}
+        for arm, name in named.items():
+            found = select(rows, task, 1, method, arm=arm, seed=protocol.fresh)[score(task)]
+            found = found[found.index.isin(twins.index)]
+            behind = found / twins[found.index] - 1 if loss else twins[found.index] - found
+            line[f"{name}, mean"] = 100 * behind.mean()
+            line[f"{name}, worst"] = 100 * behind.max()
+        if any(map(math.isfinite, list(line.values())[2:])):
+            lines.append(line)
+    if lines:
+        each = pandas.DataFrame(lines)
+        ends = {name: "max" if name.endswith("worst") else "mean" for name in each.columns[2:]}
+        lines.append({"task": "all", "seeds": each.seeds.sum(), **each.agg(ends).to_dict()})
+    return lines
 
 
 def precisions(rows: Rows, protocol: Protocol) -> Rows:

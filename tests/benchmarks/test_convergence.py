@@ -362,6 +362,44 @@ def test_schedule_free_renews_the_statistics_of_batch_norm(convergence):
         assert not torch.equal(problem.model[2].running_mean, before)
 
 
+def test_narrow_states_are_beside_their_twins(convergence, monkeypatch):
+    """The rivals run at the best rate of the grid, once it is known."""
+    narrow = convergence.narrow_state
+    monkeypatch.setattr(narrow, "installed", lambda: list(narrow.RIVALS))
+    behind = {"beta2 0.95, 8 bits": 0.004, "bitsandbytes, 8 bits": 0.03}
+
+    def loss(spec):
+        # One seed of two is behind.
+        return valley(-6)(spec) * (1 + behind.get(spec.arm, 0) * (spec.seed == 100))
+
+    part = in_turn(convergence, "grid_runs", "narrow_runs")
+    rows, protocol = until_done(convergence, part, loss, horizons=1)
+    fresh = rows[rows.seed >= 100]
+    assert set(fresh[fresh.method == "AdamW"].lr) == {2.0**-6}
+    assert set(fresh.arm) == {*narrow.NARROW, "", *narrow.RIVALS}
+    assert convergence.protocol.narrow_runs(rows, ["iris"], protocol) == []
+
+    tasks = ["char", "iris"]
+    ours = convergence.tables.narrow_states(rows, tasks, protocol).set_index(["task", "beta2"])
+    assert list(ours.loc[("char", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4])
+    assert list(ours.loc[("all", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4])
+    assert list(ours.loc[("char", 0.999)]) == pytest.approx([2, 0, 0, 0, 0])
+    others = convergence.tables.narrow_rivals(rows, tasks, protocol).set_index("task")
+    assert list(others.loc["char"]) == pytest.approx([2, 0, 0, 0, 0, 1.5, 3])
+
+
+def test_the_state_of_the_rival_of_torch_is_rounded(convergence):
+    task = convergence.tasks.TASKS["digits_mlp"]
+    trainer = convergence.narrow_state.rival(
+        "torch, bfloat16 state", 0.01, problem := task.build(0), task, 10
+    )
+    trainer.train_step(problem, problem.batch(), task.clip)
+    for state in trainer.optimizer.state.values():
+        assert state["exp_avg"].abs().max() > 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[name], state[name].bfloat16().float())
+
+
 def test_precisions_count_their_bytes(convergence):
     """x, x_ref, m, v: 16 bytes in float32; 2 + 2 + 2 (low bits) + 4 + 4 from bfloat16 weights."""
     bytes_of = convergence.precision.bytes_of
