@@ -27,6 +27,7 @@ from .backends.layout import (
 )
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
+from .offload import HostCopy
 from .param_checks import check_gradient, check_stored, is_dense
 from .state_formats import SCALE_SUFFIX
 from .torch_internals import local, local_tensors, padding_of, read_version
@@ -61,6 +62,7 @@ class ParamSlot(NamedTuple):
         phase: of its x_ref, see ``kept_blocks.py``.
         element: the index of its first element in the whole weight, whose shard it may be.
         block: elements that share a scale of 8-bit codes; 0: the state has none.
+        copy: what is stepped in its place, or None.
     """
 
     parameter: Tensor
@@ -72,13 +74,14 @@ class ParamSlot(NamedTuple):
     phase: int = WHOLE
     element: int = 0
     block: int = 0
+    copy: HostCopy | None = None
 
 
 class Bucket:
     """Weights of one device, dtype, update and sharding, which one call of an op works on.
 
     ``parameters`` and ``own_state`` (x_ref, and Δ or low bits) are as users see them; all other
-    tensors are plain: of a DTensor, this rank's shard.
+    tensors are plain: of a DTensor, this rank's shard; with offload, the copies on the host.
 
     Attributes that backends read, each list with one entry per weight:
         kind: the update, one of ``layout.KINDS``, or "fallback".
@@ -94,6 +97,7 @@ class Bucket:
         scales: tensors of those scales, a tuple as in ``states``; empty without codes.
         elements: index of the first element in the whole weight.
         phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
+        copies: the weights' copies on the host; empty without offload.
         in_part: how many phases are not WHOLE.
         sizes: numbers of elements.
         padding: how many of them are no weights; empty where all are.
@@ -131,23 +135,25 @@ class Bucket:
         self.backend = backend
         self.kind = kind
         self.dtype = first.dtype
-        self.device = first.device
         self.compute_dtype = compute_dtype(first.dtype)
         self.parameters = [slot.parameter for slot in slots]
-        self.weights = [local(x).detach() for x in self.parameters]
+        given = [local(x).detach() for x in self.parameters]
+        self.copies = [slot.copy for slot in slots if slot.copy is not None]
+        self.weights = [copy.x for copy in self.copies] or given
+        self.device = self.weights[0].device
         self.rows = [slot.row for slot in slots]
         self.groups = [slot.group for slot in slots]
         self.numbers = [slot.number for slot in slots]
         self.elements = [slot.element for slot in slots]
         self.phases = [slot.phase for slot in slots]
         self.in_part = sum(phase != WHOLE for phase in self.phases)
-        self._strides = [x.stride() for x in self.weights]
-        self._shapes = [x.shape for x in self.weights]
-        self._places = [x.get_device() for x in self.weights]
-        self._contiguous = [x.is_contiguous() for x in self.weights]
+        self._strides = [x.stride() for x in given]
+        self._shapes = [x.shape for x in given]
+        self._places = [x.get_device() for x in given]
+        self._contiguous = [x.is_contiguous() for x in given]
         self._permuted = [i for i, plain in enumerate(self._contiguous) if not plain]
         self.sizes = [x.numel() for x in self.weights]
-        self._dense = all(is_dense(x) for x in self.weights)
+        self._dense = all(is_dense(x) for x in given)
         self._bytes = [n * self.dtype.itemsize for n in self.sizes]
         paddings = [padding_of(x) for x in self.parameters]
         self.padding = paddings if any(paddings) else []
@@ -176,7 +182,7 @@ class Bucket:
         self.partials = self.sums.new_zeros(len(self.chunks), len(SUMS))
         self.note_versions()
         self.modified: list[int] = []
-        self._addresses = self.tensors[:, TENSOR.index("weight")].tolist()
+        self._addresses = [x.data_ptr() for x in given]
         self._gradient_addresses: list[int] = []
         self.live_lr: dict[int, Tensor] = {}
         self.grad_scale: Tensor | None = None
@@ -220,10 +226,11 @@ class Bucket:
                     f"gradients must be dense, got a gradient of layout {g.layout} "
                     f"for a weight of shape {tuple(self._shapes[i])}"
                 )
-            check_gradient(g, self._shapes[i], self.device)
+            check_gradient(g, self._shapes[i], params[i].device)
             if g.dtype is not self.dtype or g.is_neg() or (self._dense and g.stride() != stride):
                 check_stored(g)
-                grads[i] = self._in_weight_layout(g, self.weights[i])
+                x = self.copies[i].weight if self.copies else self.weights[i]
+                grads[i] = self._in_weight_layout(g, x)
         self.grads = grads
         self.with_gradient = [x for x, g in zip(params, grads, strict=True) if g is not None]
         return bool(self.with_gradient)
@@ -310,6 +317,29 @@ class Bucket:
             and all(map(ge, bytes_left, self._bytes))
             and not any([address % size for address in addresses])
         )
+
+    def fetch_gradients(self) -> None:
+        """Begin to copy the gradients to the host, and take those that will be there instead.
+
+        Raises:
+            ValueError: for a gradient without storage.
+        """
+        self.grads = [
+            g if g is None else copy.begin(g)
+            for g, copy in zip(self.grads, self.copies, strict=True)
+        ]
+
+    def wait_for_gradients(self) -> None:
+        """Wait until the gradients are on the host."""
+        for g, copy in zip(self.grads, self.copies, strict=True):
+            if g is not None:
+                copy.end()
+
+    def send_weights(self) -> None:
+        """Begin to copy the weights that were stepped to their device."""
+        for g, copy in zip(self.grads, self.copies, strict=True):
+            if g is not None:
+                copy.send()
 
     def is_stale(self) -> bool:
         """Return whether a weight or an entry of its state has been replaced, or has moved.

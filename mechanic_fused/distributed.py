@@ -223,9 +223,16 @@ class Reduction:
         rows_of_each: this rank's rows, of each optimizer that steps; all of one shape, with the
             same process groups in the same order on every rank of a group. They are not changed.
         extra_groups: process groups whose ranks hold other weights of the model: pipeline stages.
+        device: where the groups reduce; None: where the rows are.
     """
 
-    def __init__(self, rows_of_each: Sequence[Rows], extra_groups: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        rows_of_each: Sequence[Rows],
+        extra_groups: Sequence[Any] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = device
         rows = rows_of_each[0] if len(rows_of_each) == 1 else merge(rows_of_each)
         self._parts = list(rows.values())
         if any(rows) or extra_groups:
@@ -251,11 +258,12 @@ class Reduction:
     def _start(self, group: Any, chosen: list[int]) -> None:
         """All-reduce some of the parts over a group."""
         # Stacked and unbound, because an index tensor would have to be uploaded.
-        stacked = torch.stack([self._parts[i] for i in chosen])
+        parts = torch.stack([self._parts[i] for i in chosen])
+        stacked = parts.to(self._device or parts.device)
         self._work = torch.distributed.all_reduce(stacked, group=group, async_op=True)
 
         def finish() -> None:
-            for i, part in zip(chosen, stacked.unbind(), strict=True):
+            for i, part in zip(chosen, stacked.to(parts.device).unbind(), strict=True):
                 self._parts[i] = part
 
         self._finish = finish
@@ -269,6 +277,10 @@ class Reduction:
             finish()
 
 
-def all_reduce(rows_of_each: Sequence[Rows], extra_groups: Sequence[Any] = ()) -> Tensor:
+def all_reduce(
+    rows_of_each: Sequence[Rows],
+    extra_groups: Sequence[Any] = (),
+    device: torch.device | None = None,
+) -> Tensor:
     """Return the sum over all ranks at once; see :class:`Reduction`."""
-    return Reduction(rows_of_each, extra_groups).wait()
+    return Reduction(rows_of_each, extra_groups, device).wait()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .bucket import Bucket
 from .plan import Run, StepPlan
@@ -76,18 +78,25 @@ class GradientRelease:
         if single is None:
             single = self._singles[weight] = bucket.single(i)
         single.collect_gradients()
+        if single.copies:
+            single.fetch_gradients()
         single.write_tables(bucket.hyper_rows, bucket.live_lr, None, None, bucket.step_count)
         if single.handle is None or single.backend.COPIES_TABLES:
             single.backend.prepare(single)
         plan = self._plan
         assert plan is not None
+        self.taken.add(weight)
+        weight.grad = None
+        if plan.run.offload is not None:
+            # The copy is written later, but what still needs the weight must raise now.
+            increment_version([weight])
+            plan.run.offload.submit(partial(_step_copy, plan, single))
+            return
         if plan.options.is_running:
             plan.step_bucket(single)
         else:
             single.backend.accumulate(single)
         single.grads = [None]
-        weight.grad = None
-        self.taken.add(weight)
         if single.device.type == "cuda":
             # FSDP reduces gradients, and calls this hook, on a stream of its own.
             stream = torch.cuda.current_stream(single.device)
@@ -159,6 +168,13 @@ class GradientRelease:
         """Prepare for the next backward pass."""
         self.taken.clear()
         self._streams.clear()
+
+
+@torch.no_grad()
+def _step_copy(plan: StepPlan, single: Bucket) -> None:
+    """Take a weight's step on its copy, in the thread of the offload."""
+    plan.step_bucket(single)
+    single.grads = [None]
 
 
 def check_releasable(

@@ -80,14 +80,14 @@ def keep(t: Tensor, weight: Tensor, phase: int) -> Tensor:
 
 
 def spread(kept: Tensor, weight: Tensor, phase: int) -> Tensor:
-    """Return a tensor of the weight's shape with the kept elements, and NaN elsewhere.
+    """Return a tensor laid out as the weight with the kept elements, and NaN elsewhere.
 
     NaN and not a number, which would be taken for one.
     """
     if weight.is_contiguous() or not is_dense(weight):
         whole = torch.full(weight.shape, torch.nan, dtype=kept.dtype, device=kept.device)
     else:
-        whole = torch.empty_like(weight, dtype=kept.dtype).fill_(torch.nan)
+        whole = torch.empty_like(weight, dtype=kept.dtype, device=kept.device).fill_(torch.nan)
     elements = _kept_elements(weight.numel(), phase, kept.device)
     _flat(whole, weight).index_copy_(0, elements, kept)
     return whole

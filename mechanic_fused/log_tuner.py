@@ -72,7 +72,8 @@ class LogTuner(ScaleRows):
     def observe(self, loss: Tensor | float) -> None:
         """Add a loss to those of the next step."""
         if torch.is_tensor(loss):
-            loss = loss.to(self.device, non_blocking=True)
+            # To the host torch copies without waiting if it is asked to, and this would read junk.
+            loss = loss.to(self.device, non_blocking=self.device.type != "cpu")
         self.losses[0] += loss
         self.losses[1] += 1
 

@@ -21,6 +21,7 @@ from .kept_blocks import keep
 from .log_tuner import LogTuner, in_running_form
 from .loss import LossWatcher, check_loss_groups, observed
 from .lr_schedule import PEAK, annealing_factor, lr_of, track_peak_lr
+from .offload import Offload, check_offloaded, checked_offload
 from .options import (
     AUTO,
     CALIBRATED,
@@ -102,6 +103,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
         bf16_stochastic_round: bool = False,
+        offload: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -138,6 +140,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._bf16_stochastic_round = checked_stochastic_round(
             bf16_stochastic_round, chosen["variant"], self._optim_bits
         )
+        self._offload = checked_offload(offload, chosen["variant"], self._backend)
         self.max_grad_norm = max_norm(max_grad_norm)
         if delta_dtype is not None and chosen["variant"] == RUNNING:
             raise ValueError(
@@ -148,7 +151,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self.extra_groups = tuple(extra_groups)
         self._lost_groups = self._warned = False
         self._release: GradientRelease | None = None
-        self._run = Run()
+        self._run = self._new_run()
         self._drop_derived()
         super().__init__(params, *args, **base_options)
         # The tuner's state is in param_groups from the start: loaders look for it there.
@@ -271,6 +274,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         plan.release = self._release
         return plan
 
+    def _new_run(self) -> Run:
+        return Run(offload=Offload() if self._offload else None)
+
     def _check_process_groups(self) -> None:
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
         if self._lost_groups and all(group is None for group in groups):
@@ -311,6 +317,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self.loss_group,
             self._is_running,
             self._bf16_stochastic_round,
+            self._offload,
         )
 
     def _has_fakes(self) -> bool:
@@ -339,7 +346,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         # Weights on the meta device get their storage, and their device, later.
-        device = torch.device("cpu") if device.type == "meta" else device
+        if self._offload or device.type == "meta":
+            device = torch.device("cpu")
         kind = LogTuner if groups and groups[0]["variant"] == RUNNING else Tuner
         if type(self._tuner) is not kind or self._tuner.device != device:
             # Who reads S under inference_mode must not make tensors that no step may write.
@@ -373,7 +381,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def scale(self) -> Tensor:
-        """S: a new float64 tensor (scales,) on the weights' device."""
+        """S: a new float64 tensor (scales,) on the weights' device; with offload on the CPU."""
         return self._current_tuner().scale()
 
     @property
@@ -638,6 +646,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_optim_bits(self.param_groups[-1])
+            if self._offload:
+                check_offloaded(self.param_groups[-1]["params"], self.fallback_reason)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -756,7 +766,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         groups = with_own_optim_bits(groups, self.param_groups)
         state_dict = {**state_dict, "param_groups": groups}
         check_scales(groups, self.param_groups, self._scale_per)
-        state.load_keeping_dtypes(self, super().load_state_dict, state_dict, self._check_loaded)
+        host = torch.device("cpu") if self._offload else None
+        load = super().load_state_dict
+        state.load_keeping_dtypes(self, load, state_dict, self._check_loaded, host)
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
         names = None if self.fallback_reason else (*TABLE[self._base].state_names, "step")
@@ -767,7 +779,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         kept = (
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
             *("_optim_bits", "_state_dtype", "_delta_dtype", "_x_ref_every"),
-            "_bf16_stochastic_round",
+            *("_bf16_stochastic_round", "_offload"),
         )
         self._run.settle()
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
@@ -785,6 +797,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         vars(self).setdefault("_x_ref_every", 1)
         vars(self).setdefault("_optim_bits", 32)
         vars(self).setdefault("_bf16_stochastic_round", False)
+        vars(self).setdefault("_offload", False)
         self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self._tuner_options.items():
@@ -794,7 +807,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self._step_supports_amp_scaling = True
         mute_capturable_warning(self)
         if "_run" not in vars(self):
-            self._run = Run()
+            self._run = self._new_run()
             self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None
             self._warned = False

@@ -55,6 +55,8 @@ _OWN_ARGS = """s_decay: λ, the decay of an exact form's tuner (not the weights'
             weights of 8,192 elements or more; 1 keeps all of it. A param group may have its own.
         bf16_stochastic_round: of the running form: round bfloat16 weights whose state is narrow
             stochastically; without it 16 low bits are kept beside them, so that nothing is lost.
+        offload: of the running form: keep the state on the CPU, and step copies of the weights
+            there; see :meth:`release_gradients`, with which that is done during the backward pass.
         max_grad_norm: clip the gradients of all weights and ranks to this norm, above 0, within the
             step; None: no clipping.
         reduce_group: the process group over which plain weights are sharded (FSDP1, ZeRO); None for
@@ -135,6 +137,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
         bf16_stochastic_round: bool = False,
+        offload: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -164,6 +167,7 @@ class MechanicAdamW(Mechanized, torch.optim.AdamW):
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
             bf16_stochastic_round=bf16_stochastic_round,
+            offload=offload,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -233,6 +237,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
         bf16_stochastic_round: bool = False,
+        offload: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -263,6 +268,7 @@ class MechanicAdam(Mechanized, torch.optim.Adam):
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
             bf16_stochastic_round=bf16_stochastic_round,
+            offload=offload,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -330,6 +336,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
         bf16_stochastic_round: bool = False,
+        offload: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -358,6 +365,7 @@ class MechanicSGD(Mechanized, torch.optim.SGD):
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
             bf16_stochastic_round=bf16_stochastic_round,
+            offload=offload,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,
@@ -415,6 +423,7 @@ class MechanicLion(Mechanized, Lion):
         delta_dtype: torch.dtype | None = None,
         x_ref_every: int = 1,
         bf16_stochastic_round: bool = False,
+        offload: bool = False,
         max_grad_norm: float | None = None,
         reduce_group: Any = None,
         loss_group: Any = None,
@@ -438,6 +447,7 @@ class MechanicLion(Mechanized, Lion):
             delta_dtype=delta_dtype,
             x_ref_every=x_ref_every,
             bf16_stochastic_round=bf16_stochastic_round,
+            offload=offload,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
             loss_group=loss_group,

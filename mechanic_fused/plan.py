@@ -30,6 +30,7 @@ from .fused_bases import FusedBase, Group
 from .kept_blocks import WHOLE, KeptBlocks, keep
 from .log_tuner import LogTuner
 from .lr_schedule import PEAK, Slip, lr_of
+from .offload import PART, HostCopy, Offload
 from .options import (
     OPTIM_BITS,
     RUNNING,
@@ -101,6 +102,7 @@ class Run:
         squared_norm: N² = Σ g·g of the last step, one number, or one per scale.
         pending: the reduction that the last step of the running form has left under way, or None.
         kept_blocks: tells the phase of each weight.
+        offload: has the weights' copies on the host, or None.
         idle_steps: how many steps in a row have found no gradient.
         step_number: how many steps this object has seen begin.
         slip: what the last step has seen of the peak lrs, if that may have been a slip.
@@ -111,13 +113,16 @@ class Run:
     squared_norm: Tensor | None = None
     pending: Pending | None = None
     kept_blocks: KeptBlocks = field(default_factory=KeptBlocks)
+    offload: Offload | None = None
     idle_steps: int = 0
     step_number: int = 0
     slip: Slip | None = None
     has_slipped: bool = False
 
     def settle(self) -> None:
-        """Finish the step whose sums are still being reduced, if there is one."""
+        """Finish what is under way: steps of released gradients, and the sums of the last step."""
+        if self.offload is not None:
+            self.offload.drain()
         if self.pending is not None:
             self.pending.settle()
             self.pending = None
@@ -158,6 +163,7 @@ class PlanOptions:
         is_running: the running form; its state has no Δ.
         bf16_stochastic_round: of the running form: round bfloat16 weights whose state is narrow
             stochastically, instead of keeping their low bits.
+        offload: step copies of the weights on the host, where the state is.
     """
 
     backend: str
@@ -168,6 +174,7 @@ class PlanOptions:
     loss_group: Any = None
     is_running: bool = False
     bf16_stochastic_round: bool = False
+    offload: bool = False
 
     def format_of_state(self, p: Tensor, group: Group, kind: str) -> StateFormat:
         """Return how the base's state of a weight is stored, for an update of a kind."""
@@ -206,6 +213,7 @@ class BucketKey(NamedTuple):
     is_sharded: bool
     stands_still: bool
     state: StateFormat
+    part: int = 0
 
 
 class StepPlan:
@@ -218,6 +226,7 @@ class StepPlan:
         param_groups, max_grad_norm, extra_groups, grad_scale, found_inf: inputs of the next step,
             set by the optimizer.
         release: the hooks that take gradients during the backward pass, or None.
+        reduce_device: where sums over ranks are reduced; None: where they are.
         settings_changed: whether an option of a param group may have changed since the last step.
         awaits_calibration: whether s_init is still to be calibrated.
         on_step: called after each step that was taken, or None.
@@ -283,6 +292,9 @@ class StepPlan:
         name = backends.resolve(options.backend, tuner.device.type)
         self._tuner_backend = next(same_device, backends.load(name))
         self.reads_on_device = self._reads_on_device()
+        # With offload the sums are on the host, where a group of NCCL alone cannot reduce them.
+        devices = [p.device for p in self._members] if options.offload else []
+        self.reduce_device = next((d for d in devices if d.type != "cpu"), None)
         self.max_grad_norm: float | None = None
         self.extra_groups: tuple[Any, ...] = ()
         self.grad_scale: Tensor | None = None
@@ -313,7 +325,11 @@ class StepPlan:
             every += [(p, share if is_trained(p) else 1) for p in group["params"]]
         self.run.kept_blocks.reduce_group = self.options.reduce_group
         phases = self.run.kept_blocks.phases(every)
+        copies: dict[Tensor, HostCopy] = {}
+        if self.run.offload is not None:
+            copies = self.run.offload.copies_of(p for p in self._members if is_trained(p))
         slots: dict[BucketKey, list[ParamSlot]] = {}
+        offloaded: dict[BucketKey, int] = {}
         count = 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -321,13 +337,15 @@ class StepPlan:
                 if key is not None:
                     row = {"model": 0, "group": number, "parameter": count}[self.options.scale_per]
                     names = STATES.get(key.kind, ())
-                    phase = phases[count]
-                    state = self._state_of(p, key, phase)
+                    phase, copy = phases[count], copies.get(p)
+                    state = self._state_of(p, copy.x if copy else p, key, phase)
                     own_number, element = self._place_of(p, key, count)
                     block = key.state.block
                     slot = ParamSlot(
-                        p, number, row, own_number, state, names, phase, element, block
+                        p, number, row, own_number, state, names, phase, element, block, copy
                     )
+                    if copy:
+                        key = _part_of(key, p, offloaded)
                     slots.setdefault(key, []).append(slot)
                 count += 1
         return slots
@@ -356,7 +374,8 @@ class StepPlan:
         return tuple(groups)
 
     def _bucket_key(self, p: Tensor, kind: str, stands_still: bool, group: Group) -> BucketKey:
-        name = backends.resolve(self.options.backend, p.device.type)
+        stepped_on = "cpu" if self.options.offload else p.device.type
+        name = backends.resolve(self.options.backend, stepped_on)
         # Kernels read flat storage, which a weight with gaps has not, and know four dtypes.
         if not is_dense(local(p)) or p.dtype not in KERNEL_DTYPES:
             name = "reference"
@@ -365,12 +384,16 @@ class StepPlan:
         stored = self.options.format_of_state(p, group, kind)
         return BucketKey(kind, p.device, p.dtype, name, groups, is_sharded, stands_still, stored)
 
-    def _state_of(self, p: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
-        """Return a weight's entries of the state, the missing ones created."""
+    def _state_of(self, p: Tensor, x: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
+        """Return the entries of the state of weight p, the missing ones created as x is laid out.
+
+        Args:
+            x: p, or its copy on the host.
+        """
         kind, state = key.kind, dict(self.states.get(p, {}))
         options = self.options
         delta, low = options.dtype_of_delta(p, key.state), options.has_low_bits(p.dtype, key.state)
-        ensure_state(state, p, kind, key.state, delta, low, phase)
+        ensure_state(state, x, kind, key.state, delta, low, phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -468,6 +491,8 @@ class StepPlan:
         if self.release is not None:
             self.release.check(self, has_grad_scaler=self.found_inf is not None)
         found = any([bucket.collect_gradients() for bucket in self.buckets])
+        for bucket in self.buckets if self.options.offload else ():
+            bucket.fetch_gradients()
         self.has_gradients = found or bool(self.release and self.release.taken)
 
     def load(self, shared: bool) -> bool:
@@ -498,7 +523,8 @@ class StepPlan:
         if len(self._group_sets) == 1 and not self.extra_groups:
             return flag.to(torch.float32)
         rows = {groups: flag.reshape(1) for groups in self._group_sets}
-        return distributed.all_reduce([rows], self.extra_groups).to(torch.float32)
+        reduced = distributed.all_reduce([rows], self.extra_groups, self.reduce_device)
+        return reduced.to(torch.float32)
 
     def write_tables(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Write addresses and hyperparameters to where the kernels read them.
@@ -547,6 +573,8 @@ class StepPlan:
         """
 
         def norms(bucket: Bucket) -> Tensor:
+            if bucket.copies:
+                bucket.wait_for_gradients()
             informative = started or any(g is not None and bool(g.any()) for g in bucket.grads)
             row = bucket.sums.new_full((2,), float(informative))
             row[1] = 0.0
@@ -577,6 +605,8 @@ class StepPlan:
         """Begin the run at this step: x_ref takes the weights."""
         if self.run.phase is Phase.PREPARED:
             self.states.clear()  # type: ignore[attr-defined]
+        if self.run.offload is not None:
+            self.run.offload.read()
         for bucket in self.buckets:
             for x_ref, x, phase in zip(bucket.x_ref, bucket.weights, bucket.phases, strict=True):
                 x_ref.copy_(x if phase == WHOLE else keep(x, x, phase))
@@ -661,7 +691,12 @@ class StepPlan:
         """Take the step of one bucket, with the S that is known."""
         tuner = self._log_tuner
         near = tuner if bucket.device == tuner.device else tuner.to(bucket.device)
+        if not bucket.copies:
+            bucket.backend.step(bucket, near)
+            return
+        bucket.wait_for_gradients()
         bucket.backend.step(bucket, near)
+        bucket.send_weights()
 
     def sums(self) -> Tensor:
         """Return the sums of the last step, (scales, 6), where nothing has to be reduced."""
@@ -794,6 +829,8 @@ class StepPlan:
 
     def finish(self) -> None:
         """Drop the gradients, which would otherwise outlive the next zero_grad."""
+        if self.run.offload is not None:
+            self.run.offload.meet()
         if self.release:
             self.release.end_step()
         for bucket in self.buckets:
@@ -824,7 +861,8 @@ def create_state_of_fakes(
             stored = options.format_of_state(p, group, kind)
             delta, [phase] = options.dtype_of_delta(p, stored), blocks.phases([(p, share)])
             low = options.has_low_bits(p.dtype, stored)
-            ensure_state(states[p], p, kind, stored, delta, low, phase)
+            x = torch.empty_like(p, device="cpu") if options.offload else p
+            ensure_state(states[p], x, kind, stored, delta, low, phase)
 
 
 def _structure(param_groups: Sequence[Group], fused: FusedBase | None) -> list[Any]:
@@ -847,6 +885,17 @@ def standing_still(param_groups: Sequence[Group]) -> list[bool]:
     zero = [not (torch.is_tensor(lr) and lr.device.type != "cpu") and float(lr) == 0 for lr in lrs]
     running = all(group["variant"] == RUNNING for group in param_groups)
     return [running and each and not all(zero) for each in zero]
+
+
+def _part_of(key: BucketKey, p: Tensor, offloaded: dict[BucketKey, int]) -> BucketKey:
+    """Return the key of the part of a bucket that a weight is in: one is copied beside the next.
+
+    Args:
+        offloaded: key → bytes of weights so far; changed in place.
+    """
+    before = offloaded.get(key, 0)
+    offloaded[key] = before + p.numel() * p.element_size()
+    return key._replace(part=before // PART)
 
 
 def _is_constant(value: Any) -> bool:

@@ -219,14 +219,14 @@ def mapped_state(
         state: the entries of ``old``.
         old, new, index_map: as checked by :func:`check_replacement`.
     """
-    rows = index_map.to(old.device)
-    kept = rows >= 0
 
     def of_rows(t: Tensor, otherwise: Tensor | None = None) -> Tensor:
+        rows = index_map.to(t.device)  # with offload that is not the weights'
+        kept = rows >= 0
         mapped = (
             t.new_zeros((len(new), *t.shape[1:]))
             if otherwise is None
-            else otherwise.detach().to(t.dtype, copy=True)
+            else otherwise.detach().to(t.device, t.dtype, copy=True)
         )
         mapped[kept] = t[rows[kept]]
         return mapped
@@ -242,6 +242,7 @@ def mapped_state(
     if x_ref is not None and x_ref.shape == old.shape:
         found["x_ref"] = of_rows(x_ref, new)
         if "delta" in state:
+            kept = index_map.to(old.device) >= 0
             found["x_ref"][kept] += (new.detach() - of_rows(old.detach()))[kept]
     else:
         found.pop("x_ref", None)
@@ -321,6 +322,7 @@ def load_keeping_dtypes(
     load: Callable[[dict[str, Any]], None],
     state_dict: dict[str, Any],
     check: Callable[[dict[str, Any]], None],
+    device: torch.device | None = None,
 ) -> None:
     """Load as torch does, but give every state tensor the dtype in which it was saved.
 
@@ -330,24 +332,33 @@ def load_keeping_dtypes(
 
     Args:
         check: raises for a state dict that does not fit; nothing has changed then.
+        device: where the state is to be, if that is not where its weight is: torch, which would
+            move it to the weight, then gets numbers alone.
     """
     seen: dict[str, Any] = {}
 
-    def note(_: Optimizer, loaded: dict[str, Any]) -> None:
+    def note(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any] | None:
         check(loaded)
         seen.update(loaded)
+        if device is None:
+            return None
+        numbers = {
+            key: {k: v for k, v in entries.items() if not torch.is_tensor(v) or v.dim() == 0}
+            for key, entries in loaded["state"].items()
+        }
+        return {**loaded, "state": numbers}
 
-    def restore_dtypes(loading: Optimizer) -> None:
+    def restore_tensors(loading: Optimizer) -> None:
         keys = [key for group in seen["param_groups"] for key in group["params"]]
         weights = [p for group in loading.param_groups for p in group["params"]]
         for key, p in zip(keys, weights, strict=True):
             for name, value in (seen["state"].get(key) or {}).items():
                 if torch.is_tensor(value):
-                    loading.state[p][name] = value.detach().clone().to(p.device)
+                    loading.state[p][name] = value.detach().clone().to(device or p.device)
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(note),
-        optimizer.register_load_state_dict_post_hook(restore_dtypes, prepend=True),
+        optimizer.register_load_state_dict_post_hook(restore_tensors, prepend=True),
     ]
     try:
         load(state_dict)

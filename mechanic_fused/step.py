@@ -84,7 +84,9 @@ def take_step(plans: Sequence[StepPlan]) -> None:
         max_grad_norm = plans[0].max_grad_norm
         if not started or max_grad_norm is not None:
             norms = [plan.gradient_norms(started) for plan in active]
-            informative, squared_norm = distributed.all_reduce(norms, extra_groups)
+            informative, squared_norm = distributed.all_reduce(
+                norms, extra_groups, plans[0].reduce_device
+            )
             if not started and not start(active, informative):
                 return
             if max_grad_norm is not None:
@@ -133,7 +135,8 @@ def running_form(plans: Sequence[StepPlan], shared: bool, extra_groups: Sequence
         plans[0].log_tune(plans[0].sums())
         return
     rows = [plan.rows_to_reduce() for plan in plans]
-    pending = Pending(distributed.Reduction(rows, extra_groups), plans)
+    reduction = distributed.Reduction(rows, extra_groups, plans[0].reduce_device)
+    pending = Pending(reduction, plans)
     for plan in plans:
         plan.run.pending = pending
 

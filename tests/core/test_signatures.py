@@ -22,6 +22,7 @@ OWN = {
     "delta_dtype": None,
     "x_ref_every": 1,
     "bf16_stochastic_round": False,
+    "offload": False,
     "max_grad_norm": None,
     "reduce_group": None,
     "loss_group": None,

@@ -90,8 +90,9 @@ class Twins(RuleBasedStateMachine):
         more=st.sampled_from([{}, {"maximize": True}, {"weight_decay": 0.1}]),
         part=st.booleans(),
         rounds=st.booleans(),
+        offloaded=st.booleans(),
     )
-    def begin(self, base, dtypes, shapes, options, more, part, rounds):
+    def begin(self, base, dtypes, shapes, options, more, part, rounds, offloaded):
         """Make twins."""
         options = {k: v for k, v in options.items() if v is not None} | more
         self.base, self.options, self.scale_per = base, options, options["scale_per"]
@@ -100,6 +101,7 @@ class Twins(RuleBasedStateMachine):
             options["x_ref_every"] = 8
         if rounds and options["variant"] == "running" and options["optim_bits"] < 32:
             options["bf16_stochastic_round"] = True
+        self.offloaded = offloaded and options["variant"] == "running"
         kernels = kernels_of("cpp", self.patch)
         self.lockstep = Lockstep(kernels, self.patch, options["variant"])
         self.pairs = []
@@ -113,7 +115,10 @@ class Twins(RuleBasedStateMachine):
 
     def make(self, params, backend):
         """Return an optimizer as the case began with."""
-        return FUSED[self.base](params, lr=1.0, backend=backend, **self.options)
+        options = self.options
+        if backend == "cpp" and self.offloaded:
+            options = {**options, "offload": True}
+        return FUSED[self.base](params, lr=1.0, backend=backend, **options)
 
     def made_anew(self, opt):
         """Return an optimizer of the same groups that has seen nothing."""
