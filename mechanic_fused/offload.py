@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,64 +22,60 @@ from .torch_internals import dtensor, is_fsdp1_flat, read_version
 PART = 1 << 26
 """Bytes of weights that are stepped while others are copied, where gradients are not released."""
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element → the dtype in which a checksum reads them."""
 
 
 class Lanes:
     """Two streams of a GPU: gradients go to the host on one, weights come back on the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, torch.get_device_module(device)
-        self.down, self.up = self.module.Stream(device), self.module.Stream(device)
+        self._device, self._module = device, torch.get_device_module(device)
+        self._down, self._up = self._module.Stream(device), self._module.Stream(device)
+
+    def fetch(self, task: Callable[[], None], *read: Tensor) -> Any:
+        """Queue copies to the host, after all that is queued so far; return the event of their end.
+
+        Args:
+            task: queues them; it reads the tensors ``read``, which may then be freed.
+        """
+        self._down.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._down):
+            task()
+        for t in read:
+            t.record_stream(self._down)
+        return self._down.record_event()
+
+    def send(self, task: Callable[[], None]) -> None:
+        """Queue copies to the device."""
+        with self._module.stream(self._up):
+            task()
 
     def meet(self) -> None:
-        """Let what is queued from now on see all weights."""
-        self.module.current_stream(self.device).wait_stream(self.up)
+        """Let what is queued from now on see what was sent."""
+        self._module.current_stream(self._device).wait_stream(self._up)
 
 
 class HostCopy:
-    """A weight's copy on the host, and room for its gradient.
+    """The copy of a weight that is on the host itself: what is there is taken in every step.
 
     Attributes:
         x: the copy, laid out as the weight.
         gradient: as x.
-
-    Args:
-        weight: plain, on any device.
-        lanes: of its device; None on the CPU, where copies are made at once.
     """
 
-    def __init__(self, weight: Tensor, lanes: Lanes | None) -> None:
-        self.weight, self._lanes = weight.detach(), lanes
-        pinned = lanes is not None
+    def __init__(self, weight: Tensor, pin_memory: bool = False) -> None:
+        self.weight = weight.detach()
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
-        self.x = torch.empty_like(
-            self.weight, device="cpu", pin_memory=pinned, memory_format=layout
+        self.x, self.gradient = (
+            torch.empty_like(self.weight, device="cpu", pin_memory=pin_memory, memory_format=layout)
+            for _ in range(2)
         )
-        self.gradient = torch.empty_like(self.x, pin_memory=pinned)
-        # The checksums of what was written to the weight and of what is there now.
-        self._sums = torch.zeros(2, dtype=torch.int64, device=weight.device)
-        self._found = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
-        self._arrived: Any = None
         self.read()
 
     def read(self) -> None:
         """Take the weight as it is."""
-        lanes = self._lanes
-        if lanes is None:
-            self._read()
-        else:
-            lanes.down.wait_stream(lanes.module.current_stream(lanes.device))
-            with lanes.module.stream(lanes.down):
-                self._read()
-
-    def _read(self) -> None:
-        self._sums[0] = self._checksum()
-        self._noted = read_version(self.weight)
-        self._is_modified = False
-        # It waits for all that is queued before it.
         self.x.copy_(self.weight)
-        self._found.zero_()
 
     def begin(self, g: Tensor) -> Tensor:
         """Begin to copy the weight's gradient to the host; return where it will be.
@@ -87,16 +84,50 @@ class HostCopy:
             ValueError: for a gradient without storage.
         """
         check_stored(g)
+        self.gradient.copy_(g)
+        self.read()
+        return self.gradient
+
+    def end(self) -> None:
+        """Wait for what :meth:`begin` has begun."""
+
+    def send(self) -> None:
+        """Begin to copy x to the weight."""
+        self.weight.copy_(self.x)
+
+
+class PinnedCopy(HostCopy):
+    """The copy of a weight on a GPU, which is read only where others have written to it.
+
+    Its version counter tells most of these writes. Those through ``p.data`` leave it as it is: a
+    checksum on the device tells them.
+
+    Args:
+        weight: the weight.
+        lanes: of its device.
+    """
+
+    def __init__(self, weight: Tensor, lanes: Lanes) -> None:
+        self._lanes = lanes
+        # The checksums of what was written to the weight and of what is there now.
+        self._sums = torch.zeros(2, dtype=torch.int64, device=weight.device)
+        on_gpu = weight.device.type != "cpu"
+        self._found = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._arrived: Any = None
+        super().__init__(weight, pin_memory=on_gpu)
+
+    def read(self) -> None:
+        self._noted = read_version(self.weight)
+        self._lanes.fetch(self._read).synchronize()
+
+    def _read(self) -> None:
+        self.x.copy_(self.weight, non_blocking=True)
+        self._sums[0] = self._checksum()
+
+    def begin(self, g: Tensor) -> Tensor:
+        check_stored(g)
         self._is_modified = self._noted != read_version(self.weight)
-        lanes = self._lanes
-        if lanes is None:
-            self._fetch(g)
-            return self.gradient
-        lanes.down.wait_stream(lanes.module.current_stream(lanes.device))
-        with lanes.module.stream(lanes.down):
-            self._fetch(g)
-        g.record_stream(lanes.down)
-        self._arrived = lanes.down.record_event()
+        self._arrived = self._lanes.fetch(partial(self._fetch, g), g)
         return self.gradient
 
     def _fetch(self, g: Tensor) -> None:
@@ -105,30 +136,21 @@ class HostCopy:
         self._found.copy_(self._sums, non_blocking=True)
 
     def end(self) -> None:
-        """Wait for the gradient, and for the weight where others have written to it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._arrived.synchronize()
         written, now = self._found.tolist()
-        # A checksum too, since writes through p.data leave the version counter as it is.
         if self._is_modified or written != now:
             self.read()
 
     def send(self) -> None:
-        """Begin to copy x to the weight."""
-        lanes = self._lanes
-        if lanes is None:
-            self._write()
-        else:
-            with lanes.module.stream(lanes.up):
-                self._write()
+        self._lanes.send(self._send)
 
-    def _write(self) -> None:
+    def _send(self) -> None:
         self.weight.copy_(self.x, non_blocking=True)
-        self._sums[0] = self._checksum()
         self._noted = read_version(self.weight)
+        self._sums[0] = self._checksum()
 
     def _checksum(self) -> Tensor:
-        return self.weight.view(BITS[self.weight.element_size()]).sum(dtype=torch.int64)
+        return self.weight.view(INTEGERS[self.weight.element_size()]).sum(dtype=torch.int64)
 
 
 class Offload:
@@ -146,14 +168,15 @@ class Offload:
         kept, self._copies = self._copies, {}
         for p in weights:
             copy = kept.get(p)
-            if copy is None or not _is_of(copy, p):
-                lanes = None
-                if p.device.type != "cpu":
-                    lanes = self._lanes.get(p.device) or Lanes(p.device)
-                    self._lanes[p.device] = lanes
-                copy = HostCopy(p, lanes)
-            self._copies[p] = copy
+            self._copies[p] = copy if copy and _is_of(copy, p) else self._new_copy(p)
         return self._copies
+
+    def _new_copy(self, p: Tensor) -> HostCopy:
+        if p.device.type == "cpu":
+            return HostCopy(p)
+        if p.device not in self._lanes:
+            self._lanes[p.device] = Lanes(p.device)
+        return PinnedCopy(p, self._lanes[p.device])
 
     def read(self) -> None:
         """Take all weights as they are."""

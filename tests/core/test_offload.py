@@ -10,9 +10,68 @@ from support import cases
 from support.cases import FUSED, RADAM, Training, assert_same, make_weights, run, snapshot
 
 from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize, offload, step_together
+from mechanic_fused.plan import StepPlan
 
 STEPS = 8
+
+
+class LateLanes:
+    """A device whose copies are made as late as they may be: when somebody waits for them.
+
+    What is copied too early by mistake, or is never waited for, shows in the numbers.
+    """
+
+    def __init__(self, device):
+        self.down, self.up, self.lock = [], [], threading.RLock()
+
+    def fetch(self, task, *read):
+        """Queue a copy to the host."""
+        with self.lock:
+            self.down.append(task)
+            return LateEvent(self, len(self.down))
+
+    def send(self, task):
+        """Queue a copy to the device."""
+        with self.lock:
+            self.up.append(task)
+
+    def meet(self):
+        """Make what was sent."""
+        with self.lock:
+            while self.up:
+                self.up.pop()()
+
+    def arrive(self, count):
+        """Make the first copies to the host, in their order."""
+        with self.lock, torch.no_grad():
+            for i in range(count):
+                task, self.down[i] = self.down[i], lambda: None
+                task()
+
+
+class LateEvent:
+    """The end of a copy."""
+
+    def __init__(self, lanes, count):
+        self.synchronize = lambda: lanes.arrive(count)
+
+
+@pytest.fixture(params=["cpu", "late"])
+def device(request, monkeypatch):
+    """A device: that of the host, or one beside it."""
+    if request.param == "late":
+        lanes = LateLanes("late")
+
+        def late_copy(self, p):
+            self._lanes["late"] = lanes
+            return offload.PinnedCopy(p, lanes)
+
+        monkeypatch.setattr(offload.Offload, "_new_copy", late_copy)
+    return request.param
+
+
 SHAPES = ((64, 96), (96,), (3, 5), ())
+pytestmark = pytest.mark.usefixtures("device")
 WEIGHT = 64 * 96 * 4
 """Bytes of the first of these, in float32."""
 
@@ -99,32 +158,27 @@ def test_the_state_is_on_the_host_and_the_gradients_are_freed():
 
 
 def test_weights_are_stepped_while_the_backward_pass_goes_on(monkeypatch):
-    """The first layer's gradient waits until the last layer's weight has been stepped."""
+    """The gradient of the first layer waits until the weight of the last has been stepped."""
     opt, net = released(True)
     train(opt, net, 1)
-    last, before = net.layers[-1].weight, net.layers[-1].weight.clone()
-    sent, threads = threading.Event(), set()
-    send = offload.HostCopy.send
+    last, stepped, threads = net.layers[-1].weight, threading.Event(), set()
+    step_bucket = StepPlan.step_bucket
 
-    def note(host_copy):
-        send(host_copy)
-        threads.add(threading.current_thread())
-        if host_copy.weight.data_ptr() == last.data_ptr():
-            sent.set()
+    def note(plan, bucket):
+        step_bucket(plan, bucket)
+        if bucket.parameters[0] is last:
+            threads.add(threading.current_thread())
+            stepped.set()
 
-    monkeypatch.setattr(offload.HostCopy, "send", note)
+    monkeypatch.setattr(StepPlan, "step_bucket", note)
     seen = []
-
-    def wait(gradient):
-        seen.append(sent.wait(60) and not torch.equal(last, before))
-
     hidden = net.layers[0](torch.ones(4, 8))
-    hidden.register_hook(wait)
+    hidden.register_hook(lambda _: seen.append(stepped.wait(60)))
     for layer in net.layers[1:]:
         hidden = layer(hidden.relu())
     hidden.sum().backward()
     assert seen == [True]
-    assert threading.current_thread() not in threads
+    assert len(threads - {threading.current_thread()}) == 1
     opt.step()
 
 
@@ -139,16 +193,27 @@ def test_what_still_needs_a_stepped_weight_raises():
         loss.backward()
 
 
+def test_what_needs_it_in_the_same_backward_pass_raises_too():
+    """As where the weight is written at once, though here that may come later."""
+    weight, before = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    opt = MechanicSGD([weight], lr=1.0, s_init=0.1, offload=True)
+    opt.release_gradients()
+    hidden = before * weight.detach()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (hidden @ weight).sum().backward()
+    opt.zero_grad()
+
+
 def test_an_error_in_the_thread_is_raised_by_the_step(monkeypatch):
     opt, net = released(True)
     train(opt, net, 1)
 
-    def fail(_):
+    def fail(*_):
         raise MemoryError("no room")
 
     net(torch.ones(4, 8)).sum().backward()
     opt.step()
-    monkeypatch.setattr(offload.HostCopy, "send", fail)
+    monkeypatch.setattr(StepPlan, "step_bucket", fail)
     net(torch.ones(4, 8)).sum().backward()
     with pytest.raises(MemoryError, match="no room"):
         opt.step()
@@ -181,14 +246,28 @@ def test_what_others_write_to_weights_is_taken(write, release):
 
 
 def test_weights_that_are_loaded_before_the_first_gradient_are_the_start():
+    """Also one that gets no gradient in the first step."""
+
     def loop(each):
         each.opt.step()
-        with torch.no_grad():
-            for p in each.params:
-                p.data.add_(1)
+        for p in each.params:
+            p.data.add_(1)
+        cases.set_gradients(each.params, 0)
+        each.params[0].grad = None
+        each.opt.step()
         each.run(STEPS)
 
     both(loop)
+
+
+def test_so_are_those_loaded_before_the_first_released_gradient():
+    runs = [released(offloaded) for offloaded in (True, False)]
+    for opt, net in runs:
+        opt.step()
+        for p in net.parameters():
+            p.data.add_(0.1)
+        train(opt, net)
+    assert_same(*(snapshot(opt) for opt, _ in runs))
 
 
 def test_weights_may_have_no_gradient_for_a_while():
