@@ -31,12 +31,20 @@ def arm(beta2: float, bits: int) -> str:
     return f"beta2 {beta2:g}, {bits} bits"
 
 
+def control(beta2: float) -> str:
+    """Return the name of the arm in 32 bits that is rounded otherwise."""
+    return f"{arm(beta2, 32)}, ε + 0.0001 %"
+
+
 NARROW: dict[str, dict[str, Any]] = {
     arm(beta2, bits): {"betas": (0.9, beta2), "optim_bits": bits}
     for beta2 in BETAS2
     for bits in BITS
 }
 """Arm → options of MechanicAdamW."""
+
+NARROW |= {control(beta2): {"betas": (0.9, beta2), "eps": 1e-8 * (1 + 1e-6)} for beta2 in BETAS2}
+"""The controls: how far apart twins end that differ in nothing but roundings."""
 
 
 def rounded(lr: float, problem: Problem, task: Task) -> Any:

@@ -170,7 +170,8 @@ def ablations(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
 def narrow_states(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
     """Return how far Mechanic with a narrow state is behind its twins with a wide one.
 
-    Mean and worst of the seeds of a task, and of all tasks with the same β₂, each task once.
+    Mean and worst of the seeds of a task, and of all tasks with the same β₂, each task once. The
+    control is as wide as they are, and differs in nothing but roundings.
     """
     lines = []
     for beta2 in narrow_state.BETAS2:
@@ -178,6 +179,7 @@ def narrow_states(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
         named = {
             arm: f"{bits} bits" for arm, bits in zip(narrow, narrow_state.BITS[1:], strict=True)
         }
+        named[narrow_state.control(beta2)] = "control"
         found = _behind(rows, tasks, protocol, "Mechanic AdamW", wide, named)
         lines += [{"task": line.pop("task"), "beta2": beta2, **line} for line in found]
     return pandas.DataFrame(lines)

@@ -381,9 +381,9 @@ def test_narrow_states_are_beside_their_twins(convergence, monkeypatch):
 
     tasks = ["char", "iris"]
     ours = convergence.tables.narrow_states(rows, tasks, protocol).set_index(["task", "beta2"])
-    assert list(ours.loc[("char", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4])
-    assert list(ours.loc[("all", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4])
-    assert list(ours.loc[("char", 0.999)]) == pytest.approx([2, 0, 0, 0, 0])
+    assert list(ours.loc[("char", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4, 0, 0])
+    assert list(ours.loc[("all", 0.95)]) == pytest.approx([2, 0, 0, 0.2, 0.4, 0, 0])
+    assert list(ours.loc[("char", 0.999)]) == pytest.approx([2, *[0] * 6])
     others = convergence.tables.narrow_rivals(rows, tasks, protocol).set_index("task")
     assert list(others.loc["char"]) == pytest.approx([2, 0, 0, 0, 0, 1.5, 3])
 
