@@ -81,7 +81,9 @@ def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
         pairs += [(baselines.adamw(name, optim_bits=8, x_ref_every=8), FUSED) for name in names]
         # The fair rival: 20 bytes a weight.
         pairs += [(each, baselines.torch_adamw_narrow()) for each in narrow]
-    pairs += [(each, FUSED) for each in baselines.lean_adamws()]
+    for each in baselines.lean_adamws():
+        pairs += [(each, FUSED)]
+        pairs += [(baselines.adamw(name, optim_bits=8), each) for name in names]
     pairs += [(FOREACH, FUSED)]
     if case.name.startswith("1.5B"):
         return pairs  # the other packages' copies would not fit into memory

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from .._harness import records, tables
-from .._harness.baselines import adamw, mechanic_pytorch, torch_adamw
+from .._harness.baselines import (
+    adamw,
+    lean_adamws,
+    mechanic_pytorch,
+    torch_adamw,
+    torch_adamw_narrow,
+)
 from .._harness.records import ROOT, Record, Row
 from .._harness.tables import Requirement, shown
 
@@ -37,8 +43,27 @@ def requirements(backends: tuple[str, ...]) -> list[Requirement]:
             Requirement("1000x1000", ours, fused, 1.0),
             Requirement("1000x1000", ours, None, 2, quantity="launches"),
             Requirement("124M", mechanic_pytorch().name, ours, 10, at_least=True),
+            *narrow_requirements(adamw(backend, optim_bits=8).name),
         ]
     return found
+
+
+def narrow_requirements(ours: str) -> list[Requirement]:
+    """Return what is required of ours with a state of 8 bits."""
+    fused = torch_adamw("fused").name
+    found = [
+        Requirement("1.5B", ours, fused, 0.80, floor=True),
+        Requirement("1.5B", ours, torch_adamw_narrow().name, 1.1, floor=True),
+        Requirement("1.5B", ours, None, 0.88, at_least=True, quantity="of_copy"),
+        Requirement("1.5B-bf16", ours, fused, 0.95, floor=True),
+        Requirement("1.5B-bf16", ours, None, 0.88, at_least=True, quantity="of_copy"),
+        Requirement("1000x1000", ours, fused, 0.6),
+        Requirement("1000x16", ours, fused, 0.6),
+    ]
+    others = [each.name for each in lean_adamws()]
+    return found + [
+        Requirement(case, ours, other, 1.0) for case in ("1.5B", "1.5B-bf16") for other in others
+    ]
 
 
 def host_table(rows: list[Row]) -> str:
