@@ -16,10 +16,10 @@ namespace mechanic {
 // A row of the tensor table. An address of 0: the weight has no such array.
 struct Tensor {
   int64_t gradient, weight, x_low, x_ref, delta, state0, state1, step;
-  int64_t scales0, scales1;  // of the blocks of an 8-bit state
-  int64_t scale;             // the weight's row of the sums and of the tuner's state
-  int64_t group;             // its row of the hyperparameters
-  int64_t number;            // its number in the optimizer
+  int64_t scales0, scales1, delta_scales;  // of blocks of codes
+  int64_t scale;                           // the weight's row of the sums and of the tuner's state
+  int64_t group;                           // its row of the hyperparameters
+  int64_t number;                          // its number in the optimizer
   int64_t phase;    // where its first element is among kReferencePeriod; -1: all have an x_ref
   int64_t element;  // the index of its first element in the whole weight, whose shard it may be
 };
@@ -135,7 +135,7 @@ struct LogTuner {
 enum class Kind : int64_t { kSgd, kMomentum, kAdam, kLion };
 
 // How numbers are stored; for_dtype in storage.h calls a function with a number of that dtype.
-// Only a state has codes, see quantize.h.
+// Only a state and delta have codes, see quantize.h.
 enum class DType : int64_t { kFloat, kDouble, kBFloat16, kHalf, kCode };
 
 // Where the tables of a bucket are.

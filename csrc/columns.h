@@ -30,14 +30,14 @@ constexpr bool covers(const Column (&columns)[kCount]) {
 }
 
 constexpr Column kTensorColumns[] = {
-    MECHANIC_COLUMN(Tensor, gradient), MECHANIC_COLUMN(Tensor, weight),
-    MECHANIC_COLUMN(Tensor, x_low),    MECHANIC_COLUMN(Tensor, x_ref),
-    MECHANIC_COLUMN(Tensor, delta),    MECHANIC_COLUMN(Tensor, state0),
-    MECHANIC_COLUMN(Tensor, state1),   MECHANIC_COLUMN(Tensor, step),
-    MECHANIC_COLUMN(Tensor, scales0),  MECHANIC_COLUMN(Tensor, scales1),
-    MECHANIC_COLUMN(Tensor, scale),    MECHANIC_COLUMN(Tensor, group),
-    MECHANIC_COLUMN(Tensor, number),   MECHANIC_COLUMN(Tensor, phase),
-    MECHANIC_COLUMN(Tensor, element)};
+    MECHANIC_COLUMN(Tensor, gradient),     MECHANIC_COLUMN(Tensor, weight),
+    MECHANIC_COLUMN(Tensor, x_low),        MECHANIC_COLUMN(Tensor, x_ref),
+    MECHANIC_COLUMN(Tensor, delta),        MECHANIC_COLUMN(Tensor, state0),
+    MECHANIC_COLUMN(Tensor, state1),       MECHANIC_COLUMN(Tensor, step),
+    MECHANIC_COLUMN(Tensor, scales0),      MECHANIC_COLUMN(Tensor, scales1),
+    MECHANIC_COLUMN(Tensor, delta_scales), MECHANIC_COLUMN(Tensor, scale),
+    MECHANIC_COLUMN(Tensor, group),        MECHANIC_COLUMN(Tensor, number),
+    MECHANIC_COLUMN(Tensor, phase),        MECHANIC_COLUMN(Tensor, element)};
 static_assert(covers<Tensor>(kTensorColumns), "the names must be those of Tensor, in order");
 
 constexpr Column kChunkColumns[] = {MECHANIC_COLUMN(Chunk, tensor), MECHANIC_COLUMN(Chunk, offset),

@@ -1,5 +1,5 @@
-// Block-wise quantization of the base's state to 8-bit codes: the formulas of
-// mechanic_fused/backends/quantize.py, which says what they are for, under the same names.
+// Block-wise quantization of the base's state to 8-bit codes, and of delta to 16 bits: the formulas
+// of mechanic_fused/backends/quantize.py, which says what they are for, under the same names.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +22,14 @@ struct CodeFormat {
   using Code = C;
   static constexpr bool kSigned = C(-1) < C(0);
   static constexpr int kRoot = kOrderBits, kTop = kLargest;
+  static constexpr int kNotANumber = -kTop - 1;  // where it has a sign
   static constexpr uint32_t kStride = kStep;
   static constexpr int32_t kBias = (127 << 23) - ((127 << 23) >> kRoot);
 };
 
 struct Signed : CodeFormat<int8_t, 2, 127, 0xbb67ae85u> {};     // momenta; the root of 3
 struct Unsigned : CodeFormat<uint8_t, 3, 255, 0x6a09e667u> {};  // v; the root of 2
+struct Linear : CodeFormat<int16_t, 0, 32767, 0xa54ff53au> {};  // delta; the root of 7
 
 // The root of x >= 0, on a line between powers of 2.
 template <class Codes>
@@ -64,6 +66,13 @@ struct BlockScale {
 
 template <class Codes>
 MECHANIC_INLINE BlockScale block_scale(int32_t largest_size) {
+  if constexpr (Codes::kRoot == 0) {
+    // The largest power of 2 that is not above it, at least 2^-100: that and its inverse are exact.
+    constexpr int32_t kLeastPower = (127 - 100) << 23;
+    const int32_t power = largest_size & 0x7f800000;
+    const float one = bit_cast<float>(power > kLeastPower ? power : kLeastPower) * 0x1p-14f;
+    return {one, float(1 << kFractionBits) / one};
+  }
   const float largest = compand<Codes>(bit_cast<float>(largest_size)), top = float(Codes::kTop);
   // The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
   constexpr float kFractions = float((1 << kFractionBits) * (1 + 0x1p-21));
@@ -76,10 +85,12 @@ template <class Codes, bool kFinite = false>
 MECHANIC_INLINE int32_t quantize(float x, int32_t size, float fractions, uint32_t rounding_bits) {
   const int32_t count = int32_t(compand<Codes>(bit_cast<float>(size)) * fractions);
   int32_t q = (count + int32_t(rounding_bits >> (32 - kFractionBits))) >> kFractionBits;
+  if constexpr (Codes::kRoot == 0) q = q < Codes::kTop ? q : Codes::kTop;
   if constexpr (Codes::kSigned) {
     q = size != 0 ? q : 0;
     q = x < 0 ? -q : q;
-    return kFinite || (bit_cast<int32_t>(x) & 0x7fffffff) < 0x7f800000 ? q : -128;
+    const bool is_number = kFinite || (bit_cast<int32_t>(x) & 0x7fffffff) < 0x7f800000;
+    return is_number ? q : Codes::kNotANumber;
   } else {
     q = q < 1 ? 1 : q;
     return size != 0 ? q : 0;
@@ -91,7 +102,8 @@ template <class Codes>
 MECHANIC_INLINE float dequantize(int32_t q, float one) {
   if constexpr (Codes::kSigned) {
     const int32_t size = bit_cast<int32_t>(expand<Codes>(float(q < 0 ? -q : q) * one));
-    return bit_cast<float>(size | (q & INT32_MIN) | (q == -128 ? 0x7fc00000 : 0));
+    const int32_t not_a_number = q == Codes::kNotANumber ? 0x7fc00000 : 0;
+    return bit_cast<float>(size | (q & INT32_MIN) | not_a_number);
   } else {
     return expand<Codes>(float(q) * one);
   }

@@ -55,7 +55,7 @@ void for_dtype(DType dtype, Run run) {
   }
 }
 
-// Stands for 8-bit codes among the dtypes of a state, see quantize.h.
+// Stands for codes among the dtypes of a state and of delta, see quantize.h.
 struct Code {};
 
 // Call run with a number of the weights' dtype and one of the state's.
@@ -68,6 +68,18 @@ void for_stored(const DTypes& dtypes, Run run) {
       if (dtypes.state == DType::kBFloat16) return run(weight, BFloat16());
     }
     if (dtypes.state == dtypes.weight) return run(weight, weight);
+    run(weight, T());
+  });
+}
+
+// Call run with a number of the weights' dtype, and with Code if delta has codes or else a number.
+template <class Run>
+void for_delta(const DTypes& dtypes, Run run) {
+  for_dtype(dtypes.weight, [&](auto weight) {
+    using T = opmath_t<decltype(weight)>;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (dtypes.delta == DType::kCode) return run(weight, Code());
+    }
     run(weight, T());
   });
 }

@@ -32,6 +32,8 @@ from .param_checks import check_gradient, check_stored, is_dense
 from .state_formats import SCALE_SUFFIX
 from .torch_internals import local, local_tensors, padding_of, read_version
 
+DELTA_SCALES = f"delta{SCALE_SUFFIX}"
+
 
 def chunk_table(sizes: list[int], chunk: int) -> Tensor:
     """Return (chunks, 3) int64, a row of ``layout.CHUNK`` for each piece of such tensors."""
@@ -95,6 +97,8 @@ class Bucket:
         rows, groups, numbers: row of the sums, row of the hyperparameters, number in the optimizer.
         state_block: elements that share a scale of an 8-bit state; 0: the state has no codes.
         scales: tensors of those scales, a tuple as in ``states``; empty without codes.
+        delta_scales: of a Δ in codes, which it has in the exact forms where the state has; or
+            empty.
         elements: index of the first element in the whole weight.
         phases: of x_ref, see ``kept_blocks.py``; WHOLE where all elements have one.
         copies: the weights' copies on the host; empty without offload.
@@ -103,7 +107,7 @@ class Bucket:
         padding: how many of them are no weights; empty where all are.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
         sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
-        tensors: (weights, 15) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
+        tensors: (weights, 16) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
         live_lr: group → an lr on the device that kernels read there.
         grad_scale, found_inf: GradScaler's, or None.
         clip: (2,) float64: N² and max_norm, or None.
@@ -163,11 +167,13 @@ class Bucket:
         self.x_ref = self._own("x_ref")
         self.delta = self._own("delta")
         self.x_low = self._own("x_low")
-        self.delta_is_bfloat16 = any(t.dtype is not self.compute_dtype for t in self.delta[:1])
+        self.delta_is_bfloat16 = any(t.dtype is torch.bfloat16 for t in self.delta[:1])
         self.states = [tuple(local(slot.state[name]) for name in slot.names) for slot in slots]
         self.state_block = slots[0].block
         scale_names = [name + SCALE_SUFFIX for name in slots[0].names if self.state_block]
         self.scales = [tuple(local(slot.state[name]) for name in scale_names) for slot in slots]
+        delta_scales = [name for name in (DELTA_SCALES,) if self.delta and self.state_block]
+        self.delta_scales = [local(slot.state[name]) for slot in slots for name in delta_scales]
         narrow = [t.dtype is not self.compute_dtype for t in (*self.states[0], *self.delta[:1])]
         has_wide_x = bool(self.delta) or bool(self.x_low) or self.dtype is not torch.bfloat16
         self.rounds_by_random_bits = any(narrow) or not has_wide_x
@@ -191,7 +197,7 @@ class Bucket:
         self.step_count: Tensor | None = None
         self.tensors_stale = self.hyper_stale = True
         self.handle: Any = None
-        names = [*self.own_state[0], *slots[0].names, *scale_names]
+        names = [*self.own_state[0], *delta_scales, *slots[0].names, *scale_names]
         names += ["step"] if self.steps else []
         self._entries_of = _getter(names)
         self._states = [slot.state for slot in slots]
@@ -419,6 +425,7 @@ class Bucket:
                 "x_low": self.x_low[i].data_ptr() if self.x_low else 0,
                 "x_ref": self.x_ref[i].data_ptr(),
                 "delta": self.delta[i].data_ptr() if self.delta else 0,
+                "delta_scales": self.delta_scales[i].data_ptr() if self.delta_scales else 0,
                 "state0": state0,
                 "state1": state1,
                 "step": self.steps[i].data_ptr() if self.steps else 0,

@@ -119,7 +119,7 @@ def check_entries(
             for name in (*OWN_STATE, *(names or ())):
                 if entries.get(name) is not None:
                     of = f"{name} of {weight}, of shape {tuple(p.shape)},"
-                    if name in (names or ()) and has_codes(entries[name]):
+                    if name in (*(names or ()), "delta") and has_codes(name, entries[name]):
                         check_codes(name, entries, p, f"the checkpoint's {of}")
                         _check_scales(name, entries, f"the checkpoint's {of}")
                     else:
@@ -152,7 +152,7 @@ def _check_scales(name: str, entries: Group, what: str) -> None:
     most = quantize.largest_scale(codes_of(name)) * (1 + 1e-6)
     if not bool(((scales >= 0) & (scales <= most)).all()):
         raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} of numbers from 0 to "
+            f"{what} holds codes: expected {name}{SCALE_SUFFIX} of numbers from 0 to "
             f"{most:.4g}, got {scales.min()} to {scales.max()}"
         )
 

@@ -764,7 +764,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 "load what to_base() gives"
             )
         groups = with_own_optim_bits(groups, self.param_groups)
-        state_dict = {**state_dict, "param_groups": groups}
+        states = state.with_short_integers(state_dict["state"])
+        state_dict = {**state_dict, "state": states, "param_groups": groups}
         check_scales(groups, self.param_groups, self._scale_per)
         host = torch.device("cpu") if self._offload else None
         load = super().load_state_dict

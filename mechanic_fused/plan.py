@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed
-from .backends import reference
+from .backends import quantize, reference
 from .backends.layout import COUNT, GD, GG, HALF_DTYPES, KERNEL_DTYPES, STATES, SUMS, compute_dtype
 from .bucket import Bucket, ParamSlot
 from .distributed import (
@@ -189,17 +189,19 @@ class PlanOptions:
         rounds = self.bf16_stochastic_round and weight is torch.bfloat16 and is_narrow
         return self.is_running and weight in HALF_DTYPES and not rounds
 
-    def dtype_of_delta(self, p: Tensor, stored: StateFormat) -> torch.dtype | None:
-        """Return the dtype of a weight's Δ, or None in forms without one.
+    def format_of_delta(self, p: Tensor, stored: StateFormat) -> StateFormat | None:
+        """Return how a weight's Δ is stored, or None in forms without one.
 
-        Where ``optim_bits`` has made the base's state narrow, so is Δ.
+        Where ``optim_bits`` has made the base's state narrow, Δ has 16 bits: codes beside codes.
         """
         wide = compute_dtype(p.dtype)
         if self.is_running:
             return None
+        if stored.block:
+            return StateFormat(quantize.LINEAR.dtype, stored.block)
         narrow = stored.dtype is not wide and self.state_dtype is None
         given = torch.bfloat16 if narrow else self.delta_dtype
-        return given if given and wide is torch.float32 else wide
+        return StateFormat(given if given and wide is torch.float32 else wide)
 
 
 class BucketKey(NamedTuple):
@@ -392,7 +394,7 @@ class StepPlan:
         """
         kind, state = key.kind, dict(self.states.get(p, {}))
         options = self.options
-        delta, low = options.dtype_of_delta(p, key.state), options.has_low_bits(p.dtype, key.state)
+        delta, low = options.format_of_delta(p, key.state), options.has_low_bits(p.dtype, key.state)
         ensure_state(state, x, kind, key.state, delta, low, phase)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
@@ -789,7 +791,8 @@ class StepPlan:
             for i, group in enumerate(bucket.groups):
                 if to_peak[group]:
                     row[0] += reference.squared_norm(bucket.weights[i])
-                    row[1] += reference.squared_norm(bucket.delta[i]) * to_peak[group] ** 2
+                    delta = reference.read_delta(bucket, i)
+                    row[1] += reference.squared_norm(delta) * to_peak[group] ** 2
                     row[2] += bucket.sizes[i]
             # NaN, which skips the calibration, if any gradient was not finite.
             row[1] += 0.0 * bucket.sums[:, GG].sum()
@@ -859,7 +862,7 @@ def create_state_of_fakes(
             if not fused and p.grad is None:
                 continue  # the base takes any entry for a state that it has made itself
             stored = options.format_of_state(p, group, kind)
-            delta, [phase] = options.dtype_of_delta(p, stored), blocks.phases([(p, share)])
+            delta, [phase] = options.format_of_delta(p, stored), blocks.phases([(p, share)])
             low = options.has_low_bits(p.dtype, stored)
             x = torch.empty_like(p, device="cpu") if options.offload else p
             ensure_state(states[p], x, kind, stored, delta, low, phase)

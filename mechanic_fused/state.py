@@ -37,13 +37,16 @@ from .state_formats import (
 )
 from .torch_internals import dtensor, is_fake, is_fsdp1_flat, local
 
+LOW_BITS = StateFormat(torch.int16)
+"""Those of 16-bit weights: integers, and no codes."""
+
 
 def ensure_state(
     state: dict[str, Any],
     x: Tensor,
     kind: str,
     stored: StateFormat,
-    delta_dtype: torch.dtype | None,
+    delta: StateFormat | None,
     low_bits: bool,
     phase: int = WHOLE,
 ) -> None:
@@ -55,7 +58,7 @@ def ensure_state(
         kind: its update, which names the base's own entries; the base of the fallback creates its
             own.
         stored: how the base's entries are stored.
-        delta_dtype: the dtype of Δ; None in the running form, which has none.
+        delta: how Δ is stored; None in the running form, which has none.
         low_bits: whether the low bits of a 16-bit weight are kept.
         phase: of x_ref, see ``kept_blocks.py``.
 
@@ -67,7 +70,7 @@ def ensure_state(
     _check_given(state, x, (*names, *OWN_STATE), phase)
     if kind not in STATES:
         # The fallback's base steps on copies in the compute dtype, and so does its state.
-        for name in [name for name in state if has_codes(state[name])]:
+        for name in [name for name in state if has_codes(name, state[name])]:
             state[name] = decode(state[name], state.pop(name + SCALE_SUFFIX))
         for name, value in state.items():
             if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
@@ -84,20 +87,20 @@ def ensure_state(
         if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == x.device):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=x.device)
     state["x_ref"] = _reference(state.get("x_ref"), x, phase)
-    own = {"delta": delta_dtype, "x_low": torch.int16 if low_bits else None}
-    for name, own_dtype in own.items():
-        if own_dtype is None:
-            state.pop(name, None)
+    for name, kept in (("delta", delta), ("x_low", LOW_BITS if low_bits else None)):
+        if kept is not None:
+            _store(state, name, x, kept)
         else:
-            state[name] = conform(state.get(name), x, own_dtype)
+            state.pop(name, None)
+            state.pop(name + SCALE_SUFFIX, None)
 
 
 def _store(state: dict[str, Any], name: str, x: Tensor, stored: StateFormat) -> None:
-    """Bring an entry of the base's own state to how it is to be stored; create it of zeros."""
+    """Bring an entry of the state to how it is to be stored; create it of zeros."""
     scale_name, codes = name + SCALE_SUFFIX, codes_of(name)
     old: Any = state.get(name)
     scales = state.pop(scale_name, None)
-    if has_codes(old):
+    if has_codes(name, old):
         shape = scale_shape(x, stored.block) if stored.block else None
         is_format = tuple(scales.shape) == shape
         if is_format and _is_laid_out(old, x) and _is_laid_out(scales, x):
@@ -148,7 +151,7 @@ def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase
             f"{', '.join(f'{name} of shape {shape}' for name, shape in found.items())}; a weight "
             "that grows or shrinks keeps its state with opt.replace_parameter(old, new, index_map)"
         )
-    for name in filter(lambda name: has_codes(state[name]), state):
+    for name in filter(lambda name: has_codes(name, state[name]), state):
         check_codes(name, state, x, f"{name} of a weight of shape {tuple(x.shape)}")
 
 
@@ -232,7 +235,8 @@ def mapped_state(
         return mapped
 
     def has_rows(name: str, t: Any) -> bool:
-        is_scale = name.endswith(SCALE_SUFFIX) and has_codes(state.get(name[: -len(SCALE_SUFFIX)]))
+        of = name.removesuffix(SCALE_SUFFIX)
+        is_scale = of != name and has_codes(of, state.get(of))
         return torch.is_tensor(t) and (t.shape == old.shape or is_scale)
 
     found = {
@@ -287,8 +291,9 @@ def save_spread(
 ) -> dict[str, Any]:
     """Save as torch does, but give an x_ref that is kept in part its weight's shape and sharding.
 
-    So it fits a run with other shards, and torch.distributed.checkpoint. It happens before the
-    user's own hooks see the state dict.
+    So it fits a run with other shards, and torch.distributed.checkpoint. Sharded integers of 16
+    bits are saved in 32, since no process group gathers them. It happens before the user's own
+    hooks see the state dict.
 
     Args:
         phases: weights → their phases, see ``kept_blocks.py``.
@@ -309,12 +314,51 @@ def save_spread(
             if phase != WHOLE and len(x_ref) == kept_count(mine.numel(), phase):
                 whole = wrap(spread(x_ref, mine, phase), p)
                 saved["state"][key] = {**saved["state"][key], "x_ref": whole}
+        for key, p in zip(keys, weights, strict=True):
+            entries = saved["state"].get(key, {})
+            if isinstance(p, dtensor()) and any(map(_is_short, entries.values())):
+                saved["state"][key] = {
+                    name: wrap(local(value).int(), p) if _is_short(value) else value
+                    for name, value in entries.items()
+                }
 
     hook = optimizer.register_state_dict_post_hook(spread_each, prepend=True)
     try:
         return save()
     finally:
         hook.remove()
+
+
+def _is_short(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dtype is torch.int16
+
+
+def with_short_integers(states: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the saved states with low bits and codes of Δ in 16 bits again.
+
+    Raises:
+        ValueError: for numbers that do not fit.
+    """
+
+    def short(name: str, value: Any) -> Any:
+        if name not in ("x_low", "delta") or not torch.is_tensor(value):
+            return value
+        if value.dtype is not torch.int32:
+            return value
+        shortened = value.to(torch.int16)
+        if not torch.equal(local(shortened).int(), local(value)):
+            raise ValueError(
+                f"{name} of a weight of shape {tuple(value.shape)} must hold integers of 16 bits, "
+                f"got {int(local(value).min())} to {int(local(value).max())}"
+            )
+        return shortened
+
+    return {
+        key: {name: short(name, value) for name, value in entries.items()}
+        if isinstance(entries, dict)
+        else entries
+        for key, entries in states.items()
+    }
 
 
 def load_keeping_dtypes(
@@ -419,6 +463,6 @@ def to_base(
 def _plain(state: dict[str, Any], name: str) -> Any:
     """Return a copy of an entry as a base keeps it: numbers for codes."""
     value = state[name]
-    if has_codes(value):
+    if has_codes(name, value):
         return decode(value, state[name + SCALE_SUFFIX])
     return value.clone() if torch.is_tensor(value) else copy.copy(value)

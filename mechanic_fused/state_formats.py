@@ -137,14 +137,15 @@ def decode(value: Tensor, scales: Tensor) -> Tensor:
     return wrap(wide.view(q.shape), value)
 
 
-def has_codes(value: Any) -> bool:
-    """Return whether an entry of the state holds codes."""
-    return torch.is_tensor(value) and value.dtype in quantize.FORMATS
+def has_codes(name: str, value: Any) -> bool:
+    """Return whether an entry of the state holds codes; low bits are integers too."""
+    return torch.is_tensor(value) and value.dtype in quantize.FORMATS and name != "x_low"
 
 
 def codes_of(name: str) -> quantize.Codes:
-    """Return the format of an entry's codes: Adam's second moment has no sign."""
-    return quantize.UNSIGNED if name == "exp_avg_sq" else quantize.SIGNED
+    """Return the format of an entry's codes: Δ has 16 bits, Adam's second moment no sign."""
+    formats = {"exp_avg_sq": quantize.UNSIGNED, "delta": quantize.LINEAR}
+    return formats.get(name, quantize.SIGNED)
 
 
 def check_codes(name: str, entries: dict[str, Any], x: Tensor, what: str) -> None:
@@ -159,9 +160,7 @@ def check_codes(name: str, entries: dict[str, Any], x: Tensor, what: str) -> Non
     codes: Any = entries[name]
     scales: Any = entries.get(name + SCALE_SUFFIX)
     if codes.dtype is not codes_of(name).dtype:
-        raise ValueError(
-            f"{what} holds 8-bit codes: expected {codes_of(name).dtype}, got {codes.dtype}"
-        )
+        raise ValueError(f"{what} holds codes: expected {codes_of(name).dtype}, got {codes.dtype}")
     if codes.shape != x.shape:
         raise ValueError(f"{what} must have its shape, got {tuple(codes.shape)}")
     row = math.prod(x.shape[1:])
@@ -170,17 +169,17 @@ def check_codes(name: str, entries: dict[str, Any], x: Tensor, what: str) -> Non
     if not is_scales or scales.dtype is not torch.float32:
         found = f"{scales.dtype} {tuple(scales.shape)}" if torch.is_tensor(scales) else repr(scales)
         raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX}, their block scales, as "
+            f"{what} holds codes: expected {name}{SCALE_SUFFIX}, their block scales, as "
             f"torch.float32 of a shape out of {shapes}, got {found}"
         )
     if isinstance(codes, dtensor()) != isinstance(scales, dtensor()):
         raise ValueError(
-            f"{what} holds 8-bit codes: expected {name}{SCALE_SUFFIX} sharded as they are, got a "
+            f"{what} holds codes: expected {name}{SCALE_SUFFIX} sharded as they are, got a "
             f"{type(scales).__name__} beside a {type(codes).__name__}"
         )
     for called, t in ((name, codes), (name + SCALE_SUFFIX, scales)):
         if not (is_fake(x) or has_storage(local(t))):
             raise ValueError(
-                f"{what} holds 8-bit codes: expected {called} to be a plain tensor with storage of "
+                f"{what} holds codes: expected {called} to be a plain tensor with storage of "
                 f"its own, got a {type(t).__name__} on {t.device}"
             )

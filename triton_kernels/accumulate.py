@@ -25,6 +25,7 @@ from .layout import (
     SUMS_GG,
     TENSOR_COLUMNS,
     TENSOR_DELTA,
+    TENSOR_DELTA_SCALES,
     TENSOR_ELEMENT,
     TENSOR_GRADIENT,
     TENSOR_GROUP,
@@ -35,9 +36,10 @@ from .layout import (
     TENSOR_STEP,
     TENSOR_WEIGHT,
 )
+from .quantize import LINEAR_TOP
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
-from .states import States, states_of
-from .storage import DTYPES, STATE_DTYPES, array, at, read, widen
+from .states import States, load_codes, states_of, store_codes
+from .storage import STORED_DTYPES, array, at, read, widen
 
 
 class AccumulateStreams(NamedTuple):
@@ -46,6 +48,7 @@ class AccumulateStreams(NamedTuple):
     g: tl.tensor
     x: tl.tensor
     delta: tl.tensor
+    delta_scales: tl.tensor  # of codes
     states: States
     offset: tl.tensor  # of the chunk in each of these arrays
     reads_x: tl.tensor
@@ -60,7 +63,9 @@ def accumulate_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
 
     The products take g as it is, u takes 0 where it is not finite. With a seed the new Δ is rounded
     to bfloat16 by random bits, which depend on the seed and on each element's index in its chunk.
+    OP is the kind, and how many elements share a scale of codes, in which Δ then is too.
     """
+    BLOCK: tl.constexpr = OP[1]
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
     delta_at = at(streams.delta, streams.offset, i, limit)
@@ -68,11 +73,18 @@ def accumulate_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     x_mask = streams.reads_x if limit is None else i < streams.x_limit
     g = widen(read(g_at, mask), T) * streams.c.gradient
     x = widen(read(x_at, x_mask), T)
-    delta = widen(read(delta_at, mask), T)
+    if BLOCK == 0:
+        delta = widen(read(delta_at, mask), T)
+    else:
+        scales = streams.delta_scales
+        delta = load_codes(streams.delta, scales, streams.offset, i, limit, BLOCK, LINEAR_TOP)
     wide_g = g.to(tl.float64)
     g = finite_or_zero(g)
     u = base_update(OP, T, g, x, streams.states, i, limit, streams.c)
-    if streams.seed is None:
+    if BLOCK != 0:
+        new = delta + u
+        store_codes(new, streams.delta, scales, streams.states, i, limit, BLOCK, LINEAR_TOP)
+    elif streams.seed is None:
         tl.store(delta_at, delta + u, mask=mask)
     else:
         bits = random_bits16(streams.seed, i.to(tl.uint32))
@@ -127,7 +139,7 @@ def accumulate_kernel(
         step = tl.load(step_at, mask=(KIND == "adam") | (KIND == "momentum"), other=0.0)
         c = coefficients(h, grad_scale, clip, step, KIND, T)
         seed = None
-        if D != T:
+        if D == tl.bfloat16:
             number = tl.load(tensor + TENSOR_NUMBER)
             first = tl.load(tensor + TENSOR_ELEMENT) + offset
             seed = rounding_seed(tl.load(step_count), number) + first.to(tl.uint32)
@@ -139,6 +151,7 @@ def accumulate_kernel(
             array(g, X),
             array(x, X),
             array(delta, D),
+            array(tl.load(tensor + TENSOR_DELTA_SCALES), tl.float32),
             states_of(tensor, offset, step_count, S),
             offset,
             reads_x,
@@ -175,7 +188,7 @@ def accumulate(bucket: Bucket) -> None:
         clip=bucket.clip,
         step_count=bucket.step_count,
         KIND=bucket.kind,
-        S=STATE_DTYPES[state],
+        S=STORED_DTYPES[state],
         STATE_BLOCK=bucket.state_block,
-        D=DTYPES[bucket.delta[0].dtype],
+        D=STORED_DTYPES[bucket.delta[0].dtype],
     )

@@ -29,6 +29,7 @@ def columns(names: Sequence[str]) -> Iterator[tl.constexpr]:
     TENSOR_STEP,
     TENSOR_SCALES0,
     TENSOR_SCALES1,
+    TENSOR_DELTA_SCALES,
     TENSOR_SCALE,
     TENSOR_GROUP,
     TENSOR_NUMBER,

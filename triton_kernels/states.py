@@ -1,4 +1,4 @@
-"""The base's own state of a chunk as numbers of the arithmetic, however it is stored."""
+"""The base's own state and Δ of a chunk as numbers of the arithmetic, however they are stored."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .layout import (
     TENSOR_STATE1,
 )
 from .quantize import (
+    LINEAR_STRIDE,
     SIGNED_STRIDE,
     SIGNED_TOP,
     TURN,
@@ -64,27 +65,51 @@ def states_of(tensor, offset, step_count, S: tl.constexpr):
 
 
 @triton.jit
+def load_codes(base, scales, offset, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
+    """The elements i of an array of codes, of which BLOCK share a scale; TOP names the format."""
+    mask = None if limit is None else i < limit
+    q = read(at(base, offset, i, limit), mask).to(tl.int32)
+    return dequantize(q, read(scales + (offset + i) // BLOCK, mask), TOP)
+
+
+@triton.jit
+def store_codes(x, base, scales, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
+    """Store the elements i of an array of codes, rounded by random bits as the States say."""
+    STRIDE: tl.constexpr = (
+        SIGNED_STRIDE
+        if TOP == SIGNED_TOP
+        else (UNSIGNED_STRIDE if TOP == UNSIGNED_TOP else LINEAR_STRIDE)
+    )
+    mask = None if limit is None else i < limit
+    bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), STRIDE)
+    q, of_blocks = quantize(x, bits, BLOCK, TOP)
+    BLOCKS: tl.constexpr = i.shape[0] // BLOCK
+    first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)
+    scales_mask = None if limit is None else first < limit
+    tl.store(scales + (states.offset + first) // BLOCK, of_blocks, mask=scales_mask)
+    tl.store(at(base, states.offset, i, limit), q.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_state(states, i, limit, T: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr):
     """The elements i of a state, which TOP names; BLOCK of them share a scale, if it has codes."""
-    mask = None if limit is None else i < limit
     base = states.first if TOP == SIGNED_TOP else states.second
-    pointers = at(base, states.offset, i, limit)
     if BLOCK == 0:
-        return widen(read(pointers, mask), T)
+        mask = None if limit is None else i < limit
+        return widen(read(at(base, states.offset, i, limit), mask), T)
     else:
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
-        q = read(pointers, mask).to(tl.int32)
-        return dequantize(q, read(scales + (states.offset + i) // BLOCK, mask), TOP)
+        return load_codes(base, scales, states.offset, i, limit, BLOCK, TOP)
 
 
 @triton.jit
 def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
     """Store the elements i of a state: rounded by random bits, or to nearest in 16 bits."""
-    mask = None if limit is None else i < limit
     base = states.first if TOP == SIGNED_TOP else states.second
-    S: tl.constexpr = base.dtype.element_ty
-    pointers = at(base, states.offset, i, limit)
     if BLOCK == 0:
+        S: tl.constexpr = base.dtype.element_ty
+        mask = None if limit is None else i < limit
+        pointers = at(base, states.offset, i, limit)
         # Rounded to nearest, v could not fall.
         if S == tl.bfloat16 and TOP == UNSIGNED_TOP:
             bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), UNSIGNED_STRIDE)
@@ -93,11 +118,4 @@ def store_state(x, states, i, limit, BLOCK: tl.constexpr, TOP: tl.constexpr):
             tl.store(pointers, narrow(x, S), mask=mask)
     else:
         scales = states.scales0 if TOP == SIGNED_TOP else states.scales1
-        STRIDE: tl.constexpr = SIGNED_STRIDE if TOP == SIGNED_TOP else UNSIGNED_STRIDE
-        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), STRIDE)
-        q, of_blocks = quantize(x, bits, BLOCK, TOP)
-        BLOCKS: tl.constexpr = i.shape[0] // BLOCK
-        first = tl.min(tl.reshape(i, (BLOCKS, BLOCK)), 1)
-        scales_mask = None if limit is None else first < limit
-        tl.store(scales + (states.offset + first) // BLOCK, of_blocks, mask=scales_mask)
-        tl.store(pointers, q.to(S), mask=mask)
+        store_codes(x, base, scales, states, i, limit, BLOCK, TOP)

@@ -50,7 +50,7 @@ from .layout import (
 from .quantize import WEIGHT_STRIDE, rounding_bits
 from .reduce import is_empty, launch, load_chunk, reduce_chunk, reduce_scale
 from .states import States, states_of
-from .storage import STATE_DTYPES, array, at, read, widen
+from .storage import STORED_DTYPES, array, at, read, widen
 
 
 class KeptBlocks(NamedTuple):
@@ -258,7 +258,7 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         clip=bucket.clip,
         step_count=bucket.step_count,
         KIND=bucket.kind,
-        S=STATE_DTYPES[state],
+        S=STORED_DTYPES[state],
         STATE_BLOCK=bucket.state_block,
         HAS_LOW=bool(bucket.x_low),
         IN_PART=bucket.in_part > 0,

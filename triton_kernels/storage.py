@@ -22,7 +22,8 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-STATE_DTYPES = {**DTYPES, torch.int8: tl.int8}
+STORED_DTYPES = {**DTYPES, torch.int8: tl.int8, torch.int16: tl.int16}
+"""Those of weights, and of codes: of the base's state and of Δ."""
 
 
 def sizes(dtype: torch.dtype) -> dict[str, int]:

@@ -58,7 +58,7 @@ def source(
     narrow_delta = narrow_delta or with_narrow_delta(dtype, state)
     d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
     stored = {
-        "S": t if state is None else storage.STATE_DTYPES[state],
+        "S": t if state is None else storage.STORED_DTYPES[state],
         "STATE_BLOCK": 64 if state is torch.int8 else 0,
     }
     no_bits = {} if rounds(kernel, state) else {"step_count": None}

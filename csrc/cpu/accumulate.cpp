@@ -18,7 +18,7 @@ void accumulate_partial(const Bucket& bucket, const Chunk& chunk, const double* 
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
   const AccumulateStreams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset), at<X>(tensor.weight, chunk.offset),
-      delta_of<T>(bucket, chunk, step_count), states_of<T, S>(bucket, chunk, step_count)};
+      delta_of<T, S>(bucket, chunk, step_count), states_of<T, S>(bucket, chunk, step_count)};
   Lanes lanes;
   if (c.reads_x()) {
     accumulate_chunk<Base, true>(streams, chunk.length, c, lanes);

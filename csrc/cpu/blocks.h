@@ -172,36 +172,12 @@ MECHANIC_INLINE void add_dot_wide(const T* __restrict a, const T* __restrict b, 
   for (int l = 0; i + l < n; ++l) lanes[l] += double(a[i + l]) * double(b[i + l]);
 }
 
-// Δ of a chunk: T or bfloat16; the other pointer is null.
-template <class T>
-struct Delta {
-  T* full;
-  BFloat16* bfloat16;
-  uint32_t seed;  // of the first element's random bits
-
-  // Return n elements from `start` on: in memory, or widened in scratch.
-  MECHANIC_INLINE T* read(int64_t start, int n, T* scratch) const {
-    if (!bfloat16) return full + start;
-    for (int i = 0; i < n; ++i) scratch[i] = T(widen(bfloat16[start + i]));
-    return scratch;
-  }
-
-  // Write the same elements back from scratch, rounded.
-  MECHANIC_INLINE void write(int64_t start, int n, const T* scratch) const {
-    if (!bfloat16) return;
-    const uint32_t first = seed + uint32_t(start);
-    for (int i = 0; i < n; ++i) {
-      bfloat16[start + i] = stochastic_round(random_bits16(first, uint32_t(i)), float(scratch[i]));
-    }
-  }
-};
-
 // The arrays of one chunk that accumulate works on; x may be null.
 template <class X, class S>
 struct AccumulateStreams {
   const X* g;
   const X* x;
-  Delta<opmath_t<X>> delta;
+  Delta<opmath_t<X>, S> delta;
   States<opmath_t<X>, S> states;
 };
 
@@ -434,18 +410,19 @@ MECHANIC_INLINE void store_block(const X* from, X* to, int n, bool non_temporal)
   memcpy(to, from, n * sizeof(X));
 }
 
-// The arrays of one chunk that apply works on; x_ref is null where x is only measured.
-template <class X>
+// The arrays of one chunk that apply works on; x_ref is null where x is only measured. S: codes, or
+// anything else.
+template <class X, class S>
 struct ApplyStreams {
   const X* x_ref;
-  Delta<opmath_t<X>> delta;
+  Delta<opmath_t<X>, S> delta;
   X* x;
 };
 
 // x = round(x_ref + S delta) if there is an x_ref; then lanes.ab += x.delta, lanes.aa += x.x.
-template <class X>
-MECHANIC_INLINE void apply_block(const ApplyStreams<X>& at, int64_t start, int n, opmath_t<X> scale,
-                                 bool non_temporal, Lanes& lanes) {
+template <class X, class S>
+MECHANIC_INLINE void apply_block(const ApplyStreams<X, S>& at, int64_t start, int n,
+                                 opmath_t<X> scale, bool non_temporal, Lanes& lanes) {
   using T = opmath_t<X>;
   const X* __restrict x_ref = at.x_ref ? at.x_ref + start : nullptr;
   X* __restrict x = at.x + start;
@@ -465,10 +442,10 @@ MECHANIC_INLINE void apply_block(const ApplyStreams<X>& at, int64_t start, int n
   add_products(rounded, delta, n, lanes);
 }
 
-template <class X>
-MECHANIC_CLONES void apply_chunk(const ApplyStreams<X>& streams, int64_t n, opmath_t<X> scale,
+template <class X, class S>
+MECHANIC_CLONES void apply_chunk(const ApplyStreams<X, S>& streams, int64_t n, opmath_t<X> scale,
                                  bool non_temporal, Lanes& out) {
-  const ApplyStreams<X> at = streams;
+  const ApplyStreams<X, S> at = streams;
   Lanes lanes = {};
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) apply_block(at, i, kBlock, scale, non_temporal, lanes);

@@ -13,16 +13,41 @@ T* at(int64_t address, int64_t offset) {
   return address == 0 ? nullptr : reinterpret_cast<T*>(address) + offset;
 }
 
-// Return Δ of a chunk; step_count is needed where it is written in bfloat16.
-template <class T>
-Delta<T> delta_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
-  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
-  const uint32_t first =
-      rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset);
-  if (bucket.dtypes.delta == DType::kBFloat16) {
-    return {nullptr, at<BFloat16>(tensor.delta, chunk.offset), first};
+// What decides how the elements of a chunk are rounded; step_count may be null where none is.
+inline Rounding rounding_of(const Tensor& tensor, const Chunk& chunk, const double* step_count) {
+  return mechanic::rounding_of(step_count, tensor.number, tensor.element + chunk.offset);
+}
+
+// Describe a state of a chunk in these arrays.
+template <class T, class S, class Codes>
+void describe(State<T, S, Codes>& state, int64_t address, int64_t scales, const Bucket& bucket,
+              const Chunk& chunk, const Rounding& rounding) {
+  using Described = State<T, S, Codes>;
+  state.at = at<typename Described::Stored>(address, chunk.offset);
+  state.rounding = rounding;
+  if constexpr (Described::kHasCodes) {
+    while ((2 << state.log_block) <= bucket.counts.state_block) ++state.log_block;
+    state.scales = at<float>(scales, chunk.offset >> state.log_block);
   }
-  return {at<T>(tensor.delta, chunk.offset), nullptr, first};
+}
+
+// Return delta of a chunk beside a state in S; step_count is needed where it is written narrow.
+template <class T, class S>
+Delta<T, S> delta_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  if constexpr (std::is_same_v<S, Code>) {
+    Delta<T, S> delta = {};
+    const Rounding rounding = rounding_of(tensor, chunk, step_count);
+    describe(delta, tensor.delta, tensor.delta_scales, bucket, chunk, rounding);
+    return delta;
+  } else {
+    const uint32_t first =
+        rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset);
+    if (bucket.dtypes.delta == DType::kBFloat16) {
+      return {nullptr, at<BFloat16>(tensor.delta, chunk.offset), first};
+    }
+    return {at<T>(tensor.delta, chunk.offset), nullptr, first};
+  }
 }
 
 // Return the base's state of a chunk; step_count is needed where it is narrower than T.
@@ -30,18 +55,9 @@ template <class T, class S>
 States<T, S> states_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
   States<T, S> states = {};
-  const Rounding rounding = rounding_of(step_count, tensor.number, tensor.element + chunk.offset);
-  const auto describe = [&](auto& state, int64_t address, int64_t scales) {
-    using State = std::remove_reference_t<decltype(state)>;
-    state.at = at<typename State::Stored>(address, chunk.offset);
-    state.rounding = rounding;
-    if constexpr (State::kHasCodes) {
-      while ((2 << state.log_block) <= bucket.counts.state_block) ++state.log_block;
-      state.scales = at<float>(scales, chunk.offset >> state.log_block);
-    }
-  };
-  describe(states.first, tensor.state0, tensor.scales0);
-  describe(states.second, tensor.state1, tensor.scales1);
+  const Rounding rounding = rounding_of(tensor, chunk, step_count);
+  describe(states.first, tensor.state0, tensor.scales0, bucket, chunk, rounding);
+  describe(states.second, tensor.state1, tensor.scales1, bucket, chunk, rounding);
   return states;
 }
 

@@ -22,24 +22,24 @@ void norm_partial(const Bucket& bucket, const Chunk& chunk, Sums& partial) {
   partial.gg = reduce_lanes(lanes.aa);
 }
 
-// Write x if there is a scale, then measure it.
-template <class X>
+// Write x if there is a scale, then measure it. S: codes if delta has codes, or anything else.
+template <class X, class S>
 void apply_partial(const Bucket& bucket, const Chunk& chunk, const double* scale, Sums& partial) {
   using T = opmath_t<X>;
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
-  const ApplyStreams<X> streams = {scale ? at<const X>(tensor.x_ref, chunk.offset) : nullptr,
-                                   delta_of<T>(bucket, chunk, nullptr),
-                                   at<X>(tensor.weight, chunk.offset)};
+  const ApplyStreams<X, S> streams = {scale ? at<const X>(tensor.x_ref, chunk.offset) : nullptr,
+                                      delta_of<T, S>(bucket, chunk, nullptr),
+                                      at<X>(tensor.weight, chunk.offset)};
   Lanes lanes;
-  apply_chunk<X>(streams, chunk.length, T(scale ? *scale : 0),
-                 bucket.counts.elements >= kNonTemporalElements, lanes);
+  apply_chunk(streams, chunk.length, T(scale ? *scale : 0),
+              bucket.counts.elements >= kNonTemporalElements, lanes);
   partial.xd = reduce_lanes(lanes.ab);
   partial.xx = reduce_lanes(lanes.aa);
 }
 
 void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
   const int64_t width = tuner ? tuner_width(tuner->betas) : 0;
-  for_dtype(bucket.dtypes.weight, [&](auto weight) {
+  for_delta(bucket.dtypes, [&](auto weight, auto delta) {
     // Backwards, since accumulate has left the end of delta in the cache.
     for_chunks(bucket, threads, true, [&](const Chunk& chunk, Sums& partial) {
       double scale = 0;
@@ -47,7 +47,8 @@ void write_and_measure(const Bucket& bucket, const Tuner* tuner, int threads) {
         const int64_t row = bucket.tables.tensors[chunk.tensor].scale;
         scale = total_scale(tuner->state + row * width + kS * tuner->betas, tuner->betas);
       }
-      apply_partial<decltype(weight)>(bucket, chunk, tuner ? &scale : nullptr, partial);
+      apply_partial<decltype(weight), decltype(delta)>(bucket, chunk, tuner ? &scale : nullptr,
+                                                       partial);
     });
   });
   reduce_partials(bucket, &Sums::xd, &Sums::xx);

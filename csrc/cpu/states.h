@@ -1,5 +1,5 @@
-// The base's own state of a chunk as numbers of the arithmetic, however it is stored: in place, or
-// a block at a time in scratch memory.
+// The base's own state and delta of a chunk as numbers of the arithmetic, however they are stored:
+// in place, or a block at a time in scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -116,6 +116,34 @@ struct State {
     }
   }
 };
+
+// delta: T or bfloat16, whose other pointer is null.
+template <class T>
+struct WideDelta {
+  T* full;
+  BFloat16* bfloat16;
+  uint32_t seed;  // of the first element's random bits
+
+  // Return n elements from `start` on: in memory, or widened in scratch.
+  MECHANIC_INLINE T* read(int64_t start, int n, T* scratch) const {
+    if (!bfloat16) return full + start;
+    for (int i = 0; i < n; ++i) scratch[i] = T(widen(bfloat16[start + i]));
+    return scratch;
+  }
+
+  // Write the same elements back from scratch, rounded.
+  MECHANIC_INLINE void write(int64_t start, int n, const T* scratch) const {
+    if (!bfloat16) return;
+    const uint32_t first = seed + uint32_t(start);
+    for (int i = 0; i < n; ++i) {
+      bfloat16[start + i] = stochastic_round(random_bits16(first, uint32_t(i)), float(scratch[i]));
+    }
+  }
+};
+
+// delta beside a state in S: codes beside codes.
+template <class T, class S>
+using Delta = std::conditional_t<std::is_same_v<S, Code>, State<T, Code, Linear>, WideDelta<T>>;
 
 // Both states of a base with kStates of them.
 template <class T, class S>

@@ -20,7 +20,7 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip,
   const StepStreams<X, S> streams = {
       at<X>(tensor.gradient, chunk.offset),
       {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset),
-       rounding_of(step_count, tensor.number, tensor.element + chunk.offset)},
+       rounding_of(tensor, chunk, step_count)},
       at<X>(tensor.x_ref, kept.first),
       states_of<T, S>(bucket, chunk, step_count),
       kept};

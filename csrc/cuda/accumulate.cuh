@@ -18,8 +18,7 @@ template <class X, class S>
 struct AccumulateStreams {
   const X* gradient;
   const X* weight;
-  static constexpr bool kHasCodes = std::is_same_v<S, Code>;
-  Delta<opmath_t<X>, kHasCodes> delta;  // beside codes always narrow
+  Delta<opmath_t<X>, S> delta;
   States<opmath_t<X>, S> states;
   const ChunkRounding* rounding;  // in shared memory
   bool reads_x;  // only with weight decay: the bytes saved are worth a uniform branch
@@ -47,7 +46,7 @@ __device__ __forceinline__ void accumulate_block(const AccumulateStreams<X, S>& 
     delta[l] =
         delta[l] + Base::template update<false>(finite_or_zero(gradient), x[l], a[l], b[l], c);
   }
-  at.delta.template store<Reuse::kSoon, N, kPackets>(i, delta);
+  at.delta.template store<Reuse::kSoon, N, kPackets>(i, rounding, delta);
   at.states.template store<Base, N, kPackets>(i, rounding, a, b);
 }
 
@@ -83,13 +82,12 @@ __device__ __forceinline__ Totals<2> accumulate_chunk(const Bucket& bucket, cons
   AccumulateStreams<X, S> at = {};
   at.gradient = address<const X>(tensor.gradient, chunk.offset);
   at.weight = address<const X>(tensor.weight, chunk.offset);
-  at.delta = delta_of<T, std::is_same_v<S, Code>>(bucket, tensor, chunk, scalars.step_count);
+  at.delta = delta_of<T, S>(bucket, tensor, chunk, scalars.step_count);
   at.states = states_of<Base, T, S>(bucket, tensor, chunk);
   at.rounding = &shared_rounding;
   const int n = int(chunk.length);
-  const int in_packets =
-      packet_elements<X>(n, at.gradient, at.weight, at.delta.full, at.delta.bfloat16,
-                         at.states.first.at, at.states.second.at);
+  const int in_packets = packet_elements<X>(n, at.gradient, at.weight, at.delta.begin(),
+                                            at.states.first.at, at.states.second.at);
   __syncthreads();
   const Coefficients<T> c = shared;
   at.reads_x = c.reads_x();

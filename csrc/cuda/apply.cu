@@ -2,15 +2,16 @@
 #include "../formulas.h"
 #include "packets.cuh"
 #include "reduce.cuh"
+#include "states.cuh"
 
 namespace mechanic::cuda {
 namespace {
 
-// The arrays of one chunk.
-template <class X>
+// The arrays of one chunk. S: codes if Δ has codes, or anything else.
+template <class X, class S>
 struct ApplyStreams {
   const X* x_ref;
-  Delta<opmath_t<X>> delta;
+  Delta<opmath_t<X>, S> delta;
   X* x;
 };
 
@@ -22,8 +23,8 @@ __device__ __forceinline__ opmath_t<X> rounded(opmath_t<X> wide) {
 }
 
 // N elements from i on in each thread: all loads, then all arithmetic.
-template <int N, bool kWrites, class X>
-__device__ __forceinline__ void apply_block(const ApplyStreams<X>& at, int i, opmath_t<X> scale,
+template <int N, bool kWrites, class X, class S>
+__device__ __forceinline__ void apply_block(const ApplyStreams<X, S>& at, int i, opmath_t<X> scale,
                                             Totals<2>& sum) {
   opmath_t<X> delta[N], x[N];
   at.delta.template load<Reuse::kNever>(i, delta);
@@ -43,8 +44,8 @@ __device__ __forceinline__ void apply_block(const ApplyStreams<X>& at, int i, op
 }
 
 // The elements [begin, end) of the chunk.
-template <int N, bool kWrites, class X>
-__device__ __forceinline__ Totals<2> apply_range(const ApplyStreams<X>& at, int begin, int end,
+template <int N, bool kWrites, class X, class S>
+__device__ __forceinline__ Totals<2> apply_range(const ApplyStreams<X, S>& at, int begin, int end,
                                                  opmath_t<X> scale, Totals<2> sum) {
 #pragma unroll 1
   for (int i = begin + int(threadIdx.x) * N; i < end; i += kThreads * N) {
@@ -56,7 +57,7 @@ __device__ __forceinline__ Totals<2> apply_range(const ApplyStreams<X>& at, int 
 // Blocks of a multiprocessor: the highest occupancy at which none of these kernels spills.
 constexpr int kBlocks = 6;
 
-template <bool kWrites, class X>
+template <bool kWrites, class X, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     apply_kernel(Bucket bucket, Reduction reduction, Tuner tuner, StepScalars scalars) {
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
@@ -70,12 +71,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
   const double* s = tuner.state + tensor.scale * tuner_width(tuner.betas) + kS * tuner.betas;
   const auto scale = opmath_t<X>(kWrites ? total_scale(s, tuner.betas) : 0);
-  const ApplyStreams<X> at = {address<const X>(tensor.x_ref, chunk.offset),
-                              delta_of<opmath_t<X>>(bucket, tensor, chunk, nullptr),
-                              address<X>(tensor.weight, chunk.offset)};
+  const ApplyStreams<X, S> at = {address<const X>(tensor.x_ref, chunk.offset),
+                                 delta_of<opmath_t<X>, S>(bucket, tensor, chunk, nullptr),
+                                 address<X>(tensor.weight, chunk.offset)};
   const int n = int(chunk.length);
   // measure must add in the same order as apply, so that their bits agree: x_ref counts in both.
-  const int in_packets = packet_elements<X>(n, at.x_ref, at.delta.full, at.delta.bfloat16, at.x);
+  const int in_packets = packet_elements<X>(n, at.x_ref, at.delta.begin(), at.x);
   Totals<2> sum = {};
   sum = apply_range<kLanes<X>, kWrites>(at, 0, in_packets, scale, sum);
   sum = apply_range<1, kWrites>(at, in_packets, n, scale, sum);
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <bool kWrites>
 void launch_apply(const char* op, const Bucket& bucket, const Reduction& reduction,
                   const Tuner& tuner, const StepScalars& scalars, cudaStream_t stream) {
-  for_dtype(bucket.dtypes.weight, [&](auto weight) {
-    launch(op, apply_kernel<kWrites, decltype(weight)>, bucket.counts.chunks, stream, bucket,
-           reduction, tuner, scalars);
+  for_delta(bucket.dtypes, [&](auto weight, auto delta) {
+    launch(op, apply_kernel<kWrites, decltype(weight), decltype(delta)>, bucket.counts.chunks,
+           stream, bucket, reduction, tuner, scalars);
   });
 }
 

@@ -93,37 +93,6 @@ __device__ __forceinline__ void store(const opmath_t<Y> (&from)[N], Y* to) {
   });
 }
 
-// Δ of a chunk, T or bfloat16: a branch that all threads take alike, or always bfloat16. Both
-// pointers have the same address, since the compiler would not know that a pointer which may be
-// null is to global memory.
-template <class T, bool kAlwaysNarrow = false>
-struct Delta {
-  T* full;
-  BFloat16* bfloat16;
-  bool narrow;
-  uint32_t seed;  // of the first element's random bits
-
-  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
-  __device__ __forceinline__ void load(int i, T (&to)[N]) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (kAlwaysNarrow || narrow) return cuda::load<kReuse, N, kPackets>(bfloat16 + i, to);
-    }
-    cuda::load<kReuse, N, kPackets>(full + i, to);
-  }
-
-  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
-  __device__ __forceinline__ void store(int i, const T (&from)[N]) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (kAlwaysNarrow || narrow) {
-        return store_each<kReuse, N, kPackets>(bfloat16 + i, [&](int l) {
-          return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]);
-        });
-      }
-    }
-    cuda::store<kReuse, N, kPackets>(from, full + i);
-  }
-};
-
 // Return where a chunk begins in the array at an address, which is not 0.
 template <class T>
 __device__ __forceinline__ T* address(int64_t base, int64_t offset) {
@@ -132,17 +101,6 @@ __device__ __forceinline__ T* address(int64_t base, int64_t offset) {
   // slower.
   __builtin_assume(__isGlobal(from));
   return from;
-}
-
-// step_count is needed where Δ is written in bfloat16.
-template <class T, bool kAlwaysNarrow = false>
-__device__ __forceinline__ Delta<T, kAlwaysNarrow> delta_of(const Bucket& bucket,
-                                                            const Tensor& tensor,
-                                                            const Chunk& chunk,
-                                                            const double* step_count) {
-  return {address<T>(tensor.delta, chunk.offset), address<BFloat16>(tensor.delta, chunk.offset),
-          bucket.dtypes.delta == DType::kBFloat16,
-          rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset)};
 }
 
 // Return how many of n elements can be taken kLanes at a time: none where a stream is misaligned.

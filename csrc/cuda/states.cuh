@@ -1,4 +1,4 @@
-// The base's own state of a chunk in registers, however it is stored.
+// The base's own state and Δ of a chunk in registers, however they are stored.
 #pragma once
 
 #include <type_traits>
@@ -24,20 +24,20 @@ struct State {
   Stored* at;
   float* scales;  // of codes, one for each 2^log_block elements
 
-  template <int N, bool kPackets>
+  template <int N, bool kPackets, Reuse kReuse = Reuse::kNever>
   __device__ __forceinline__ void load(int i, int log_block, T (&to)[N]) const {
     if constexpr (kHasCodes) {
       Stored codes[N];
-      load_each<Reuse::kNever, N, kPackets>(at + i, [&](int l, Stored q) { codes[l] = q; });
+      load_each<kReuse, N, kPackets>(at + i, [&](int l, Stored q) { codes[l] = q; });
       const float one = scales[i >> log_block];
 #pragma unroll
       for (int l = 0; l < N; ++l) to[l] = dequantize<Codes>(codes[l], one);
     } else {
-      cuda::load<Reuse::kNever, N, kPackets>(at + i, to);
+      cuda::load<kReuse, N, kPackets>(at + i, to);
     }
   }
 
-  template <int N, bool kPackets>
+  template <int N, bool kPackets, Reuse kReuse = Reuse::kNever>
   __device__ __forceinline__ void store(int i, int log_block, const Rounding& rounding,
                                         const T (&from)[N]) const {
     if constexpr (kHasCodes) {
@@ -48,18 +48,18 @@ struct State {
       const unsigned group = (0xffffffffu >> (32 - lanes)) << (lane & ~(lanes - 1));
       const BlockScale scale = block_scale<Codes>(largest_of(largest, lanes, group));
       if ((lane & (lanes - 1)) == 0) scales[i >> log_block] = scale.one;
-      store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
+      store_each<kReuse, N, kPackets>(at + i, [&](int l) {
         const uint32_t bits = rounding_bits(rounding, uint32_t(i + l), Codes::kStride);
         const int32_t size = size_of<Codes>(from[l]);
         return Stored(quantize<Codes>(from[l], size, scale.fractions, bits));
       });
     } else if constexpr (kRounds) {
-      store_each<Reuse::kNever, N, kPackets>(at + i, [&](int l) {
+      store_each<kReuse, N, kPackets>(at + i, [&](int l) {
         return stochastic_round(rounding_bits(rounding, uint32_t(i + l), Codes::kStride) >> 16,
                                 from[l]);
       });
     } else {
-      cuda::store<Reuse::kNever, N, kPackets>(from, at + i);
+      cuda::store<kReuse, N, kPackets>(from, at + i);
     }
   }
 
@@ -135,6 +135,77 @@ struct ChunkRounding : Rounding {
 __device__ __forceinline__ ChunkRounding chunk_rounding(const Tensor& tensor, const Chunk& chunk,
                                                         const double* step_count) {
   return {rounding_of(step_count, tensor.number, tensor.element + chunk.offset), tensor.x_low == 0};
+}
+
+// Δ of a chunk, T or bfloat16: a branch that all threads take alike. Both pointers have the same
+// address, since the compiler would not know that a pointer which may be null is to global memory.
+template <class T>
+struct WideDelta {
+  T* full;
+  BFloat16* bfloat16;
+  bool narrow;
+  uint32_t seed;  // of the first element's random bits
+
+  __device__ __forceinline__ const T* begin() const { return full; }
+
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
+  __device__ __forceinline__ void load(int i, T (&to)[N]) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (narrow) return cuda::load<kReuse, N, kPackets>(bfloat16 + i, to);
+    }
+    cuda::load<kReuse, N, kPackets>(full + i, to);
+  }
+
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
+  __device__ __forceinline__ void store(int i, const Rounding&, const T (&from)[N]) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (narrow) {
+        return store_each<kReuse, N, kPackets>(bfloat16 + i, [&](int l) {
+          return stochastic_round(random_bits16(seed, uint32_t(i + l)), from[l]);
+        });
+      }
+    }
+    cuda::store<kReuse, N, kPackets>(from, full + i);
+  }
+};
+
+// Δ of a chunk in codes.
+template <class T>
+struct CodedDelta {
+  State<T, Code, Linear> codes;
+  int log_block;
+
+  __device__ __forceinline__ const int16_t* begin() const { return codes.at; }
+
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
+  __device__ __forceinline__ void load(int i, T (&to)[N]) const {
+    codes.template load<N, kPackets, kReuse>(i, log_block, to);
+  }
+
+  template <Reuse kReuse, int N, bool kPackets = (N > 1)>
+  __device__ __forceinline__ void store(int i, const Rounding& rounding, const T (&from)[N]) const {
+    codes.template store<N, kPackets, kReuse>(i, log_block, rounding, from);
+  }
+};
+
+// Δ beside a state in S: codes beside codes.
+template <class T, class S>
+using Delta = std::conditional_t<std::is_same_v<S, Code>, CodedDelta<T>, WideDelta<T>>;
+
+// step_count is needed where Δ is written in bfloat16.
+template <class T, class S>
+__device__ __forceinline__ Delta<T, S> delta_of(const Bucket& bucket, const Tensor& tensor,
+                                                const Chunk& chunk, const double* step_count) {
+  if constexpr (std::is_same_v<S, Code>) {
+    const int log_block = 31 - __clz(int(bucket.counts.state_block));
+    return {{address<int16_t>(tensor.delta, chunk.offset),
+             address<float>(tensor.delta_scales, chunk.offset >> log_block)},
+            log_block};
+  } else {
+    return {address<T>(tensor.delta, chunk.offset), address<BFloat16>(tensor.delta, chunk.offset),
+            bucket.dtypes.delta == DType::kBFloat16,
+            rounding_seed(step_count, tensor.number) + uint32_t(tensor.element + chunk.offset)};
+  }
 }
 
 }  // namespace mechanic::cuda

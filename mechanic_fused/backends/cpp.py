@@ -103,7 +103,11 @@ def describe(bucket: Bucket, tables: Any) -> Any:
             weight=STORED_DTYPES.index(bucket.dtype),
             state=STORED_DTYPES.index(first[0].dtype if first else bucket.compute_dtype),
             delta=STORED_DTYPES.index(
-                bucket.delta[0].dtype if bucket.delta else bucket.compute_dtype
+                torch.int8
+                if bucket.delta_scales
+                else bucket.delta[0].dtype
+                if bucket.delta
+                else bucket.compute_dtype
             ),
         ),
     )

@@ -10,10 +10,10 @@ import torch
 
 TENSOR = (
     *("gradient", "weight", "x_low", "x_ref", "delta", "state0", "state1", "step"),
-    *("scales0", "scales1", "scale", "group", "number", "phase", "element"),
+    *("scales0", "scales1", "delta_scales", "scale", "group", "number", "phase", "element"),
 )
-"""Columns of a row of the tensor table, int64: ten addresses (0: absent), the last two of the
-scales of 8-bit states; the weight's row of the sums, its row of the hyperparameters, its number in
+"""Columns of a row of the tensor table, int64: eleven addresses (0: absent), the last three of the
+scales of codes; the weight's row of the sums, its row of the hyperparameters, its number in
 the optimizer, where its first element is among REFERENCE_PERIOD elements, of which the first
 REFERENCE_BLOCK have an x_ref (−1: all), and the index of that element in the whole weight."""
 
@@ -96,7 +96,7 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of weights that kernels support."""
 
 STORED_DTYPES = (*KERNEL_DTYPES, torch.int8)
-"""Those and int8, which stands for a state of 8-bit codes; kernels know each by its index here."""
+"""Those and int8, which stands for codes, of Δ too; kernels know each by its index here."""
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """The dtypes of weights beside which the running form keeps low bits."""

@@ -1,4 +1,4 @@
-"""Block-wise quantization of the base's state to 8-bit codes, in PyTorch.
+"""Block-wise quantization of the base's state to 8-bit codes, and of Δ to 16 bits, in PyTorch.
 
 ``csrc/quantize.h`` and ``triton_kernels/quantize.py`` state the same formulas under the same names,
 to the bit. A block of neighbours shares a scale. A number is companded by a root that is linear
@@ -7,12 +7,15 @@ maximum of its block:
 
     of momenta, int8: q = ±⌊127·∜(|x|/max|x|) + ξ⌋;  of v, uint8: q = ⌊255·⁸√(x/max x) + ξ⌋
 
+Of Δ, int16: q = ±⌊|x|/one + ξ⌋, where one is the power of 2 with 2¹⁴ ≤ max|x|/one < 2¹⁵, so that
+codes and back are exact.
+
 ξ in [0, 1) makes the rounding unbiased. It is an additive-recurrence (Kronecker) sequence: each
 step adds the golden ratio modulo 1, and each element adds a second irrational number. So an element
 is rounded up in the proportion of its fraction over any run of steps, and so are neighbours within
 a step. With round-to-nearest v and a momentum would never decay by less than half a code a step;
 with independent random ξ the error is 1.2 times as large (benchmarks/state_formats.py). 0 stays 0;
-v above 0 has a code of at least 1; a momentum that is NaN or infinite has the code −128.
+v above 0 has a code of at least 1; a momentum or Δ that is NaN or infinite has the lowest code.
 """
 
 from __future__ import annotations
@@ -27,9 +30,6 @@ from .formulas import UINT32_MAX, hash32
 LARGEST = 2.0**127
 """Larger numbers count as this one, so that no code decodes to infinity."""
 
-NOT_A_NUMBER = -128
-"""The signed code of what is not finite."""
-
 TURN = 0x9E3779B9
 """2³² over the golden ratio, by which ξ moves in a step."""
 
@@ -38,13 +38,16 @@ FRACTION_BITS = 12
 
 FRACTION = 1 << FRACTION_BITS
 
+LEAST_POWER = 2.0**-100
+"""The least power of 2 by which codes of 16 bits are scaled: no unit is subnormal."""
+
 
 class Codes(NamedTuple):
     """A format of codes.
 
     Args:
         dtype: of the codes.
-        root: log₂ of the order of the root.
+        root: log₂ of the order of the root; 0: a power of 2 is the unit of the codes.
         top: the largest code.
         stride: 2³² times an irrational number, by which ξ moves from element to element.
     """
@@ -55,6 +58,16 @@ class Codes(NamedTuple):
     stride: int
 
     @property
+    def signed(self) -> bool:
+        """Whether codes have a sign, and the lowest stands for what is not finite."""
+        return self.dtype.is_signed
+
+    @property
+    def not_a_number(self) -> int:
+        """The signed code of what is not finite."""
+        return torch.iinfo(self.dtype).min
+
+    @property
     def bias(self) -> int:
         """What the root adds to the shifted bits of a float32, so that 1 stays 1."""
         return (127 << 23) - (127 << 23 >> self.root)
@@ -62,11 +75,12 @@ class Codes(NamedTuple):
 
 SIGNED = Codes(torch.int8, 2, 127, 0xBB67AE85)  # √3
 UNSIGNED = Codes(torch.uint8, 3, 255, 0x6A09E667)  # √2
+LINEAR = Codes(torch.int16, 0, 32767, 0xA54FF53A)  # √7
 
 WEIGHT_STRIDE = 0x3C6EF372
 """As ``Codes.stride``, of bfloat16 weights that are rounded by such bits: √5."""
 
-FORMATS = {codes.dtype: codes for codes in (SIGNED, UNSIGNED)}
+FORMATS = {codes.dtype: codes for codes in (SIGNED, UNSIGNED, LINEAR)}
 
 
 def compand(x: Tensor, codes: Codes) -> Tensor:
@@ -82,7 +96,26 @@ def expand(r: Tensor, codes: Codes) -> Tensor:
 
 def largest_scale(codes: Codes) -> float:
     """Return the scale of a block whose maximum is LARGEST: no scale is larger."""
-    return float(compand(torch.tensor(LARGEST), codes)) / codes.top
+    one, _ = block_scale(torch.tensor(LARGEST), codes)
+    return float(one)
+
+
+def block_scale(largest: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """Return what a code of each block counts, companded, and how many FRACTIONs make 1.
+
+    Args:
+        largest: |x| of each block, float32.
+    """
+    if codes.root == 0:
+        # The largest power of 2 that is not above it: that and its inverse are exact.
+        power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+        one = power.clamp(min=LEAST_POWER) * 2.0**-14
+        return one, torch.full_like(one, FRACTION) / one
+    companded = compand(largest, codes)
+    # A tensor: torch multiplies by the reciprocal where one side is a number, which rounds twice.
+    top = torch.full_like(companded, codes.top)
+    # The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
+    return companded / top, top / companded * (FRACTION * (1 + 2.0**-21))
 
 
 def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, Tensor]:
@@ -95,19 +128,15 @@ def quantize(x: Tensor, fraction: Tensor | int, codes: Codes) -> tuple[Tensor, T
     Returns:
         codes as x, and scales (blocks,) float32.
     """
-    signed = codes is SIGNED
-    counts = x.isfinite() if signed else x > 0
+    counts = x.isfinite() if codes.signed else x > 0
     size = torch.where(counts, x.abs().clamp(max=LARGEST), 0.0)
-    largest = compand(size.amax(-1, keepdim=True), codes)
-    # A tensor: torch multiplies by the reciprocal where one side is a number, which rounds twice.
-    top = torch.full_like(largest, codes.top)
-    # The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its code.
-    count = compand(size, codes) * (top / largest * (FRACTION * (1 + 2.0**-21)))
-    q = count.to(torch.int32) + fraction >> FRACTION_BITS
-    q = torch.where(size > 0, q if signed else q.clamp(min=1), 0)
-    if signed:
-        q = torch.where(x.isfinite(), torch.where(x < 0, -q, q), NOT_A_NUMBER)
-    return q.to(codes.dtype), (largest / top).squeeze(-1)
+    one, fractions = block_scale(size.amax(-1, keepdim=True), codes)
+    q = (compand(size, codes) * fractions).to(torch.int32) + fraction >> FRACTION_BITS
+    q = q.clamp(min=0 if codes.signed else 1, max=codes.top if codes.root == 0 else None)
+    q = torch.where(size > 0, q, 0)
+    if codes.signed:
+        q = torch.where(x.isfinite(), torch.where(x < 0, -q, q), codes.not_a_number)
+    return q.to(codes.dtype), one.squeeze(-1)
 
 
 def dequantize(q: Tensor, scale: Tensor, codes: Codes) -> Tensor:
@@ -119,9 +148,10 @@ def dequantize(q: Tensor, scale: Tensor, codes: Codes) -> Tensor:
     """
     count = q.to(torch.int32)
     size = expand(count.abs().to(torch.float32) * scale[:, None], codes)
-    if codes is not SIGNED:
+    if not codes.signed:
         return size
-    return torch.where(count == NOT_A_NUMBER, torch.nan, torch.where(count < 0, -size, size))
+    signed = torch.where(count < 0, -size, size)
+    return torch.where(count == codes.not_a_number, torch.nan, signed)
 
 
 def rounding_bits(number: int, step_count: Tensor, element: Tensor, stride: int) -> Tensor:

@@ -66,7 +66,7 @@ def inner_products(bucket: Bucket) -> None:
         if g is not None:
             g = (g.to(bucket.compute_dtype) * factors[i]).double()
             row = bucket.sums[bucket.rows[i]]
-            row[GD] += (g * bucket.delta[i].double()).sum()
+            row[GD] += (g * read_delta(bucket, i).double()).sum()
             row[GG] += (g * g).sum()
 
 
@@ -102,11 +102,20 @@ def read_states(bucket: Bucket, i: int) -> list[Tensor]:
     if not bucket.state_block:
         return [state.to(bucket.compute_dtype) for state in bucket.states[i]]
     return [
-        quantize.dequantize(
-            q.view(-1, bucket.state_block), scale.view(-1), quantize.FORMATS[q.dtype]
-        ).view(q.shape)
+        _decoded(bucket, q, scale)
         for q, scale in zip(bucket.states[i], bucket.scales[i], strict=True)
     ]
+
+
+def read_delta(bucket: Bucket, i: int) -> Tensor:
+    """Return Δ of weight i: itself, or numbers for codes."""
+    delta = bucket.delta[i]
+    return _decoded(bucket, delta, bucket.delta_scales[i]) if bucket.delta_scales else delta
+
+
+def _decoded(bucket: Bucket, q: Tensor, scale: Tensor) -> Tensor:
+    codes, block = quantize.FORMATS[q.dtype], bucket.state_block
+    return quantize.dequantize(q.view(-1, block), scale.view(-1), codes).view(q.shape)
 
 
 def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
@@ -127,12 +136,17 @@ def write_states(bucket: Bucket, i: int, moved: Sequence[Tensor]) -> None:
         states[1].copy_(formulas.stochastic_round(bits >> 16, moved[1]))
         return
     for q, scale, new in zip(states, bucket.scales[i], moved, strict=True):
-        own = quantize.FORMATS[q.dtype]
-        xi = quantize.fraction(element_bits(bucket, i, own.stride))
-        of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, xi))
-        codes, scales = quantize.quantize(of_blocks, xi, own)
-        q.copy_(codes.view(q.shape))
-        scale.copy_(scales.view(scale.shape))
+        write_codes(bucket, i, q, scale, new)
+
+
+def write_codes(bucket: Bucket, i: int, q: Tensor, scale: Tensor, new: Tensor) -> None:
+    """Store numbers of weight i as codes, rounded by bits of the step and the element."""
+    codes = quantize.FORMATS[q.dtype]
+    xi = quantize.fraction(element_bits(bucket, i, codes.stride))
+    of_blocks, xi = (t.reshape(-1, bucket.state_block) for t in (new, xi))
+    found, scales = quantize.quantize(of_blocks, xi, codes)
+    q.copy_(found.view(q.shape))
+    scale.copy_(scales.view(scale.shape))
 
 
 def element_bits(bucket: Bucket, i: int, stride: int) -> Tensor:
@@ -211,8 +225,11 @@ def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -
 
 
 def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
-    """Δ += u for weight i; in bfloat16 the sum is rounded stochastically."""
+    """Δ += u for weight i; in codes and in bfloat16 the sum is rounded by bits of its own."""
     delta = bucket.delta[i]
+    if bucket.delta_scales:
+        write_codes(bucket, i, delta, bucket.delta_scales[i], read_delta(bucket, i) + u)
+        return
     if not bucket.delta_is_bfloat16:
         delta.add_(u)
         return
@@ -275,7 +292,7 @@ def apply(bucket: Bucket, tuner: Tuner) -> None:
     scale = tuner.scale().to(bucket.device)
     for i, x in enumerate(bucket.weights):
         s = scale[bucket.rows[i]].to(bucket.compute_dtype)
-        x.copy_(formulas.apply_scale(bucket.x_ref[i], s, bucket.delta[i]))
+        x.copy_(formulas.apply_scale(bucket.x_ref[i], s, read_delta(bucket, i)))
     measure(bucket)
 
 
@@ -284,7 +301,7 @@ def measure(bucket: Bucket) -> None:
     bucket.sums[:, [XD, XX]] = 0
     for i, x in enumerate(bucket.weights):
         row = bucket.sums[bucket.rows[i]]
-        row[XD] += (x.double() * bucket.delta[i].double()).sum()
+        row[XD] += (x.double() * read_delta(bucket, i).double()).sum()
         row[XX] += (x.double() * x.double()).sum()
 
 
@@ -300,7 +317,8 @@ def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
     x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what ``apply`` wrote.
     """
     s = scale[bucket.rows[i]].to(bucket.compute_dtype)
-    tensors = bucket.weights[i], bucket.x_ref[i], bucket.delta[i]
+    whole = read_delta(bucket, i)
+    tensors = bucket.weights[i], bucket.x_ref[i], whole
     if all(t.is_contiguous() for t in tensors):
         # In pieces: the temporaries of a large embedding would be several times its own size.
         pieces = [t.view(-1).split(PIECE) for t in tensors]
@@ -308,6 +326,10 @@ def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
             _shift_piece(x, x_ref, delta, s)
     else:
         _shift_piece(*tensors, s)
+    if bucket.delta_scales:
+        # What was not finite may have been dropped.
+        q = bucket.delta[i]
+        q.masked_fill_((q == quantize.LINEAR.not_a_number) & ~whole.isnan(), 0)
 
 
 def _shift_piece(x: Tensor, x_ref: Tensor, delta: Tensor, s: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""8-bit codes: what they mean, by an oracle in float64, and what they do with odd numbers."""
+"""Codes: what they mean, by an oracle in float64, and what they do with odd numbers."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from support.cases import assert_same
 
 from mechanic_fused.backends import quantize
-from mechanic_fused.backends.quantize import FORMATS, SIGNED, UNSIGNED, Codes
+from mechanic_fused.backends.quantize import FORMATS, LINEAR, SIGNED, UNSIGNED, Codes
 
 EVERY = range(quantize.FRACTION)
 """Every ξ."""
@@ -31,7 +31,7 @@ def blocks(codes, n=64, size=128, spread=2.0):
     rng = torch.Generator().manual_seed(0)
     x = torch.exp(spread * torch.randn(n, size, generator=rng, dtype=torch.float64))
     x *= torch.exp(8 * torch.randn(n, 1, generator=rng, dtype=torch.float64))
-    signs = torch.randn(n, size, generator=rng).sign() if codes is SIGNED else 1.0
+    signs = torch.randn(n, size, generator=rng).sign() if codes.signed else 1.0
     return (x * signs).float()
 
 
@@ -177,8 +177,9 @@ def test_what_is_rounded_up_is_even_over_any_run_of_steps_and_of_elements(codes,
     assert (counted - due).abs().max() < 5
 
 
-def test_weights_and_both_states_are_rounded_apart():
-    draws = [drawn(number, 1, 4096, codes)[0] for number in (0, 1) for codes in (SIGNED, UNSIGNED)]
+def test_weights_and_their_states_are_rounded_apart():
+    formats = (SIGNED, UNSIGNED, LINEAR)
+    draws = [drawn(number, 1, 4096, codes)[0] for number in (0, 1) for codes in formats]
     for i, one in enumerate(draws):
         assert len(one.unique()) == len(one)
         for other in draws[:i]:
@@ -191,5 +192,61 @@ def test_a_fraction_is_what_is_left_of_the_bits():
     assert quantize.fraction(bits).tolist() == [0, 0, 1, quantize.FRACTION - 1]
 
 
+def test_codes_of_16_bits_count_powers_of_2():
+    x = blocks(LINEAR)
+    largest = x.abs().amax(1).double()
+    one = 2.0 ** (largest.log2().floor() - 14)
+    exact = x.double() / one[:, None]
+    total = torch.zeros_like(exact)
+    for xi in range(0, quantize.FRACTION, 16):
+        q, scale = quantize.quantize(x, xi, LINEAR)
+        assert_same(scale.double(), one)
+        assert ((q - exact).abs() < 1 + 1e-4).all()
+        assert_same(quantize.dequantize(q, scale, LINEAR).double(), q.double() * one[:, None])
+        total += q
+    fair = exact.abs() < LINEAR.top - 1
+    assert (total / 256 - exact)[fair].abs().max() < 2.0**-7
+
+
+@pytest.mark.parametrize("largest", [1e-28, 1e-12, 1.0, 3e7, 1e30])
+def test_codes_of_16_bits_that_are_not_changed_stay_whatever_rounds_them(largest):
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randint(-LINEAR.top, LINEAR.top + 1, (64, 64), generator=rng).to(torch.int16)
+    q[:, 0], q[:, 1] = LINEAR.top, -LINEAR.top
+    scale = torch.full((64,), 2.0 ** math.floor(math.log2(largest)))
+    x = quantize.dequantize(q, scale, LINEAR)
+    for xi in (0, 1, HALF, quantize.FRACTION - 1):
+        again, scales = quantize.quantize(x, xi, LINEAR)
+        assert_same((again, scales), (q, scale))
+
+
+def test_odd_numbers_among_codes_of_16_bits():
+    tiny, huge = 1.4e-45, torch.finfo(torch.float32).max
+    x = torch.tensor([[math.nan, 1.0], [math.inf, -2.0], [0.0, 0.0], [tiny, 0.0], [huge, -1.0]])
+    q, scale = quantize.quantize(x, HALF, LINEAR)
+    back = quantize.dequantize(q, scale, LINEAR)
+    assert q[0, 0] == q[1, 0] == -32768
+    assert back.isnan().tolist() == [[True, False], [True, False], *[[False, False]] * 3]
+    assert back[:3, 1].tolist() == [1.0, -2.0, 0.0]
+    assert (back[2:4] == 0).all()
+    assert back[4, 0] == 2.0**127
+    assert scale.isfinite().all()
+
+
+def test_delta_in_codes_of_16_bits_is_near_the_sum_of_its_updates():
+    """Within 0.4 %; in bfloat16, rounded stochastically, it is 8 to 10 % away."""
+    rng = torch.Generator().manual_seed(1)
+    size, drift = torch.exp(torch.randn(64, 64, generator=rng)), torch.randn(64, 64, generator=rng)
+    element = torch.arange(64 * 64).view(64, 64)
+    exact, delta = torch.zeros(64, 64, dtype=torch.float64), torch.zeros(64, 64)
+    for t in range(2000):
+        u = (0.1 * drift + torch.randn(64, 64, generator=rng)) * size
+        exact += u.double()
+        bits = quantize.rounding_bits(0, torch.tensor(float(t)), element, LINEAR.stride)
+        q, scale = quantize.quantize(delta + u, quantize.fraction(bits), LINEAR)
+        delta = quantize.dequantize(q, scale, LINEAR)
+    assert float((delta - exact).norm() / exact.norm()) < 0.004
+
+
 def test_the_formats_are_named_by_their_dtypes():
-    assert {torch.int8: SIGNED, torch.uint8: UNSIGNED} == FORMATS
+    assert {torch.int8: SIGNED, torch.uint8: UNSIGNED, torch.int16: LINEAR} == FORMATS

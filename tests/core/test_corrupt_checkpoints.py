@@ -39,7 +39,7 @@ REFUSED_SCALES = {
     "below 0": lambda t: -1 - t,
     "one NaN": lambda t: torch.cat([t[:-1], t[-1:] * torch.nan]),
     "one infinity": lambda t: torch.cat([t[:-1], t[-1:] + torch.inf]),
-    "too large": lambda t: t + 1e30,
+    "too large": lambda t: t + 1e36,
     "of twice as many blocks": lambda t: torch.cat([t, t, t], 1),
     "bfloat16": lambda t: t.bfloat16(),
 }
@@ -70,6 +70,7 @@ MAKERS = {
     "bfloat16": lambda ps: MechanicAdamW(ps, lr=1.0),
     "annealed": lambda ps: MechanicAdamW(ps, lr=1.0, variant="annealed"),
     "8 bits": lambda ps: MechanicAdamW(ps, lr=1.0, optim_bits=8),
+    "annealed, 8 bits": lambda ps: MechanicAdamW(ps, lr=1.0, variant="annealed", optim_bits=8),
     "16 bits": lambda ps: MechanicSGD(ps, lr=1.0, momentum=0.9, optim_bits=16),
     "a scale a group": lambda ps: MechanicAdamW(ps, lr=1.0, scale_per="group"),
     "a scale a weight": lambda ps: MechanicAdamW(ps, lr=1.0, scale_per="parameter"),

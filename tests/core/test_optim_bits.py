@@ -221,11 +221,12 @@ def test_a_run_resumes_to_the_bit(base, variant, bits, how):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations([32, 16, 8], 2)))
-def test_a_checkpoint_loads_into_other_bits(base, first, second):
+@pytest.mark.parametrize("variant", [RUNNING, "optax"])
+def test_a_checkpoint_loads_into_other_bits(base, first, second, variant):
     """To more bits nothing is lost; to fewer, half a code."""
-    params, opt = made(first, base)
+    params, opt = made(first, base, variant=variant)
     train(params, opt, 5)
-    others, other = made(second, base)
+    others, other = made(second, base, variant=variant)
     other.load_state_dict(opt.state_dict())
     other.plan_step()
     assert other.param_groups[0].get("optim_bits", 32) == second
@@ -238,6 +239,13 @@ def test_a_checkpoint_loads_into_other_bits(base, first, second):
             code = 2.0**-8 if second == 16 else 16 / 127
             largest = before.abs().view(-1, 64).amax(1, keepdim=True)
             assert ((after - before).view(-1, 64).abs() <= code * largest).all()
+    if variant == "optax":
+        before, after = (wide(o.state[p[0]], "delta") for o, p in ((opt, params), (other, others)))
+        last_place = {32: 0.0, 16: 2.0**-8, 8: 2.0**-14}[second]
+        largest = before.abs().view(-1, 64).amax(1, keepdim=True)
+        assert ((after - before).view(-1, 64).abs() <= last_place * largest).all()
+        assert opt.state[params[1]]["delta"].dtype is torch.float32
+    for entry in (name, "exp_avg_sq") if base == "adamw" else (name,):
         # As at the start of a run the small one is in float32.
         assert_same(other.state[others[1]][entry], opt.state[params[1]][entry])
     train(others, other, 2, 5)
@@ -266,6 +274,31 @@ def test_a_plain_checkpoint_of_adamw_loads_and_the_base_takes_the_state_back():
         assert_same(base.state[params[0]][name], wide(state, name))
     assert set(base.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
     base.step()
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_delta_has_16_bits_beside_codes(weights):
+    params, opt = made(8, variant="annealed", dtype=weights)
+    train(params, opt, 2)
+    state, small = opt.state[params[0]], opt.state[params[1]]
+    assert (state["delta"].dtype, state["delta_scale"].dtype) == (torch.int16, torch.float32)
+    assert state["delta_scale"].shape == state["exp_avg_scale"].shape
+    assert small["delta"].dtype is torch.float32
+    assert "delta_scale" not in small
+    moved = wide(state, "delta")
+    train(params, opt, 1, 2)
+    assert not torch.equal(wide(state, "delta"), moved)
+    opt.reset_scale()
+    assert (wide(state, "delta") == 0).all()
+
+
+def test_an_exact_form_in_8_bits_goes_on_in_the_running_form():
+    params, opt = made(8, variant="annealed")
+    train(params, opt, 3)
+    others, other = made(8)
+    other.load_state_dict(opt.state_dict())
+    train(others, other, 1, 3)
+    assert not {"delta", "delta_scale"} & other.state[others[0]].keys()
 
 
 def test_low_bits_come_and_go_with_the_option():
@@ -321,7 +354,7 @@ def test_scales_that_no_kernel_can_read_are_refused_before_a_step(backend, how):
         opt.state[params[0]]["exp_avg_scale"] = REPLACED[how]
     for p in params:
         p.grad = torch.ones_like(p)
-    reason = r"exp_avg of a weight .* 8-bit codes: expected exp_avg_scale"
+    reason = r"exp_avg of a weight .* holds codes: expected exp_avg_scale"
     with pytest.raises(ValueError, match=reason):
         opt.step()
     opt.state[params[0]]["exp_avg_scale"] = kept

@@ -65,12 +65,20 @@ class Run:
         """Return the whole state of each weight; codes are compared, x and x_ref are not."""
         return [
             {
-                name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+                name: gathered(value).clone()
                 for name, value in self.opt.state[p].items()
-                if name not in ("x_ref", "delta", "x_low")
+                if name not in ("x_ref", "x_low")
             }
             for p in self.params
         ]
+
+
+def gathered(value):
+    """Return an entry of all ranks; no process group gathers integers of 16 bits."""
+    if not isinstance(value, DTensor):
+        return value
+    is_short = value.dtype is torch.int16
+    return (value.to(torch.int32) if is_short else value).full_tensor().to(value.dtype)
 
 
 def trained(layout, **options):

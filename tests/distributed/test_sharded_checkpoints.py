@@ -71,7 +71,7 @@ def resume(folder, form, layout="fsdp2", planner=None, **options):
     set_model_state_dict(run.net, state["net"], options=chosen)
     set_optimizer_state_dict(run.net, run.opt, state["opt"], options=chosen)
     run.train(HALF, HALF)
-    entries = run.opt.state[next(run.net.parameters())]
+    entries = run.opt.state[max(run.net.parameters(), key=lambda p: p.numel())]
     return {**run.result(), "dtypes": {name: value.dtype for name, value in entries.items()}}
 
 
@@ -133,6 +133,37 @@ def test_state_beside_bfloat16_weights_stays_float32(ranks, tmp_path):
     assert dtypes["x_ref"] is torch.bfloat16
     # A weight may round to the other side: one ulp of bfloat16 at 4.
     assert_agrees(results, sharding.run("single", 2 * HALF, **options), tolerance=2**-6)
+
+
+SHORT = {
+    "low bits": {"dtype": torch.bfloat16, "variant": "running"},
+    "codes of Δ": {"variant": "annealed", "optim_bits": 8, "width": 128},
+}
+"""Integers of 16 bits, which no process group gathers."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("what", SHORT)
+def test_integers_of_16_bits_are_saved_in_every_form(ranks, tmp_path, form, what):
+    options = SHORT[what]
+    ranks(2).run(save, str(tmp_path), form, **options)
+    resumed = ranks(2).run(resume, str(tmp_path), form, **options)
+    assert torch.int16 in resumed[0].pop("dtypes").values()
+    through = ranks(2).run(sharding.run, "fsdp2", 2 * HALF, **options)
+    assert_agrees(resumed, through[0], tolerance=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("what", SHORT)
+def test_integers_of_16_bits_go_from_one_process_to_two_ranks(ranks, tmp_path, what):
+    """Saved in 16 bits and loaded into 32 by torch, which converts them."""
+    options = SHORT[what]
+    alone = Run("single", **options)
+    alone.train(0, HALF)
+    dcp.save(state_of(alone, StateDictOptions()), checkpoint_id=str(tmp_path))
+    results = ranks(2).run(resume, str(tmp_path), "sharded", **options)
+    alone.train(HALF, HALF)
+    assert_agrees(results, alone.result(), tolerance=2**-6)
 
 
 @pytest.mark.parametrize("base", ["adamw", "radam"])

@@ -41,7 +41,7 @@ def array(x):
 def numbers(entries, name):
     """Return an entry of a state as numbers, and how far its storage may have rounded each."""
     t = entries[name]
-    if not has_codes(t):
+    if not has_codes(name, t):
         found = array(t)
         return found, (BFLOAT16 * np.abs(found) if t.dtype is torch.bfloat16 else 0.0)
     scales = entries[f"{name}_scale"]
