@@ -7,6 +7,7 @@ needs no S, so a hook takes both, and ``step()`` tunes S and writes the weights.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +45,7 @@ class GradientRelease:
         reduced: bool,
     ) -> None:
         self.reduced = reduced
+        self._lock = threading.Lock()
         self.taken: set[Tensor] = set()
         self._plan_step = weakref.WeakMethod(plan_step)
         self._run = run
@@ -56,13 +58,26 @@ class GradientRelease:
 
     def watch(self, weights: list[Tensor]) -> None:
         """Take the gradients of these weights too."""
+        # Weights that outlive the optimizer must not keep its state.
+        take = weakref.WeakMethod(self._take)
+
+        def hook(weight: Tensor) -> None:
+            found = take()
+            if found is not None:
+                found(weight)
+
         for p in weights:
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(self._take)
+                p.register_post_accumulate_grad_hook(hook)
 
     @torch.no_grad()
     def _take(self, weight: Tensor) -> None:
         """Take what a complete gradient allows of its weight's step, and free it."""
+        # Autograd has a thread for each GPU.
+        with self._lock:
+            self._take_alone(weight)
+
+    def _take_alone(self, weight: Tensor) -> None:
         plan_step = self._plan_step()
         if plan_step is None:
             return
@@ -91,6 +106,7 @@ class GradientRelease:
             # The copy is written later, but what still needs the weight must raise now.
             increment_version([weight])
             plan.run.offload.submit(partial(_step_copy, plan, single))
+            plan.run.offload.hold_back(single.copies[0])
             return
         if plan.options.is_running:
             plan.step_bucket(single)

@@ -7,8 +7,10 @@ steps the copies while the backward pass goes on.
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -22,8 +24,39 @@ from .torch_internals import dtensor, is_fsdp1_flat, read_version
 PART = 1 << 26
 """Bytes of weights that are stepped while others are copied, where gradients are not released."""
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of an element → the dtype in which a checksum reads them."""
+ROW = 1024
+"""Elements of 8 bytes in a row of a checksum."""
+
+
+PLACE = 0x1E3779B97F4A7C15
+"""By which the places of a checksum are told apart; its multiples are spread over 64 bits."""
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """Return an int64 that other bits, or the same ones in another order, nearly always change.
+
+    Sums of rows and of columns, times odd numbers that tell their places. Integers of 8 bytes are
+    added as they are; others torch would widen first, all of them at once.
+    """
+    flat = weight.detach()
+    flat = flat.as_strided((flat.numel(),), (1,)) if is_dense(flat) else flat.flatten().contiguous()
+    width = 8 // flat.element_size()
+    whole = flat.numel() // (ROW * width) * ROW * width
+    aligned = flat.storage_offset() % width == 0
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    if aligned and whole:
+        rows = flat[:whole].view(torch.int64).view(-1, ROW)
+        total += _placed(rows.sum(0)) + 3 * _placed(rows.sum(1))
+    rest = flat[whole:] if aligned else flat
+    if rest.numel():
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rest.element_size()]
+        total += 5 * _placed(rest.view(integers).to(torch.int64))
+    return total
+
+
+def _placed(sums: Tensor) -> Tensor:
+    places = torch.arange(len(sums), dtype=torch.int64, device=sums.device)
+    return (sums * (places * PLACE | 1)).sum()
 
 
 class Lanes:
@@ -31,14 +64,20 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._module = device, torch.get_device_module(device)
-        self._down, self._up = self._module.Stream(device), self._module.Stream(device)
+        # Before the backward pass: a copy that waits for its kernels hides nothing.
+        self._down, self._up = (self._module.Stream(device, priority=-1) for _ in range(2))
 
     def fetch(self, task: Callable[[], None], *read: Tensor) -> Any:
         """Queue copies to the host, after all that is queued so far; return the event of their end.
 
         Args:
             task: queues them; it reads the tensors ``read``, which may then be freed.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured.
         """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a step with offload=True waits for the host: it cannot be captured")
         self._down.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._down):
             task()
@@ -88,6 +127,9 @@ class HostCopy:
         self.read()
         return self.gradient
 
+    def wait(self) -> None:
+        """Wait until the gradient is on the host."""
+
     def end(self) -> None:
         """Wait for what :meth:`begin` has begun."""
 
@@ -109,7 +151,7 @@ class PinnedCopy(HostCopy):
 
     def __init__(self, weight: Tensor, lanes: Lanes) -> None:
         self._lanes = lanes
-        # The checksums of what was written to the weight and of what is there now.
+        # Checksums of what was written to the weight, and of what is there now.
         self._sums = torch.zeros(2, dtype=torch.int64, device=weight.device)
         on_gpu = weight.device.type != "cpu"
         self._found = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
@@ -119,10 +161,11 @@ class PinnedCopy(HostCopy):
     def read(self) -> None:
         self._noted = read_version(self.weight)
         self._lanes.fetch(self._read).synchronize()
+        self._is_modified, self._arrived = False, None
 
     def _read(self) -> None:
         self.x.copy_(self.weight, non_blocking=True)
-        self._sums[0] = self._checksum()
+        self._sums[0] = checksum(self.weight)
 
     def begin(self, g: Tensor) -> Tensor:
         check_stored(g)
@@ -132,11 +175,18 @@ class PinnedCopy(HostCopy):
 
     def _fetch(self, g: Tensor) -> None:
         self.gradient.copy_(g, non_blocking=True)
-        self._sums[1] = self._checksum()
+        self._sums[1] = checksum(self.weight)
         self._found.copy_(self._sums, non_blocking=True)
 
+    def wait(self) -> None:
+        """Wait until the gradient is on the host, and free on the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
     def end(self) -> None:
-        self._arrived.synchronize()
+        if self._arrived is None:
+            return
+        self.wait()
         written, now = self._found.tolist()
         if self._is_modified or written != now:
             self.read()
@@ -147,10 +197,7 @@ class PinnedCopy(HostCopy):
     def _send(self) -> None:
         self.weight.copy_(self.x, non_blocking=True)
         self._noted = read_version(self.weight)
-        self._sums[0] = self._checksum()
-
-    def _checksum(self) -> Tensor:
-        return self.weight.view(INTEGERS[self.weight.element_size()]).sum(dtype=torch.int64)
+        self._sums[0] = checksum(self.weight)
 
 
 class Offload:
@@ -159,8 +206,9 @@ class Offload:
     def __init__(self) -> None:
         self._copies: dict[Tensor, HostCopy] = {}
         self._lanes: dict[torch.device, Lanes] = {}
-        self._thread = ThreadPoolExecutor(1, "mechanic_fused_offload")
+        self._thread: tuple[int, ThreadPoolExecutor] | None = None
         self._tasks: list[Future[None]] = []
+        self._under_way: deque[HostCopy] = deque()
 
     def copies_of(self, weights: Iterable[Tensor]) -> dict[Tensor, HostCopy]:
         """Return the copies of these weights, made where there is none; all others are dropped."""
@@ -183,15 +231,38 @@ class Offload:
         for copy in self._copies.values():
             copy.read()
 
+    def hold_back(self, copy: HostCopy) -> None:
+        """Wait where gradients of more than PART bytes, this one's included, are being copied.
+
+        Else the backward pass would run ahead, and the device hold all of them.
+        """
+        self._under_way.append(copy)
+        while sum(each.gradient.nbytes for each in self._under_way) > PART:
+            self._under_way.popleft().wait()
+
     def submit(self, task: Callable[[], None]) -> None:
         """Let the thread do this, after what it has been given before."""
-        self._tasks.append(self._thread.submit(task))
+        # A forked process has no thread of its parent's.
+        if self._thread is None or self._thread[0] != os.getpid():
+            self._thread = os.getpid(), ThreadPoolExecutor(1, "mechanic_fused_offload")
+        self._tasks.append(self._thread[1].submit(task))
 
     def drain(self) -> None:
-        """Wait until the thread has done what it was given; its errors are raised here."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
+        """Wait until the thread has done what it was given; its errors are raised here.
+
+        They are raised again until :meth:`forget` is called.
+        """
+        wait(self._tasks)
+        self._under_way.clear()
+        self._tasks = [task for task in self._tasks if task.exception() is not None]
+        for task in self._tasks:
             task.result()
+
+    def forget(self) -> None:
+        """Wait as :meth:`drain` does, and drop the errors."""
+        wait(self._tasks)
+        self._tasks.clear()
+        self._under_way.clear()
 
     def meet(self) -> None:
         """Let what each GPU is given from now on see the new weights."""
@@ -237,6 +308,11 @@ def check_offloaded(params: list[Tensor], reason: str | None) -> None:
     if reason:
         raise ValueError(f"offload=True needs a fused update, got {reason}")
     for p in params:
+        on = p.device.type
+        if on not in ("cpu", "meta") and not hasattr(torch.get_device_module(on), "Stream"):
+            raise ValueError(
+                f"offload=True needs a device with streams, got a weight on {p.device}"
+            )
         kind = "FSDP1" if is_fsdp1_flat(p) else "DTensor" if isinstance(p, dtensor()) else None
         if kind:
             remedy = {

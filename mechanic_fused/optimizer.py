@@ -206,7 +206,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         least, none is needed. The exact forms do without.
 
         Args:
-            loss: one number; a tensor stays on its device and is not read.
+            loss: one number; a tensor stays on its device and is not read, but with ``offload``.
 
         Raises:
             ValueError: for more than one number, or losses of several ranks where nothing tells
@@ -288,6 +288,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def _fitting_plan(self) -> StepPlan:
         self._check_process_groups()
         reason = self.fallback_reason
+        if self._offload:
+            check_offloaded([], reason)
         fused = None if reason else TABLE[self._base]
         tuner = self._current_tuner()
         plan = self._plan
@@ -428,6 +430,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         if reason:
             return f"fallback: {reason}"
         devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        devices = {"cpu"} if self._offload else devices
         names = sorted(backends.resolve(self._backend, device) for device in devices)
         return f"fused ({', '.join(names)})"
 
@@ -612,6 +615,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also what released ones have left for ``step``."""
         super().zero_grad(set_to_none)
+        if self._run.offload is not None:
+            self._run.offload.forget()
+            self._run.offload.meet()
         if self._release is not None:
             self._release.end_step()
 
@@ -764,6 +770,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 "load what to_base() gives"
             )
         groups = with_own_optim_bits(groups, self.param_groups)
+        if self._offload:
+            check_offloaded([], fallback_reason(self._base, groups))
         states = state.with_short_integers(state_dict["state"])
         state_dict = {**state_dict, "state": states, "param_groups": groups}
         check_scales(groups, self.param_groups, self._scale_per)

@@ -123,6 +123,7 @@ class Run:
         """Finish what is under way: steps of released gradients, and the sums of the last step."""
         if self.offload is not None:
             self.offload.drain()
+            self.offload.meet()
         if self.pending is not None:
             self.pending.settle()
             self.pending = None

@@ -228,6 +228,10 @@ def check_alike(plans: Sequence[StepPlan]) -> None:
                 "optimizers that step together must have the same max_grad_norm, expected "
                 f"{first.max_grad_norm}, got {plan.max_grad_norm}"
             )
+        if plan.options.offload != first.options.offload:
+            raise ValueError(
+                "optimizers that step together must all have offload=True or none, got both"
+            )
         if plan.has_started() != first.has_started():
             raise ValueError(
                 "optimizers that step together must have started together: reset_scale() of all "

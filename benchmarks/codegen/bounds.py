@@ -84,7 +84,12 @@ def delta_dtype(dtype: torch.dtype, narrow: bool) -> torch.dtype:
 
 
 def variants(kernel: str, dtype: torch.dtype) -> list[torch.dtype | None]:
-    """Return the dtypes of a kernel's state: None for the arithmetic's, int8 for codes."""
+    """Return the dtypes of a kernel's state: None for the arithmetic's, int8 for codes.
+
+    Of apply and measure it says whether Δ has codes.
+    """
+    if kernel in ("apply", "measure") and dtype is not torch.float64:
+        return [None, torch.int8]
     if not STATES.get(kind_of(kernel)) or dtype is torch.float64:
         return [None]
     return [None, torch.bfloat16, torch.int8, *[dtype] * (dtype is torch.float16)]

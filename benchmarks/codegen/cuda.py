@@ -25,13 +25,11 @@ NUMBERS = {
 
 # Mangled names: f and d are float and double; a later S3_ repeats the type that was named before.
 NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
-BASE = re.compile(
-    rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}"
-    r"(S\w*_|(?:NS\d*_\d+)?(?:f|d|BFloat16|Half|Code))E"
-)
+STORED = r"(S\w*_|(?:NS\d*_\d+)?(?:f|d|BFloat16|Half|Code))E"
+BASE = re.compile(rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}{STORED}")
 NORM = re.compile(rf"norm_kernelI{NUMBER}E")
 TUNER = re.compile(r"\d((?:log_)?tune)_kernelE")
-APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}E")
+APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}{STORED}")
 
 
 class Kernel(NamedTuple):
@@ -39,7 +37,7 @@ class Kernel(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    state: torch.dtype | None  # None: the arithmetic's
+    state: torch.dtype | None  # None: the arithmetic's; int8: codes, of Δ too
 
 
 def kernel_of(function: str) -> Kernel | None:
@@ -51,7 +49,8 @@ def kernel_of(function: str) -> Kernel | None:
         stored = dtype if state.startswith("S") else NUMBERS[re.sub(r"^NS\d*_\d+", "", state)]
         return Kernel(name, dtype, None if stored is compute_dtype(dtype) else stored)
     if found := APPLY.search(function):
-        return Kernel("apply" if found[1] == "1" else "measure", NUMBERS[found[2]], None)
+        name = "apply" if found[1] == "1" else "measure"
+        return Kernel(name, NUMBERS[found[2]], torch.int8 if "Code" in found[3] else None)
     if found := NORM.search(function):
         return Kernel("norm", NUMBERS[found[1]], None)
     if found := TUNER.search(function):

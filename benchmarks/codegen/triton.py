@@ -45,7 +45,7 @@ def source(
 
     Args:
         state: the dtype of the base's state: None for the arithmetic's, int8 for codes.
-        narrow_delta: Δ is in bfloat16, as it is beside codes.
+        narrow_delta: Δ is in bfloat16; beside codes it is in int16.
     """
     from mechanic_fused.triton_kernels import storage
     from triton.compiler import ASTSource
@@ -56,10 +56,11 @@ def source(
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
     narrow_delta = narrow_delta or with_narrow_delta(dtype, state)
-    d = storage.DTYPES[delta_dtype(dtype, narrow_delta)]
+    has_codes = state is torch.int8
+    d = storage.STORED_DTYPES[torch.int16 if has_codes else delta_dtype(dtype, narrow_delta)]
     stored = {
         "S": t if state is None else storage.STORED_DTYPES[state],
-        "STATE_BLOCK": 64 if state is torch.int8 else 0,
+        "STATE_BLOCK": 64 if has_codes else 0,
     }
     no_bits = {} if rounds(kernel, state) else {"step_count": None}
     constants = {
@@ -82,7 +83,14 @@ def source(
             "IN_PART": kernel.endswith(IN_PART),
             **storage.sizes(dtype),
         },
-        "apply": {"BETAS": 6, "X": x, "T": t, "D": d, **storage.sizes(dtype)},
+        "apply": {
+            "BETAS": 6,
+            "X": x,
+            "T": t,
+            "D": d,
+            "DELTA_BLOCK": 64 if has_codes else 0,
+            **storage.sizes(dtype),
+        },
         "norm": {"X": x, "T": t, **storage.sizes(dtype)},
         "tune": {"BETAS": 6, "COLUMNS": 8, "ROWS": 32},
         "log_tune": {"ROWS": 32},

@@ -1,8 +1,12 @@
 """Weights that are stepped on the host: the numbers of the ordinary step, whatever is around it."""
 
 import copy
+import gc
+import os
 import re
 import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -204,19 +208,25 @@ def test_what_needs_it_in_the_same_backward_pass_raises_too():
     opt.zero_grad()
 
 
-def test_an_error_in_the_thread_is_raised_by_the_step(monkeypatch):
+def test_an_error_in_the_thread_is_raised_by_the_step_until_gradients_are_dropped(monkeypatch):
     opt, net = released(True)
     train(opt, net, 1)
+    step_bucket, done = StepPlan.step_bucket, []
 
-    def fail(*_):
-        raise MemoryError("no room")
+    def fail(plan, bucket):
+        done.append(bucket)
+        if len(done) == 2:
+            raise MemoryError("no room")
+        step_bucket(plan, bucket)
 
-    net(torch.ones(4, 8)).sum().backward()
-    opt.step()
     monkeypatch.setattr(StepPlan, "step_bucket", fail)
     net(torch.ones(4, 8)).sum().backward()
-    with pytest.raises(MemoryError, match="no room"):
-        opt.step()
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no room"):
+            opt.step()
+        assert len(done) == len(list(net.parameters()))
+    opt.zero_grad()
+    train(opt, net, 1)
 
 
 WRITES = {
@@ -225,6 +235,8 @@ WRITES = {
     "through a view": lambda p: p.detach().view(-1)[:2].zero_(),
     "moved": lambda p: setattr(p, "data", p.data.clone() * 0.5),
     "rows in another order": lambda p: p.copy_(p.flip(0).clone()),
+    "rows in another order, through data": lambda p: p.data.copy_(p.data.flip(0)),
+    "of another sign, through data": lambda p: p.data.neg_(),
 }
 
 
@@ -330,13 +342,135 @@ def test_a_checkpoint_goes_on_with_and_without_offload(saved_offloaded):
     assert_same(whole.snapshot(), second.snapshot())
 
 
-def test_a_checkpoint_between_backward_and_step_has_what_was_stepped():
+def slow(monkeypatch):
+    """Let the thread come late."""
+    step_bucket = StepPlan.step_bucket
+
+    def later(plan, bucket):
+        time.sleep(0.02)
+        step_bucket(plan, bucket)
+
+    monkeypatch.setattr(StepPlan, "step_bucket", later)
+
+
+def test_a_checkpoint_between_backward_and_step_has_what_was_stepped(monkeypatch):
+    slow(monkeypatch)
+    found = []
+    for offloaded in (True, False):
+        opt, net = released(offloaded)
+        train(opt, net, 2)
+        net(torch.ones(4, 8)).sum().backward()
+        saved = opt.state_dict()["state"]
+        found.append(copy.deepcopy((saved, net.state_dict())))
+        opt.step()
+    assert {int(entries["step"]) for entries in saved.values()} == {3}
+    assert_same(*found)
+
+
+def test_what_is_written_after_gradients_are_dropped_stays(monkeypatch):
+    slow(monkeypatch)
     opt, net = released(True)
     train(opt, net, 2)
+    kept = copy.deepcopy(net.state_dict())
     net(torch.ones(4, 8)).sum().backward()
-    saved = opt.state_dict()["state"]
-    assert {int(entries["step"]) for entries in saved.values()} == {3}
-    opt.step()
+    opt.zero_grad()
+    net.load_state_dict(kept)
+    time.sleep(0.2)
+    assert_same(net.state_dict(), kept)
+
+
+def test_gradients_on_their_way_are_bounded(monkeypatch, device):
+    """The backward pass waits for the oldest."""
+    monkeypatch.setattr(offload, "PART", 3 * 8 * 8 * 4)
+    opt, net = released(True)
+    train(opt, net, 1)
+    most, begin = [], offload.HostCopy.begin
+    under_way = opt._run.offload._under_way
+
+    def note(host_copy, g):
+        most.append(sum(each.gradient.nbytes for each in under_way))
+        return begin(host_copy, g)
+
+    monkeypatch.setattr(offload.HostCopy, "begin", note)
+    monkeypatch.setattr(offload.PinnedCopy, "begin", note)
+    if device == "cpu":
+        net(torch.ones(4, 8)).sum().backward()
+        assert 0 < max(most) <= 3 * 8 * 8 * 4
+        opt.step()
+
+
+def test_a_dropped_optimizer_frees_its_state():
+    opt, net = released(True)
+    train(opt, net, 1)
+    held = weakref.ref(opt._run.offload)
+    state = weakref.ref(next(iter(opt.state.values()))["x_ref"])
+    del opt
+    gc.collect()
+    assert held() is None
+    assert state() is None
+    net(torch.ones(4, 8)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_has_a_thread_of_its_own():
+    opt, net = released(True)
+    train(opt, net, 1)
+    torch.set_num_threads(1)  # those of OpenMP are not there after a fork
+    child = os.fork()
+    if child == 0:
+        train(opt, net, 1)
+        os._exit(7)
+    deadline = time.monotonic() + 60
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if found == (0, 0):
+        os.kill(child, 9)
+    assert os.waitstatus_to_exitcode(found[1]) == 7
+
+
+@pytest.mark.parametrize("how", ["group", "checkpoint"])
+def test_an_option_without_a_fused_update_is_refused_when_it_comes(how):
+    each = training(True)
+    each.run(2)
+    before = each.snapshot()
+    expected = "offload=True needs a fused update, got amsgrad=True"
+    if how == "group":
+        each.group["amsgrad"] = True
+        with pytest.raises(ValueError, match=expected):
+            each.run(1)
+        each.group["amsgrad"] = False
+    else:
+        saved = torch.optim.AdamW(make_weights(SHAPES), amsgrad=True).state_dict()
+        with pytest.raises(ValueError, match=expected):
+            each.opt.load_state_dict(saved)
+    assert_same(each.snapshot(), before)
+    each.run(1)
+
+
+def test_it_says_what_steps():
+    with torch._subclasses.FakeTensorMode():
+        p = torch.nn.Parameter(torch.empty(64, 64, device="cuda"))
+        opt = MechanicAdamW([p], offload=True, backend="reference")
+    assert opt.implementation == "fused (reference)"
+
+
+def test_offload_and_none_do_not_step_together():
+    params = make_weights([(4, 6), (5,)])
+    opts = [MechanicSGD([p], lr=1.0, offload=i == 0) for i, p in enumerate(params)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="must all have offload=True or none"):
+        step_together(opts)
+
+
+def test_a_checksum_makes_no_copy_of_the_weight():
+    x = torch.randn(1 << 20, dtype=torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        offload.checksum(x)
+    made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert made < x.nbytes / 8
 
 
 def test_a_copy_goes_on_alone():

@@ -73,9 +73,11 @@ def test_only_copies_are_pinned_and_the_gpu_holds_no_state():
     opt = MechanicAdamW([p], offload=True)
     p.grad = torch.ones_like(p)
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     opt.step()
-    assert torch.cuda.memory_allocated() - before < 1 << 16
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 18
     [[copy]] = [bucket.copies for bucket in opt.plan_step().buckets]
     assert copy.x.is_pinned() and copy.gradient.is_pinned()
     opt.load_state_dict(opt.state_dict())
-    assert torch.cuda.memory_allocated() - before < 1 << 16
+    assert torch.cuda.max_memory_allocated() - before < 1 << 18
