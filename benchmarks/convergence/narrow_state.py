@@ -28,12 +28,12 @@ TASKS = ("char", "lora", "tokens", "digits_mlp", "digits_conv", "vit", "seq2seq"
 
 def arm(beta2: float, bits: int) -> str:
     """Return the name of an arm."""
-    return f"beta2 {beta2:g}, {bits} bits"
+    return f"beta2 {beta2:g} {bits} bits"
 
 
 def control(beta2: float) -> str:
     """Return the name of the arm in 32 bits that is rounded otherwise."""
-    return f"{arm(beta2, 32)}, ε + 0.0001 %"
+    return f"{arm(beta2, 32)} other rounding"
 
 
 NARROW: dict[str, dict[str, Any]] = {

@@ -366,7 +366,7 @@ def test_narrow_states_are_beside_their_twins(convergence, monkeypatch):
     """The rivals run at the best rate of the grid, once it is known."""
     narrow = convergence.narrow_state
     monkeypatch.setattr(narrow, "installed", lambda: list(narrow.RIVALS))
-    behind = {"beta2 0.95, 8 bits": 0.004, "bitsandbytes, 8 bits": 0.03}
+    behind = {"beta2 0.95 8 bits": 0.004, "bitsandbytes, 8 bits": 0.03}
 
     def loss(spec):
         # One seed of two is behind.
