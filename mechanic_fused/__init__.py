@@ -1,11 +1,13 @@
 """Mechanic: PyTorch optimizers that find their own learning rate, fused."""
 
 from .lion import Lion
+from .muon import Muon, muon_groups
 from .optimizer import Mechanized
 from .optimizers import (
     MechanicAdam,
     MechanicAdamW,
     MechanicLion,
+    MechanicMuon,
     MechanicSGD,
     is_mechanized,
     mechanize,
@@ -19,9 +21,12 @@ __all__ = [
     "MechanicAdam",
     "MechanicAdamW",
     "MechanicLion",
+    "MechanicMuon",
     "MechanicSGD",
     "Mechanized",
+    "Muon",
     "is_mechanized",
     "mechanize",
+    "muon_groups",
     "step_together",
 ]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .backends.layout import STATES
+from .backends.layout import MUON, STATES
 from .lion import Lion
+from .muon import Muon, hyper_of_matrices, hyper_of_others
 
 Group = dict[str, Any]
 
@@ -19,7 +20,7 @@ class FusedBase:
     """A base optimizer with a fused update.
 
     Args:
-        kind: group → the name of its fused update, one of ``layout.KINDS``.
+        kind: group → the name of its fused update, one of ``layout.KINDS``, or ``layout.MUON``.
         hyper: group → the first seven numbers of ``layout.HYPER``; lr may be a tensor.
         allowed: option → the values for which the fused update is right.
         state_names: the names of the base's own state.
@@ -65,6 +66,12 @@ TABLE: dict[type, FusedBase] = {
         lambda group: "momentum" if group["momentum"] else "sgd", _sgd, {}, STATES["momentum"]
     ),
     Lion: FusedBase(lambda group: "lion", _lion, {}, STATES["lion"]),
+    Muon: FusedBase(
+        lambda group: MUON if group["use_muon"] else "adam",
+        lambda group: (hyper_of_matrices if group["use_muon"] else hyper_of_others)(group),
+        {},
+        (*_ADAM_STATE, *STATES[MUON]),
+    ),
 }
 """Exact classes only: a subclass may step otherwise."""
 

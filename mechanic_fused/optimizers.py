@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import backends
+from .backends.orthogonalize import QUINTIC
 from .lion import Lion
+from .muon import Muon
 from .optimizer import DEFAULTS, Mechanized
 from .options import (
     RENAMED_VARIANTS,
@@ -450,6 +452,97 @@ class MechanicLion(Mechanized, Lion):
             offload=offload,
             max_grad_norm=max_grad_norm,
             reduce_group=reduce_group,
+            loss_group=loss_group,
+            extra_groups=extra_groups,
+        )
+
+
+class MechanicMuon(Mechanized, Muon):
+    """Muon for matrices and AdamW for other weights with one learned scale: x += S·u.
+
+    Of groups with ``use_muon=True``: u = −lr·(ratio·O + weight_decay·x), O = NewtonSchulz(n),
+    n = μ·buf + (1−μ)·g, buf = μ·buf + (1−μ)·g. Of others AdamW's u.
+
+    Args:
+        params: weights of two dimensions or more, or param groups, as :func:`muon_groups` makes
+            them; those with ``use_muon=False`` may have ``betas`` and ``eps``.
+        lr: the peak of your schedule; its size does not matter.
+        weight_decay: decoupled, 0 or more; the effective decay is S·lr·weight_decay.
+        momentum: μ, in [0, 1).
+        nesterov: whether O is of Nesterov's momentum, or of buf.
+        ns_coefficients: (a, b, c) of each step of NewtonSchulz, or "polar_express".
+        eps: the least norm by which a matrix is divided.
+        ns_steps: steps of NewtonSchulz, 1 to 99.
+        adjust_lr_fn: "match_rms_adamw": ratio = 0.2·√max(rows, columns), by which one scale serves
+            both kinds of weights; "original" or None: √max(1, rows/columns), with a scale for each
+            group.
+        s_init, backend, optim_bits, state_dtype, x_ref_every, bf16_stochastic_round,
+            max_grad_norm, loss_group, extra_groups: as of :class:`MechanicAdamW`.
+        scale_per: also as there; None: "model" with "match_rms_adamw", else "group".
+
+    Memory beside weights and gradients: x_ref in the weights' dtype, the momentum of matrices, and
+    AdamW's state of the others.
+
+    Raises:
+        ValueError: for an option out of range, a weight of fewer than two dimensions in a group
+            with ``use_muon=True``, or a sharded one.
+
+    Source: arXiv 2306.00144, Algorithm 1; kellerjordan.github.io/posts/muon; arXiv 2502.16982.
+
+    Example:
+        >>> from mechanic_fused import muon_groups
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+        >>> opt = MechanicMuon(muon_groups(model))
+        >>> loss = model(torch.ones(2, 4)).square().mean()
+        >>> loss.backward()
+        >>> opt.step(loss=loss)
+    """
+
+    _base = Muon
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Sequence[float] | str = QUINTIC,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
+        s_init: float | str | None = None,
+        scale_per: str | None = None,
+        backend: str = "auto",
+        optim_bits: int = 32,
+        state_dtype: str | None = None,
+        x_ref_every: int = 1,
+        bf16_stochastic_round: bool = False,
+        max_grad_norm: float | None = None,
+        loss_group: Any = None,
+        extra_groups: Sequence[Any] = (),
+    ) -> None:
+        if scale_per is None:
+            scale_per = "model" if adjust_lr_fn == "match_rms_adamw" else "group"
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            s_init=s_init,
+            scale_per=scale_per,
+            backend=backend,
+            optim_bits=optim_bits,
+            state_dtype=state_dtype,
+            x_ref_every=x_ref_every,
+            bf16_stochastic_round=bf16_stochastic_round,
+            max_grad_norm=max_grad_norm,
             loss_group=loss_group,
             extra_groups=extra_groups,
         )

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed
-from .backends import quantize, reference
-from .backends.layout import COUNT, GD, GG, HALF_DTYPES, KERNEL_DTYPES, STATES, SUMS, compute_dtype
+from .backends import Backend, muon, quantize, reference
+from .backends.layout import (
+    COUNT,
+    GD,
+    GG,
+    HALF_DTYPES,
+    KERNEL_DTYPES,
+    MUON,
+    STATES,
+    SUMS,
+    compute_dtype,
+)
 from .bucket import Bucket, ParamSlot
 from .distributed import (
     Groups,
@@ -272,7 +282,7 @@ class StepPlan:
         self._state_dicts = self._states_of_weights()
         self.buckets = [
             Bucket(
-                backends.load(key.backend),
+                self._backend_of(key),
                 key.kind,
                 of_bucket,
                 len(param_groups),
@@ -384,8 +394,18 @@ class StepPlan:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
         is_sharded = local(p) is not p
+        if kind == MUON and (groups or is_sharded):
+            raise ValueError(
+                "Muon needs whole matrices, and sharded ones are not gathered yet: expected plain "
+                "weights in groups with use_muon=True, got a shard of shape "
+                f"{tuple(local(p).shape)}"
+            )
         stored = self.options.format_of_state(p, group, kind)
         return BucketKey(kind, p.device, p.dtype, name, groups, is_sharded, stands_still, stored)
+
+    def _backend_of(self, key: BucketKey) -> Backend:
+        found = backends.load(key.backend)
+        return muon.Muon(found, lambda: self.param_groups) if key.kind == MUON else found
 
     def _state_of(self, p: Tensor, x: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
         """Return the entries of the state of weight p, the missing ones created as x is laid out.
@@ -412,7 +432,7 @@ class StepPlan:
         if self.fused is None or self.tuner.device.type == "cpu":
             return False
         return all(
-            bucket.backend is not reference and bucket.device.type != "cpu"
+            bucket.backend is not reference and bucket.device.type != "cpu" and bucket.kind != MUON
             for bucket in self.buckets
         )
 

@@ -71,11 +71,15 @@ LOSSES = ("sum", "count")
 KINDS = ("sgd", "momentum", "adam", "lion")
 """The fused updates; kernels know each by its index here."""
 
+MUON = "muon"
+"""The update of matrices, which is made of products of them: no kernel's."""
+
 STATES: dict[str, tuple[str, ...]] = {
     "sgd": (),
     "momentum": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq"),
     "lion": ("exp_avg",),
+    MUON: ("momentum_buffer",),
 }
 """Update → the names of its state tensors, in the order state0, state1."""
 

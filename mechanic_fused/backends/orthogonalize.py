@@ -1,0 +1,108 @@
+"""Matrices with singular values near 1, many of one shape at a time: what Muon makes of a momentum.
+
+NewtonSchulz(n) brings the singular values of n near 1: X₀ = n/‖n‖, and X ← a·X + (b·A + c·A²)·X
+with A = X·Xᵀ, some steps with coefficients (a, b, c) each.
+
+Source: kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the ratio "match_rms_adamw".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""torch's default coefficients, the same in each step."""
+
+POLAR_EXPRESS = (
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+)
+"""The coefficients of each step; further steps take the last. Source: arXiv 2505.16932."""
+
+POLAR_MARGIN = 1.02
+"""By which Polar Express divides in addition, so that no singular value is above 1."""
+
+RATIOS = ("original", "match_rms_adamw")
+
+
+def newton_schulz(
+    matrices: Tensor, coefficients: Sequence[float] | str, steps: int, eps: float
+) -> Tensor:
+    """Return matrices whose singular values are near 1, with the singular vectors of these.
+
+    Args:
+        matrices: (batch, rows, columns), in the dtype of the arithmetic; overwritten.
+        coefficients: (a, b, c) of every step, or "polar_express".
+        steps: how many.
+        eps: the least norm that is divided by.
+    """
+    polar = isinstance(coefficients, str)
+    of_steps = POLAR_EXPRESS if isinstance(coefficients, str) else (coefficients,)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = x.div_(norms.mul_(POLAR_MARGIN if polar else 1.0).clamp_(min=eps))
+    for step in range(steps):
+        a, b, c = of_steps[min(step, len(of_steps) - 1)]
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def adjusted_ratio(name: str | None, rows: int, columns: int) -> float:
+    """Return what O is multiplied by: a function of the matrix' shape.
+
+    Args:
+        name: "original" (None): √max(1, rows/columns); "match_rms_adamw": 0.2·√max(rows, columns),
+            by which updates are about as large as AdamW's.
+    """
+    if name == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return (matrices, rows, columns) of a weight.
+
+    One of two dimensions is a matrix; the first of three counts matrices (experts); of more, as in
+    convolutions, all but the first are one.
+    """
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def product_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the products: bfloat16 on a GPU, where it is several times as fast."""
+    wide = device.type == "cpu" or compute_dtype is torch.float64
+    return compute_dtype if wide else torch.bfloat16
+
+
+def orthogonalized(n: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return ratio·O of weights of one shape, each of whose parts is a matrix of its own.
+
+    Args:
+        n: (weights, matrices, rows, columns); overwritten.
+        group: has ns_coefficients, ns_steps, eps, adjust_lr_fn and perhaps split_sizes: the rows of
+            each part, of fused projections.
+        dtype: of the result.
+    """
+    options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+    sizes = group.get("split_sizes") or (n.shape[2],)
+    parts = []
+    for part in n.split(list(sizes), dim=2):
+        made = newton_schulz(part.reshape(-1, *part.shape[2:]), *options)
+        ratio = adjusted_ratio(group["adjust_lr_fn"], *part.shape[2:])
+        # In float32 it is the same tensor, which is no longer needed.
+        parts.append(made.to(dtype).mul_(ratio).view(part.shape))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
