@@ -142,9 +142,8 @@ class Muon(Optimizer):
         c = formulas.coefficients(hyper_of_matrices(group), 0.0)
         direction, moved = formulas.muon_momentum(g, state["momentum_buffer"], c)
         state["momentum_buffer"].copy_(moved)
-        n = direction.reshape(1, *matrix_shape(p.shape)).to(product_dtype(p.device, p.dtype))
-        made = orthogonalized(n, group, p.dtype)
-        p.add_(formulas.muon(made.reshape(p.shape), p, c))
+        n = direction[None].to(product_dtype(p.device, p.dtype), copy=True)
+        p.add_(formulas.muon(orthogonalized(n, group)[0].to(p.dtype), p, c))
 
     def _step_other(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

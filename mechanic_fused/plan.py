@@ -394,11 +394,11 @@ class StepPlan:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
         is_sharded = local(p) is not p
-        if kind == MUON and (groups or is_sharded):
+        if kind == MUON and groups and not is_sharded:
             raise ValueError(
-                "Muon needs whole matrices, and sharded ones are not gathered yet: expected plain "
-                "weights in groups with use_muon=True, got a shard of shape "
-                f"{tuple(local(p).shape)}"
+                "Muon needs to know the rows of a matrix: expected DTensors (fully_shard) or whole "
+                "weights in groups with use_muon=True, got reduce_group, whose plain shards "
+                "(FSDP1, ZeRO) do not tell theirs"
             )
         stored = self.options.format_of_state(p, group, kind)
         return BucketKey(kind, p.device, p.dtype, name, groups, is_sharded, stands_still, stored)

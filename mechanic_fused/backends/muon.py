@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..distributed import shards
+from ..owners import gathered, owners_of, shard_of
 from . import Backend, formulas, reference
-from .orthogonalize import Group, matrix_shape, orthogonalized, product_dtype
+from .orthogonalize import Group, orthogonalized, product_dtype
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -54,13 +57,17 @@ class Muon:
 
 
 def batches(bucket: Bucket) -> Iterator[list[int]]:
-    """Yield the indices of weights with a gradient that have one shape and one param group."""
+    """Yield the indices of weights with a gradient of one shape, sharding and param group.
+
+    Shapes are those of whole weights, so that ranks with shards of them make the same batches.
+    """
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, g in enumerate(bucket.grads):
-        if g is not None and g.numel():
-            alike.setdefault((bucket.groups[i], tuple(g.shape)), []).append(i)
+    for i, (p, g) in enumerate(zip(bucket.parameters, bucket.grads, strict=True)):
+        if g is not None and p.numel():
+            placements = getattr(p, "placements", ())
+            alike.setdefault((bucket.groups[i], p.shape, placements), []).append(i)
     for indices in alike.values():
-        most = max(1, BATCH_ELEMENTS // bucket.sizes[indices[0]])
+        most = max(1, BATCH_ELEMENTS // bucket.parameters[indices[0]].numel())
         for first in range(0, len(indices), most):
             yield indices[first : first + most]
 
@@ -75,8 +82,8 @@ def step_batch(
     """Take the step of weights that :func:`batches` puts together."""
     group = param_groups[bucket.groups[indices[0]]]
     c = formulas.coefficients(bucket.hyper_rows[bucket.groups[indices[0]]], 0.0)
-    shape = matrix_shape(bucket.weights[indices[0]].shape)
     dtype = product_dtype(bucket.device, bucket.compute_dtype)
+    shape = bucket.weights[indices[0]].shape
     n = torch.empty((len(indices), *shape), dtype=dtype, device=bucket.device)
     xs = []
     for i, matrix in zip(indices, n, strict=True):
@@ -87,9 +94,33 @@ def step_batch(
         [buffer] = reference.read_states(bucket, i)
         direction, buffer = formulas.muon_momentum(formulas.finite_or_zero(g), buffer, c)
         reference.write_states(bucket, i, [buffer])
-        matrix.copy_(direction.reshape(shape))
+        matrix.copy_(direction)
         xs.append(x)
-    directions = orthogonalized(n, group, bucket.compute_dtype)
-    for i, x, direction in zip(indices, xs, directions, strict=True):
-        u = formulas.muon(direction.reshape(x.shape), x, c)
-        reference.move_weight(bucket, i, x, u, tuner)
+    directions = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
+    for i, x, direction in zip(indices, xs, directions.to(bucket.compute_dtype), strict=True):
+        reference.move_weight(bucket, i, x, formulas.muon(direction, x, c), tuner)
+
+
+def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:
+    """Return ratio·O of weights of one shape, of this rank's shards of them.
+
+    Args:
+        n: (weights, …), shards as of the weight; overwritten.
+        weight: one of them.
+        group: see ``orthogonalized``.
+    """
+    if not shards(weight, None) or are_whole(weight):
+        return orthogonalized(n, group)
+    owners = owners_of(len(n), weight)
+    if owners is not None:
+        return owners.scatter(orthogonalized(owners.gather(n), group), n)
+    whole = torch.stack([gathered(each, weight) for each in n])
+    made = orthogonalized(whole, group)
+    return torch.stack([shard_of(each, weight) for each in made])
+
+
+def are_whole(weight: Any) -> bool:
+    """Return whether shards hold whole matrices: those of experts, by their first dimension."""
+    return weight.dim() == 3 and all(
+        placement.is_replicate() or placement.is_shard(0) for placement in weight.placements
+    )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import compute_dtype
+
 Group = dict[str, Any]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -88,21 +90,26 @@ def product_dtype(device: torch.device, compute_dtype: torch.dtype) -> torch.dty
     return compute_dtype if wide else torch.bfloat16
 
 
-def orthogonalized(n: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+def orthogonalized(n: Tensor, group: Group) -> Tensor:
     """Return ratio·O of weights of one shape, each of whose parts is a matrix of its own.
 
     Args:
-        n: (weights, matrices, rows, columns); overwritten.
+        n: (weights, …) in the dtype of the products; overwritten.
         group: has ns_coefficients, ns_steps, eps, adjust_lr_fn and perhaps split_sizes: the rows of
             each part, of fused projections.
-        dtype: of the result.
+
+    Returns:
+        in n's shape; float32 for bfloat16.
     """
+    if not n.numel():
+        return n.to(compute_dtype(n.dtype))
     options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-    sizes = group.get("split_sizes") or (n.shape[2],)
+    _, rows, columns = matrix_shape(n.shape[1:])
     parts = []
-    for part in n.split(list(sizes), dim=2):
-        made = newton_schulz(part.reshape(-1, *part.shape[2:]), *options)
-        ratio = adjusted_ratio(group["adjust_lr_fn"], *part.shape[2:])
-        # In float32 it is the same tensor, which is no longer needed.
-        parts.append(made.to(dtype).mul_(ratio).view(part.shape))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    whole = n.reshape(-1, rows, columns)
+    for part in whole.split(list(group.get("split_sizes") or (rows,)), dim=1):
+        # Parts of rows are copied, since NewtonSchulz writes to what it is given.
+        made = newton_schulz(part.contiguous(), *options)
+        ratio = adjusted_ratio(group["adjust_lr_fn"], *part.shape[1:])
+        parts.append(made.to(compute_dtype(n.dtype)).mul_(ratio))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(n.shape)
