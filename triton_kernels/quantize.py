@@ -69,19 +69,34 @@ def size_of(x, TOP: tl.constexpr):
 
 
 @triton.jit
-def block_scale(largest, TOP: tl.constexpr):
-    """What a code of each block counts, companded, and how many fractions make 1."""
+def range_of(largest, TOP: tl.constexpr):
+    """What the codes of a block span: its largest number companded, or the largest power of 2."""
     if TOP == LINEAR_TOP:
-        # The largest power of 2 that is not above it: that and its inverse are exact.
-        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        one = tl.maximum(power, LEAST_POWER) * 2.0**-14
-        return one, divide(one * 0.0 + FRACTION, one)
+        # Not above the largest number: that and its inverse are exact.
+        power = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        return tl.maximum(power.to(tl.float32, bitcast=True), LEAST_POWER)
     else:
-        companded = compand(largest, TOP)
-        top = companded * 0.0 + TOP
+        return compand(largest, TOP)
+
+
+@triton.jit
+def fractions_of(span, TOP: tl.constexpr):
+    """How many fractions of a code make 1."""
+    if TOP == LINEAR_TOP:
+        return divide(span * 0.0 + FRACTION, span * 2.0**-14)
+    else:
         # The factor outweighs the rounding of dequantize and quantize: an unchanged x keeps its
         # code.
-        return divide(companded, top), divide(top, companded) * FRACTIONS
+        return divide(span * 0.0 + TOP, span) * FRACTIONS
+
+
+@triton.jit
+def one_of(span, TOP: tl.constexpr):
+    """What a code counts, companded."""
+    if TOP == LINEAR_TOP:
+        return span * 2.0**-14
+    else:
+        return divide(span, span * 0.0 + TOP)
 
 
 @triton.jit
@@ -89,7 +104,8 @@ def quantize(x, rounding_bits, block: tl.constexpr, TOP: tl.constexpr):
     """The codes of x, int32, and the scales of its blocks; ``rounding_bits`` round them."""
     BLOCKS: tl.constexpr = x.shape[0] // block
     size = size_of(x, TOP)
-    one, fractions = block_scale(tl.max(tl.reshape(size, (BLOCKS, block)), 1), TOP)
+    span = range_of(tl.max(tl.reshape(size, (BLOCKS, block)), 1), TOP)
+    fractions = fractions_of(span, TOP)
     of_elements = tl.reshape(tl.broadcast_to(fractions[:, None], (BLOCKS, block)), (x.shape[0],))
     count = (compand(size, TOP) * of_elements).to(tl.int32)
     q = (count + (rounding_bits >> (32 - FRACTION_BITS)).to(tl.int32)) >> FRACTION_BITS
@@ -101,7 +117,8 @@ def quantize(x, rounding_bits, block: tl.constexpr, TOP: tl.constexpr):
     if TOP != UNSIGNED_TOP:
         q = tl.where(x < 0, -q, q)
         q = tl.where(is_finite(x), q, -TOP - 1)
-    return q, one
+    # Last, since registers are scarce.
+    return q, one_of(span, TOP)
 
 
 @triton.jit

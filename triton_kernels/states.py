@@ -18,6 +18,7 @@ from .layout import (
 )
 from .quantize import (
     LINEAR_STRIDE,
+    LINEAR_TOP,
     SIGNED_STRIDE,
     SIGNED_TOP,
     TURN,
@@ -69,7 +70,12 @@ def load_codes(base, scales, offset, i, limit, BLOCK: tl.constexpr, TOP: tl.cons
     """The elements i of an array of codes, of which BLOCK share a scale; TOP names the format."""
     mask = None if limit is None else i < limit
     q = read(at(base, offset, i, limit), mask).to(tl.int32)
-    return dequantize(q, read(scales + (offset + i) // BLOCK, mask), TOP)
+    # The same number, since chunks begin with a block; each way spills in another kernel.
+    if TOP == LINEAR_TOP:
+        number = offset // BLOCK + i // BLOCK
+    else:
+        number = (offset + i) // BLOCK
+    return dequantize(q, read(scales + number, mask), TOP)
 
 
 @triton.jit
