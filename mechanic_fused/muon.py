@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from .backends.orthogonalize import (
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "adam_eps": 1e-8}
 """Options of the groups that AdamW steps, where they do not have their own."""
 
-OF_ADAMW = ("embed", "wte", "wpe", "head", "lora")
-"""Parts of names of matrices that AdamW steps: embeddings, heads and low-rank matrices."""
+OF_ADAMW = re.compile(
+    r"embed|wte|wpe|position|lora|(^|[._])(lm_)?heads?([._]|$)|(^|[._])classifier([._]|$)"
+)
+"""Names of matrices that AdamW steps: embeddings, low-rank matrices and heads, but of attention."""
 
 
 class Muon(Optimizer):
@@ -240,8 +243,9 @@ class MuonGroups(list[dict[str, Any]]):
 def muon_groups(model: nn.Module, **options: Any) -> MuonGroups:
     """Return param groups: matrices for Muon, all other weights for AdamW.
 
-    AdamW takes weights of fewer than two dimensions, those of ``nn.Embedding``, and those in whose
-    names there is embed, wte, wpe, head or lora. Weights that require no gradient are left out.
+    AdamW takes weights of fewer than two dimensions, those of ``nn.Embedding``, those in whose names
+    there is embed, wte, wpe, position or lora, and those of a part that is called head, heads,
+    lm_head or classifier. Weights that require no gradient are left out.
 
     Args:
         model: its weights.
@@ -265,7 +269,7 @@ def muon_groups(model: nn.Module, **options: Any) -> MuonGroups:
         if not p.requires_grad:
             continue
         is_other = p.dim() < 2 or p in embeddings
-        is_other |= any(part in name.lower() for part in OF_ADAMW)
+        is_other |= OF_ADAMW.search(name.lower()) is not None
         (others if is_other else matrices).append((name, p))
     groups = [
         {"params": matrices, "use_muon": True, **options},

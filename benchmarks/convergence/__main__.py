@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[..., list[Spec]]] = {
     "shapes": protocol.shape_runs,
     "ablate": protocol.ablation_runs,
     "narrow": protocol.narrow_runs,
+    "muon": protocol.muon_runs,
     "precision": protocol.precision_runs,
 }
 
@@ -117,6 +118,10 @@ def report(store: Store, tasks: list[str], chosen: protocol.Protocol) -> None:
         (
             "AdamW with a narrow state, at the best rate of the grid, behind AdamW",
             tables.narrow_rivals(rows, tasks, chosen),
+        ),
+        (
+            "Muon and AdamW: behind the best of the grid of both rates, in per cent or points",
+            tables.muons(rows, tasks, chosen),
         ),
         ("Low precision, the character model", tables.precisions(rows, chosen)),
         ("Summary, in per cent of loss or points of accuracy", summary.summary(judged)),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas
 
-from . import narrow_state, precision
+from . import muon, narrow_state, precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
 from .runs import NO_LOSS, Spec
@@ -168,6 +168,44 @@ def narrow_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
         for seed in protocol.fresh
     ]
     return missing(rows, specs)
+
+
+def muon_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:
+    """Return the next runs of the grids of Muon and AdamW, then of the best and of Mechanic."""
+    specs = []
+    for task, horizon in cells([task for task in tasks if task in muon.TASKS], protocol):
+        specs += [
+            Spec(task, horizon, "Muon", lr, arm, seed)
+            for lr in muon.RATES
+            for arm in muon.ARMS
+            for seed in protocol.choosing
+        ]
+        compared = [(muon.OURS, 0.0, arm) for arm in ("", *muon.OTHER_LRS)]
+        found = best_of_muon(rows, task, horizon, protocol)
+        compared += [] if found is None else [("Muon", *found)]
+        specs += [
+            Spec(task, horizon, method, lr, arm, seed)
+            for method, lr, arm in compared
+            for seed in protocol.fresh
+        ]
+    return missing(rows, specs)
+
+
+def best_of_muon(
+    rows: Rows, task: str, horizon: int, protocol: Protocol
+) -> tuple[float, str] | None:
+    """Return the best (lr, arm) of the grid of both rates; None while a run is missing."""
+    these = rows[
+        (rows.task == task)
+        & (rows.horizon == horizon)
+        & (rows.method == "Muon")
+        & rows.seed.isin(protocol.choosing)
+    ]
+    if len(these) < len(muon.RATES) * len(muon.ARMS) * len(protocol.choosing):
+        return None
+    means = these.groupby(["lr", "arm"])[["train_loss", "validation_loss", "accuracy"]].mean()
+    lr, arm = _ranked(means, task).index[0]
+    return float(lr), str(arm)
 
 
 def precision_runs(rows: Rows, tasks: list[str], protocol: Protocol) -> list[Spec]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from . import muon
 from .ablations import ARMS
 from .methods import OTHERS, Make, mechanic, plain
 from .narrow_state import NARROW, RIVALS, rival
@@ -31,12 +32,13 @@ class Spec:
 
     Args:
         horizon: in multiples of the task's T.
-        method: a base ("AdamW"), Mechanic around one ("Mechanic AdamW"), or a name in OTHERS or
-            in TUNED.
+        method: a base ("AdamW", "Muon"), Mechanic around one ("Mechanic AdamW"), or a name in
+            OTHERS or in TUNED.
         lr: of a plain base, or where a tuner starts; 0 for the rest.
         arm: "" for the defaults; of Mechanic a name in ablations.ARMS, narrow_state.NARROW or
             precision.PRECISIONS, or NO_LOSS; of a base one in precision.PRECISIONS, in
-            schedules.FALLS or in narrow_state.RIVALS.
+            schedules.FALLS or in narrow_state.RIVALS. Of Muon a name in muon.ARMS, of Mechanic
+            around it one in muon.OTHER_LRS.
     """
 
     task: str
@@ -67,6 +69,10 @@ def _make(spec: Spec, stack: ExitStack) -> Make:
         return OTHERS[spec.method]
     if spec.method in TUNED:
         return partial(TUNED[spec.method].make, spec.lr)
+    if spec.method == "Muon":
+        return partial(muon.plain, spec.lr, muon.ARMS[spec.arm])
+    if spec.method == muon.OURS:
+        return partial(muon.mechanic, muon.OTHER_LRS.get(spec.arm, 1.0))
     if spec.arm in RIVALS:
         return partial(rival, spec.arm, spec.lr)
     name, _, base = spec.method.rpartition(" ")

@@ -9,10 +9,20 @@ import pandas
 from scipy import stats
 from tabulate import tabulate
 
-from . import narrow_state, precision
+from . import muon, narrow_state, precision
 from .ablations import ARMS
 from .methods import BASES, OTHERS
-from .protocol import KEY, Protocol, Rows, best_shape, cells, grid, grid_means, shapes
+from .protocol import (
+    KEY,
+    Protocol,
+    Rows,
+    best_of_muon,
+    best_shape,
+    cells,
+    grid,
+    grid_means,
+    shapes,
+)
 from .runs import steps_of
 from .tasks import TASKS
 
@@ -218,6 +228,48 @@ def _behind(
         ends = {name: "max" if name.endswith("worst") else "mean" for name in each.columns[2:]}
         lines.append({"task": "all", "seeds": each.seeds.sum(), **each.agg(ends).to_dict()})
     return lines
+
+
+def muons(rows: Rows, tasks: list[str], protocol: Protocol) -> Rows:
+    """Return Mechanic around Muon beside the best of its grid, and both around AdamW.
+
+    Behind: the mean over fresh seeds, and its 95 % interval over seeds.
+    """
+    lines = []
+    for task, horizon in cells([task for task in tasks if task in muon.TASKS], protocol):
+        found = best_of_muon(rows, task, horizon, protocol)
+        if found is None:
+            continue
+        loss, column, fresh = TASKS[task].metric == "loss", score(task), protocol.fresh
+
+        def of(method: str, *, lr: float | None = None, arm: str = "") -> Any:
+            more = {} if lr is None else {"lr": lr}
+            picked = select(rows, task, horizon, method, arm=arm, seed=fresh, **more)  # noqa: B023
+            return picked[column]  # noqa: B023
+
+        lr, arm = found
+        tuned = of("Muon", lr=lr, arm=arm)
+        line: dict[str, Any] = {
+            "task": task,
+            "steps": steps_of(task, horizon),
+            "lr": lr,
+            "of AdamW": lr * muon.ARMS[arm],
+            "tuned Muon": tuned.mean(),
+            muon.OURS: of(muon.OURS).mean(),
+        }
+        for name, other in (("behind", ""), *((each, each) for each in muon.OTHER_LRS)):
+            ours = of(muon.OURS, arm=other)
+            behind = 100 * (ours / tuned - 1 if loss else tuned - ours)
+            line[name] = behind.mean()
+            if not other:
+                line["±"] = behind.sem() * stats.t.ppf(0.975, max(1, len(behind) - 1))
+        rates = grid(rows, task, horizon, "AdamW", protocol)
+        means = grid_means(rows, task, horizon, "AdamW", rates, protocol)
+        if means is not None:
+            line["tuned AdamW"] = of("AdamW", lr=float(means.index[0])).mean()
+        line["Mechanic AdamW"] = of("Mechanic AdamW").mean()
+        lines.append(line)
+    return pandas.DataFrame(lines)
 
 
 def precisions(rows: Rows, protocol: Protocol) -> Rows:

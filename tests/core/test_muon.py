@@ -249,20 +249,22 @@ class Model(nn.Module):
         self.lora_a = nn.Linear(8, 2, bias=False)
         self.norm = nn.LayerNorm(8)
         self.lm_head = nn.Linear(8, 10, bias=False)
+        self.attention = nn.ModuleDict({"multihead_out": nn.Linear(8, 8, bias=False)})
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
 
 
 def test_the_groups_of_a_model_go_by_shapes_kinds_and_names():
     groups = muon_groups(Model(), lr=0.5)
     names = [[name for name, _ in group["params"]] for group in groups]
-    assert names[0] == ["experts", "qkv.weight", "conv.weight"]
+    of_muon = ["experts", "qkv.weight", "conv.weight", "attention.multihead_out.weight"]
+    assert names[0] == of_muon
     assert [group["use_muon"] for group in groups] == [True, False]
     assert groups[0]["lr"] == 0.5
     assert len(names[1]) == 8
     printed = str(groups).splitlines()
     assert re.fullmatch(r"weight +shape +numbers +stepped by", printed[0])
     assert re.fullmatch(r"experts +2 × 8 × 8 +128 +Muon", printed[1])
-    assert len(printed) == 1 + 11
+    assert len(printed) == 1 + 12
     opt = MechanicMuon(groups)
     assert opt.param_groups[0]["param_names"] == names[0]
 
