@@ -243,8 +243,8 @@ class MuonGroups(list[dict[str, Any]]):
 def muon_groups(model: nn.Module, **options: Any) -> MuonGroups:
     """Return param groups: matrices for Muon, all other weights for AdamW.
 
-    AdamW takes weights of fewer than two dimensions, those of ``nn.Embedding``, those in whose names
-    there is embed, wte, wpe, position or lora, and those of a part that is called head, heads,
+    AdamW takes weights of fewer than two dimensions, those of ``nn.Embedding``, those whose names
+    contain embed, wte, wpe, position or lora, and those of a part that is called head, heads,
     lm_head or classifier. Weights that require no gradient are left out.
 
     Args:
