@@ -30,12 +30,14 @@ OURS_16 = baselines.adamw(optim_bits=16)
 OURS_8_PART = baselines.adamw(optim_bits=8, x_ref_every=8)
 OURS_8_ROUNDED = baselines.adamw(optim_bits=8, bf16_stochastic_round=True)
 OURS_SGD = baselines.sgd()
+OURS_MUON = baselines.muon()
 FUSED = baselines.torch_adamw("fused")
 FUSED_PLAIN = baselines.torch_adamw("fused", decay=0.0)
 FOREACH = baselines.torch_adamw("foreach")
 SGD_FUSED = baselines.torch_sgd("fused")
 SGD_FOREACH = baselines.torch_sgd("foreach")
 FUSED_MASTERS = baselines.adamw_of_masters()
+TORCH_MUON = baselines.torch_muon()
 THEIRS = baselines.mechanic_pytorch()
 THEIRS_FUSED = baselines.mechanic_pytorch(fused=True)
 
@@ -62,6 +64,8 @@ BF16_PAIRS = [
     (OURS_16, FUSED_MASTERS),
 ]
 
+MUON_PAIRS = [(OURS_MUON, TORCH_MUON), (baselines.muon(8), TORCH_MUON)]
+
 REQUIRED = [
     Requirement("35M", OURS.name, FUSED.name, 1.25, floor=True),
     Requirement("35M", OURS_PLAIN.name, FUSED_PLAIN.name, 1.25, floor=True),
@@ -75,6 +79,7 @@ REQUIRED = [
     Requirement("35M", THEIRS.name, OURS.name, 8.0, at_least=True),
     Requirement("1000x1000", OURS.name, FUSED.name, 0.6),
     Requirement("1000x16", OURS.name, FUSED.name, 0.6),
+    Requirement(cases.MUON, OURS_MUON.name, TORCH_MUON.name, 0.7),
 ]
 
 
@@ -117,6 +122,7 @@ def run(chosen: argparse.Namespace) -> Record:
         if case.name not in chosen.cases:
             continue
         pairs = PAIRS + MORE_PAIRS * (case.name == "35M")
+        pairs = MUON_PAIRS if case.name == cases.MUON else pairs
         pairs += BF16_PAIRS * (case.dtype is torch.bfloat16)
         small = case.shrunk() if chosen.quick else case
         for row in measure.measure_case(small, pairs, device, budget):

@@ -47,6 +47,8 @@ class Muon(Optimizer):
         ns_steps: steps of NewtonSchulz, 1 to 99.
         adjust_lr_fn: "match_rms_adamw": ratio = 0.2·√max(rows, columns), by which one lr serves
             both kinds of weights; "original" or None: √max(1, rows/columns).
+        ns_dtype: of NewtonSchulz: torch.bfloat16 or float32; None: bfloat16 on GPUs and on CPUs
+            with instructions for it, else float32. Beside float64 weights it is float64.
 
     A group may have ``split_sizes``, the rows of each part of fused projections, whose parts are
     matrices of their own. A weight of three dimensions is as many matrices as its first has
@@ -75,6 +77,8 @@ class Muon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
+        ns_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -85,6 +89,7 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "ns_dtype": ns_dtype,
             "use_muon": True,
         }
         super().__init__(params, defaults)
@@ -145,7 +150,7 @@ class Muon(Optimizer):
         c = formulas.coefficients(hyper_of_matrices(group), 0.0)
         direction, moved = formulas.muon_momentum(g, state["momentum_buffer"], c)
         state["momentum_buffer"].copy_(moved)
-        n = direction[None].to(product_dtype(p.device, p.dtype), copy=True)
+        n = direction[None].to(product_dtype(p.device, p.dtype, group), copy=True)
         p.add_(formulas.muon(orthogonalized(n, group)[0].to(p.dtype), p, c))
 
     def _step_other(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
@@ -196,6 +201,10 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"ns_steps must be 1 to 99, got {steps}")
     if name is not None and name not in RATIOS:
         raise ValueError(f"adjust_lr_fn must be None, {' or '.join(RATIOS)}, got {name!r}")
+    if group["ns_dtype"] not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"ns_dtype must be None, torch.bfloat16 or torch.float32, got {group['ns_dtype']}"
+        )
     for p in group["params"]:
         if p.dim() < 2:
             raise ValueError(

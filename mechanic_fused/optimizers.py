@@ -476,6 +476,8 @@ class MechanicMuon(Mechanized, Muon):
         adjust_lr_fn: "match_rms_adamw": ratio = 0.2·√max(rows, columns), by which one scale serves
             both kinds of weights; "original" or None: √max(1, rows/columns), with a scale for each
             group.
+        ns_dtype: of NewtonSchulz: torch.bfloat16 or float32; None: bfloat16 on GPUs and on CPUs
+            with instructions for it, else float32. Beside float64 weights it is float64.
         s_init, backend, optim_bits, state_dtype, x_ref_every, bf16_stochastic_round,
             max_grad_norm, loss_group, extra_groups: as of :class:`MechanicAdamW`.
         scale_per: also as there; None: "model" with "match_rms_adamw", else "group".
@@ -512,6 +514,7 @@ class MechanicMuon(Mechanized, Muon):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = "match_rms_adamw",
         *,
+        ns_dtype: torch.dtype | None = None,
         s_init: float | str | None = None,
         scale_per: str | None = None,
         backend: str = "auto",
@@ -535,6 +538,7 @@ class MechanicMuon(Mechanized, Muon):
             eps=eps,
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
+            ns_dtype=ns_dtype,
             s_init=s_init,
             scale_per=scale_per,
             backend=backend,

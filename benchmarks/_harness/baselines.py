@@ -142,6 +142,45 @@ def lion(backend: str = "auto") -> OptimizerSpec:
     )
 
 
+def _matrices_and_others(weights: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return what Muon steps, and what AdamW does: the two embeddings in front and all vectors."""
+    matrices = [w for w in weights[2:] if w.dim() > 1]
+    return matrices, [*weights[:2], *(w for w in weights[2:] if w.dim() < 2)]
+
+
+def muon(optim_bits: int = 32) -> OptimizerSpec:
+    """Return our Muon, with AdamW for what is no matrix."""
+
+    def make(weights: list[Any]) -> Any:
+        matrices, others = _matrices_and_others(weights)
+        groups = [{"params": matrices}, {"params": others, "use_muon": False}]
+        groups = [group for group in groups if group["params"]]
+        return mechanic_fused.MechanicMuon(groups, weight_decay=DECAY, optim_bits=optim_bits)
+
+    suffix = f", {optim_bits} bits" if optim_bits < 32 else ""
+    return OptimizerSpec(f"MechanicMuon{suffix}", make, ours=True)
+
+
+def torch_muon() -> OptimizerSpec:
+    """Return torch's Muon, with its fused AdamW for what is no matrix."""
+
+    class Both:
+        def __init__(self, weights: list[Any]) -> None:
+            matrices, others = _matrices_and_others(weights)
+            options = {"lr": 1e-6, "weight_decay": DECAY}
+            adjusted = {"adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers: list[Any] = [
+                torch.optim.Muon(matrices, **options, **adjusted),
+                torch.optim.AdamW(others, **options, fused=True),
+            ]
+
+        def step(self) -> None:
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    return OptimizerSpec("torch Muon, AdamW fused", Both)
+
+
 def mechanic_pytorch(fused: bool = False) -> OptimizerSpec:
     """Return the authors' package around AdamW, used as in its README."""
 

@@ -63,7 +63,11 @@ def gpt(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, 
 GPT_35M = gpt(layers=6, width=512, vocabulary=31_000, context=512)
 GPT_125M = gpt(layers=12, width=768, vocabulary=50_304, context=1_024)
 GPT2_124M = gpt(layers=12, width=768, vocabulary=50_257, context=1_024)
+GPT_39M_DEEP = gpt(layers=12, width=512, vocabulary=1_024, context=512)
 GPT_1500M = gpt(layers=48, width=1_600, vocabulary=50_257, context=1_024)
+
+MUON = "39M-muon"
+"""Twelve layers of width 512, whose matrices are for Muon."""
 
 CPU = (
     Case("35M", GPT_35M),
@@ -73,6 +77,7 @@ CPU = (
     Case("1000x1000", ((1_000,),) * 1_000),
     Case("1000x16", ((16,),) * 1_000),
     Case("one-35M", ((35_000_000,),)),
+    Case(MUON, GPT_39M_DEEP),
 )
 
 GPU = (
@@ -111,7 +116,7 @@ def plan_bytes(optimizer: Any) -> int:
                 reads = (1 + clips) * x.nbytes + bucket.x_ref[i].nbytes
                 total += bool(bucket.tensors[i, 0]) * (reads + 2 * moved)
                 continue
-            delta = bucket.delta[i].nbytes
+            delta = sum(t.nbytes for t in (bucket.delta[i], *bucket.delta_scales[i : i + 1]))
             moved += delta
             reads_x = bool(hyper[l2] or hyper[decay])
             if bucket.tensors[i, 0]:

@@ -3,7 +3,7 @@
     buf = μ·buf + (1−μ)·g;  n = μ·buf + (1−μ)·g (or buf);  O = NewtonSchulz(n)
     u = −lr·(ratio·O + weight_decay·x);  x += S·u
 
-Matrices of one shape are orthogonalized together, in float32 on a CPU and in bfloat16 on a GPU.
+Matrices of one shape are orthogonalized together.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def step_batch(
     """Take the step of weights that :func:`batches` puts together."""
     group = param_groups[bucket.groups[indices[0]]]
     c = formulas.coefficients(bucket.hyper_rows[bucket.groups[indices[0]]], 0.0)
-    dtype = product_dtype(bucket.device, bucket.compute_dtype)
+    dtype = product_dtype(bucket.device, bucket.compute_dtype, group)
     shape = bucket.weights[indices[0]].shape
     n = torch.empty((len(indices), *shape), dtype=dtype, device=bucket.device)
     xs = []

@@ -1,6 +1,7 @@
 """Muon without a learning rate: torch's Muon at a frozen scale, by hand and by the fallback."""
 
 import copy
+import functools
 import itertools
 import re
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from mechanic_fused import MechanicMuon, Muon, mechanize, muon_groups
 from mechanic_fused.backends import muon as ops
+from mechanic_fused.backends import orthogonalize
 from mechanic_fused.backends.orthogonalize import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -38,6 +40,7 @@ def made(
     params = make_weights((*matrices, *others), dtype, seed)
     n = len(matrices)
     of_group = {k: options.pop(k) for k in ("split_sizes",) if k in options}
+    options.setdefault("ns_dtype", torch.float32)
     return params, cls(groups_of(params[:n], params[n:], **of_group), **options)
 
 
@@ -62,6 +65,20 @@ def in_full_width(monkeypatch):
 
 
 # The products
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"amx_bf16": True}, {"avx512_bf16": True}], ids=str)
+def test_products_are_in_bfloat16_where_that_is_fast(monkeypatch, capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    orthogonalize.multiplies_bfloat16.cache_clear()
+    dtype = functools.partial(orthogonalize.product_dtype, torch.device("cpu"))
+    fast = torch.bfloat16 if capabilities else torch.float32
+    assert dtype(torch.float32, {}) is dtype(torch.float32, {"ns_dtype": None}) is fast
+    assert dtype(torch.float32, {"ns_dtype": torch.bfloat16}) is torch.bfloat16
+    assert dtype(torch.float32, {"ns_dtype": torch.float32}) is torch.float32
+    assert dtype(torch.float64, {"ns_dtype": torch.bfloat16}) is torch.float64
+    assert orthogonalize.product_dtype(torch.device("cuda"), torch.float32, {}) is torch.bfloat16
+    orthogonalize.multiplies_bfloat16.cache_clear()
 
 
 def oracle(matrix, coefficients, steps, margin=1.0):
@@ -222,7 +239,7 @@ def test_experts_convolutions_and_fused_projections_are_matrices():
         {"params": together[:2], "use_muon": True},
         {"params": together[2:], "use_muon": True, "split_sizes": (4, 4, 4)},
     ]
-    one, other = MechanicMuon(groups, s_init=S), MechanicMuon(apart, s_init=S)
+    one, other = (MechanicMuon(x, s_init=S, ns_dtype=torch.float32) for x in (groups, apart))
     for t in range(STEPS):
         give(together, t)
         grads = [p.grad for p in together]
@@ -362,7 +379,7 @@ def test_released_gradients_leave_the_same_numbers():
     for release in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-        opt = MechanicMuon(muon_groups(model))
+        opt = MechanicMuon(muon_groups(model), ns_dtype=torch.float32)
         if release:
             opt.release_gradients()
         for t in range(STEPS):
@@ -399,7 +416,7 @@ def test_odd_layouts_are_stepped_as_matrices():
         nn.Parameter(x.detach().repeat_interleave(2, 1)[:, ::2]),
     ]
     for p in runs:
-        opt = MechanicMuon([p], s_init=S)
+        opt = MechanicMuon([p], s_init=S, ns_dtype=torch.float32)
         for t in range(STEPS):
             g = torch.randn(12, 8, generator=torch.Generator().manual_seed(t))
             p.grad = g
@@ -418,6 +435,7 @@ def test_odd_layouts_are_stepped_as_matrices():
         ({"ns_steps": 100}, "ns_steps must be 1 to 99, got 100"),
         ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
         ({"ns_coefficients": "cubic"}, "three numbers or 'polar_express', got 'cubic'"),
+        ({"ns_dtype": torch.float16}, "ns_dtype must be None, torch.bfloat16 or torch.float32"),
         ({"adjust_lr_fn": "mine"}, "adjust_lr_fn must be None, original or match_rms_adamw"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
         ({"lr": -1.0}, "lr must be 0 or more, got -1.0"),

@@ -50,7 +50,8 @@ class Run:
             {"params": self.params[:n], "use_muon": True},
             {"params": self.params[n:], "use_muon": False},
         ]
-        self.opt = MechanicMuon(groups, **{"s_init": 0.02, **options})
+        options = {"s_init": 0.02, "ns_dtype": torch.float32, **options}
+        self.opt = MechanicMuon(groups, **options)
 
     def train(self, first, steps):
         for t in range(first, first + steps):
@@ -137,7 +138,7 @@ def optimizer_of(net, **options):
         {"params": matrices, "use_muon": True},
         {"params": [p for _, p in named if id(p) not in chosen], "use_muon": False},
     ]
-    return MechanicMuon(groups, s_init=0.02, **options)
+    return MechanicMuon(groups, s_init=0.02, ns_dtype=torch.float32, **options)
 
 
 def wrapped(layout):
