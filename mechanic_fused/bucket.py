@@ -213,6 +213,11 @@ class Bucket:
             self.backend, self.kind, [self.slots[i]], len(self.hyper), len(self.sums), self.shards
         )
 
+    def stateless(self, kind: str, backend: Backend) -> Bucket:
+        """Return a bucket of the same weights for an update that has no state."""
+        slots = [slot._replace(names=(), block=0) for slot in self.slots]
+        return Bucket(backend, kind, slots, len(self.hyper), len(self.sums), self.shards)
+
     def collect_gradients(self) -> bool:
         """Take the gradients in the weights' dtype and layout; return whether there is any.
 

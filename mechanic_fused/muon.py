@@ -148,8 +148,7 @@ class Muon(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         c = formulas.coefficients(hyper_of_matrices(group), 0.0)
-        direction, moved = formulas.muon_momentum(g, state["momentum_buffer"], c)
-        state["momentum_buffer"].copy_(moved)
+        direction = formulas.muon_momentum_(g, state["momentum_buffer"], c)
         n = direction[None].to(product_dtype(p.device, p.dtype, group), copy=True)
         p.add_(formulas.muon(orthogonalized(n, group)[0].to(p.dtype), p, c))
 

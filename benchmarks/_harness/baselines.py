@@ -169,10 +169,11 @@ def torch_muon() -> OptimizerSpec:
             matrices, others = _matrices_and_others(weights)
             options = {"lr": 1e-6, "weight_decay": DECAY}
             adjusted = {"adjust_lr_fn": "match_rms_adamw"}
-            self.optimizers: list[Any] = [
-                torch.optim.Muon(matrices, **options, **adjusted),
-                torch.optim.AdamW(others, **options, fused=True),
-            ]
+            self.optimizers: list[Any] = []
+            if matrices:
+                self.optimizers.append(torch.optim.Muon(matrices, **options, **adjusted))
+            if others:
+                self.optimizers.append(torch.optim.AdamW(others, **options, fused=True))
 
         def step(self) -> None:
             for optimizer in self.optimizers:

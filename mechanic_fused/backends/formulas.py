@@ -115,10 +115,10 @@ def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tens
     return add_scaled(-(c.lr * direction), -(c.lr * c.decay), x), c.beta2 * m + (1 - c.beta2) * g
 
 
-def muon_momentum(g: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """buffer = μ·buffer + (1−μ)·g; Nesterov's n = μ·buffer + (1−μ)·g, or the buffer itself."""
-    buffer = buffer.lerp(g, 1 - c.beta1)
-    return g.lerp(buffer, c.beta1) if c.nesterov else buffer, buffer
+def muon_momentum_(g: Tensor, buffer: Tensor, c: Coefficients) -> Tensor:
+    """buffer ← μ·buffer + (1−μ)·g in place; n = μ·buffer + (1−μ)·g, or without Nesterov buffer."""
+    buffer.lerp_(g, 1 - c.beta1)
+    return g.lerp(buffer, c.beta1) if c.nesterov else buffer
 
 
 def muon(direction: Tensor, x: Tensor, c: Coefficients) -> Tensor:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..distributed import shards
 from ..owners import gathered, owners_of, shard_of
 from . import Backend, formulas, reference
+from .layout import GG, HYPER, UU
 from .orthogonalize import Group, orthogonalized, product_dtype
 
 if TYPE_CHECKING:
@@ -25,20 +26,24 @@ if TYPE_CHECKING:
     from ..log_tuner import LogTuner
 
 BATCH_ELEMENTS = 1 << 26
-"""Elements that are orthogonalized together at most, if a weight has no more itself. Beside them a
-step holds about six times as many: x, n and what NewtonSchulz makes of it."""
+"""Elements that are orthogonalized together at most, if a weight has no more itself. A step holds
+about five times as many at once: n, O and what NewtonSchulz makes of them."""
 
 
 class Muon:
     """The ops of another backend, with a ``step`` of its own for buckets of matrices.
 
+    The sums and the writes are those of its step of SGD: first with the gradients at lr = 0, which
+    leaves x alone, then with ratio·O for gradients and the decay for an L2 term.
+
     Args:
-        inner: the backend that takes norms and tunes.
+        inner: the other backend.
         param_groups: returns the optimizer's groups, whose options are read in every step.
     """
 
     def __init__(self, inner: Backend, param_groups: Callable[[], list[Group]]) -> None:
-        self._param_groups = param_groups
+        self._inner, self._param_groups = inner, param_groups
+        self._twins: WeakKeyDictionary[Bucket, Bucket] = WeakKeyDictionary()
         self.CHUNK: Mapping[str, int] = inner.CHUNK
         self.COPIES_TABLES: bool = inner.COPIES_TABLES
         self.prepare, self.norm = inner.prepare, inner.norm
@@ -48,12 +53,69 @@ class Muon:
     @torch.no_grad()
     def step(self, bucket: Bucket, tuner: LogTuner) -> None:
         """Take the sums with the x before the step, move the momentum, and x += S·u."""
-        bucket.sums.zero_()
-        factors = reference.gradient_multipliers(bucket)
+        twin = self._twins.get(bucket)
+        if twin is None:
+            twin = self._twins[bucket] = bucket.stateless("sgd", self._inner)
+        twin.with_gradient, hyper = bucket.with_gradient, bucket.hyper_rows
+        still = [[0.0, *rest[:3], 0.0, 0.0, *rest[5:]] for _, *rest in hyper]
+        self._step_twin(twin, bucket, bucket.grads, still, bucket.clip, tuner)
+        sums = twin.sums.clone()
+        # Elsewhere the host does not wait for the answer.
+        finite = bucket.device.type == "cpu" and bool(sums[:, GG].isfinite().all())
+        rows = decayed(hyper)
         for indices in batches(bucket):
-            step_batch(bucket, indices, self._param_groups(), factors, tuner)
-        # Autograd has not seen the writes; a backward through the old weights must raise.
-        increment_version(bucket.with_gradient)
+            directions = self._directions(bucket, indices, finite)
+            self._step_twin(twin, bucket, directions, rows, None, tuner)
+            sums[:, UU] += twin.sums[:, UU]
+        bucket.sums.copy_(sums)
+
+    def _step_twin(
+        self,
+        twin: Bucket,
+        bucket: Bucket,
+        grads: list[Tensor | None],
+        hyper_rows: list[list[float]],
+        clip: Tensor | None,
+        tuner: LogTuner,
+    ) -> None:
+        """Take a step of SGD with these gradients."""
+        twin.grads = grads
+        twin.write_tables(hyper_rows, {}, None, None, bucket.step_count)
+        twin.clip = clip
+        if twin.handle is None or self._inner.COPIES_TABLES:
+            self._inner.prepare(twin)
+        self._inner.step(twin, tuner)
+
+    def _directions(
+        self, bucket: Bucket, indices: Sequence[int], finite: bool
+    ) -> list[Tensor | None]:
+        """Move the momenta of these weights; return their ratio·O, laid out as they are.
+
+        Args:
+            indices: of weights that :func:`batches` puts together.
+            finite: no gradient has an element that is not.
+        """
+        group = self._param_groups()[bucket.groups[indices[0]]]
+        factors = reference.gradient_multipliers(bucket)
+        n = moved_momenta(bucket, indices, factors, group, finite)
+        directions: list[Tensor | None] = [None] * len(bucket.weights)
+        found = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
+        for i, direction in zip(indices, found, strict=True):
+            x = bucket.weights[i]
+            if x.is_contiguous() and direction.is_contiguous():
+                directions[i] = direction.to(x.dtype)
+            else:
+                directions[i] = torch.empty_like(x).copy_(direction)
+        return directions
+
+
+def decayed(hyper_rows: list[list[float]]) -> list[list[float]]:
+    """Return the rows of SGD that makes u = −lr·(ratio·O + weight_decay·x) of ratio·O."""
+    decay, l2, gradient = (HYPER.index(name) for name in ("decay", "l2", "gradient"))
+    rows = [list(row) for row in hyper_rows]
+    for row in rows:
+        row[l2], row[decay], row[gradient] = row[decay], 0.0, 1.0
+    return rows
 
 
 def batches(bucket: Bucket) -> Iterator[list[int]]:
@@ -72,33 +134,32 @@ def batches(bucket: Bucket) -> Iterator[list[int]]:
             yield indices[first : first + most]
 
 
-def step_batch(
+def moved_momenta(
     bucket: Bucket,
     indices: Sequence[int],
-    param_groups: Sequence[Group],
     factors: Sequence[float],
-    tuner: LogTuner,
-) -> None:
-    """Take the step of weights that :func:`batches` puts together."""
-    group = param_groups[bucket.groups[indices[0]]]
+    group: Group,
+    finite: bool,
+) -> Tensor:
+    """Move the momenta of weights of one shape; return their n, (weights, …)."""
     c = formulas.coefficients(bucket.hyper_rows[bucket.groups[indices[0]]], 0.0)
     dtype = product_dtype(bucket.device, bucket.compute_dtype, group)
     shape = bucket.weights[indices[0]].shape
     n = torch.empty((len(indices), *shape), dtype=dtype, device=bucket.device)
-    xs = []
     for i, matrix in zip(indices, n, strict=True):
-        g, x = bucket.grads[i], reference.read_weight(bucket, i)
+        g = bucket.grads[i]
         assert g is not None
-        g = g.to(bucket.compute_dtype) * factors[i]
-        reference.add_gradient_sums(bucket, i, g, x)
-        [buffer] = reference.read_states(bucket, i)
-        direction, buffer = formulas.muon_momentum(formulas.finite_or_zero(g), buffer, c)
-        reference.write_states(bucket, i, [buffer])
-        matrix.copy_(direction)
-        xs.append(x)
-    directions = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
-    for i, x, direction in zip(indices, xs, directions.to(bucket.compute_dtype), strict=True):
-        reference.move_weight(bucket, i, x, formulas.muon(direction, x, c), tuner)
+        g = g.to(bucket.compute_dtype)
+        g = g if factors[i] == 1.0 else g * factors[i]
+        g = g if finite else formulas.finite_or_zero(g)
+        [buffer] = bucket.states[i]
+        if buffer.dtype is bucket.compute_dtype:
+            matrix.copy_(formulas.muon_momentum_(g, buffer, c))
+        else:
+            [wide] = reference.read_states(bucket, i)
+            matrix.copy_(formulas.muon_momentum_(g, wide, c))
+            reference.write_states(bucket, i, [wide])
+    return n
 
 
 def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:

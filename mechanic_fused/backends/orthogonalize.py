@@ -56,10 +56,16 @@ def newton_schulz(
     x = (matrices.mT if tall else matrices).contiguous()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x.div_(norms.mul_(POLAR_MARGIN if polar else 1.0).clamp_(min=eps))
+    gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+    polynomial, result = torch.empty_like(gram), torch.empty_like(x)
     for step in range(steps):
         a, b, c = of_steps[min(step, len(of_steps) - 1)]
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        # Not a·X beside the last product, which would copy X first.
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        torch.bmm(polynomial, x, out=result)
+        x, result = result, x
     return x.mT if tall else x
 
 

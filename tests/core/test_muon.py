@@ -206,13 +206,13 @@ def test_the_numbers_are_those_of_the_fallback(dtype, x_ref_every):
 
 
 def test_batches_have_a_bound_and_change_nothing(monkeypatch):
-    step_batch, sizes = ops.step_batch, []
+    moved_momenta, sizes = ops.moved_momenta, []
 
     def note(bucket, indices, *rest):
         sizes.append(len(indices))
-        step_batch(bucket, indices, *rest)
+        return moved_momenta(bucket, indices, *rest)
 
-    monkeypatch.setattr(ops, "step_batch", note)
+    monkeypatch.setattr(ops, "moved_momenta", note)
     runs = []
     for most, expected in ((1 << 26, 5), (8 * 12 * 2, 2)):
         monkeypatch.setattr(ops, "BATCH_ELEMENTS", most)
