@@ -117,7 +117,7 @@ def measure(name: str, base: type[Any], steps: int) -> Row:
 
     try:
         run = Training(name, make, steps)
-        row["how"] = run.opt.implementation.partition(" ")[0]
+        row["how"] = run.opt.implementation.partition(" ")[0].rstrip(":")
         row["accuracy"] = run.run(steps)
         row["scale"] = float(run.opt.scale.max())
         row["resumes"] = resumes(name, make, steps, run.problem.weights())

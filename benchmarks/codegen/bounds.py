@@ -212,9 +212,10 @@ def checked(
         few_are_known = kernel in TUNERS or (backend == "triton" and state is torch.int8)
         if in_flight < IN_FLIGHT and not few_are_known:
             broken.append(f"less than {IN_FLIGHT} bytes in flight")
-    has_state = bool(STATES.get(kind_of(kernel)))
+    has_state = bool(STATES.get(kind_of(kernel))) or state is torch.int8
     narrow_delta = narrow_delta or state is torch.int8
     delta = delta_dtype(dtype, narrow_delta) if kernel in WITH_DELTA else ""
+    delta = torch.int16 if delta and state is torch.int8 else delta
     return Row(
         backend,
         kernel,

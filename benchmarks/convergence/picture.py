@@ -47,7 +47,7 @@ def draw(rows: Rows, tasks: list[str], protocol: Protocol, path: Path) -> None:
         axis.set_title(base, fontsize=9)
     figure.suptitle(TITLE, fontsize=8)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=85)
+    figure.savefig(drawn, dpi=80)
     pyplot.close(figure)
     palette = Image.new("P", (1, 1))
     colours = [*REDS, *((grey, grey, grey) for grey in GREYS)]

@@ -73,7 +73,13 @@ def test_every_kernel_has_every_clone(kernels):
                 for state in states_of(base, weight):
                     key = f"accumulate_chunk<mechanic::{base}, {reads_x}, {weight}, {state}>"
                     assert clones.pop(key, None), key
-    assert clones.keys() == {f"{op}_chunk<{weight}>" for op in OPS for weight in WEIGHTS}
+    for weight in WEIGHTS:
+        wide = "double" if weight == "double" else "float"
+        for delta in [wide, *["mechanic::Code"] * (wide == "float")]:
+            key = f"apply_chunk<{weight}, {delta}>"
+            assert clones.pop(key, None), key
+    others = [op for op in OPS if op != "apply"]
+    assert clones.keys() == {f"{op}_chunk<{weight}>" for op in others for weight in WEIGHTS}
 
 
 @pytest.mark.parametrize("clone", REGISTERS)

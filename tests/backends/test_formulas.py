@@ -9,7 +9,7 @@ from mechanic_fused.backends import formulas, layout
 
 
 def test_there_is_an_update_for_every_kind():
-    assert tuple(formulas.UPDATES) == layout.KINDS == tuple(layout.STATES)
+    assert (*formulas.UPDATES, layout.MUON) == (*layout.KINDS, layout.MUON) == tuple(layout.STATES)
     assert set(layout.STEPPED) <= set(layout.KINDS)
 
 

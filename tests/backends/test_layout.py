@@ -62,4 +62,4 @@ def test_columns_are_named_once():
         assert len(set(names)) == len(names)
     assert len(set(layout.KERNEL_DTYPES)) == len(layout.KERNEL_DTYPES)
     assert all(isinstance(dtype, torch.dtype) for dtype in layout.KERNEL_DTYPES)
-    assert set(layout.STATES) == set(layout.KINDS)
+    assert set(layout.STATES) == {*layout.KINDS, layout.MUON}
