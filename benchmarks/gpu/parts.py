@@ -85,6 +85,8 @@ def pairs_of(case: cases.Case, device: torch.device) -> list[measure.Pair]:
         pairs += [(each, FUSED)]
         pairs += [(baselines.adamw(name, optim_bits=8), each) for name in names]
     pairs += [(FOREACH, FUSED)]
+    if case.name in ("1.5B", "124M"):
+        pairs += [(baselines.muon(), baselines.torch_muon())]
     if case.name.startswith("1.5B"):
         return pairs  # the other packages' copies would not fit into memory
     ours = [baselines.adamw(name) for name in names if name in available()] or [FUSED]

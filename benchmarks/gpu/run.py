@@ -20,8 +20,10 @@ from .._harness.baselines import (
     adamw,
     lean_adamws,
     mechanic_pytorch,
+    muon,
     torch_adamw,
     torch_adamw_narrow,
+    torch_muon,
 )
 from .._harness.records import ROOT, Record, Row
 from .._harness.tables import Requirement, shown
@@ -45,6 +47,7 @@ def requirements(backends: tuple[str, ...]) -> list[Requirement]:
             Requirement("124M", mechanic_pytorch().name, ours, 10, at_least=True),
             *narrow_requirements(adamw(backend, optim_bits=8).name),
         ]
+    found += [Requirement(case, muon().name, torch_muon().name, 0.6) for case in ("124M", "1.5B")]
     return found
 
 
