@@ -19,6 +19,7 @@ from .backends.orthogonalize import (
     orthogonalized,
     product_dtype,
 )
+from .torch_internals import is_fsdp1_flat
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "adam_eps": 1e-8}
 """Options of the groups that AdamW steps, where they do not have their own."""
@@ -205,6 +206,11 @@ def check_group(group: dict[str, Any]) -> None:
             f"ns_dtype must be None, torch.bfloat16 or torch.float32, got {group['ns_dtype']}"
         )
     for p in group["params"]:
+        if is_fsdp1_flat(p):
+            raise ValueError(
+                "Muon needs the rows of a matrix, and FullyShardedDataParallel (FSDP1) flattens "
+                f"them: expected fully_shard (FSDP2), got a flat weight of shape {tuple(p.shape)}"
+            )
         if p.dim() < 2:
             raise ValueError(
                 "Muon steps weights of two dimensions or more: expected use_muon=False in the "

@@ -453,6 +453,15 @@ def test_options_out_of_range_are_refused(cls, options, expected):
         made(cls=cls, **options)
 
 
+def test_a_flat_weight_of_fsdp1_is_refused():
+    [p] = make_weights([(12,)])
+    p._fsdp_flattened = True
+    with pytest.raises(
+        ValueError, match=r"expected fully_shard .*got a flat weight of shape \(12,\)"
+    ):
+        MechanicMuon([p])
+
+
 def test_what_torchs_muon_does_not_have_is_not_handed_to_it():
     for options in ({"ns_coefficients": "polar_express"}, {"split_sizes": (16, 16)}):
         with pytest.raises(ValueError, match="torch's Muon has three ns_coefficients"):
