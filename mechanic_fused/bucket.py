@@ -6,7 +6,7 @@ gradient can be used at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from math import inf
 from operator import ge, is_, itemgetter
@@ -213,9 +213,9 @@ class Bucket:
             self.backend, self.kind, [self.slots[i]], len(self.hyper), len(self.sums), self.shards
         )
 
-    def stateless(self, kind: str, backend: Backend) -> Bucket:
-        """Return a bucket of the same weights for an update that has no state."""
-        slots = [slot._replace(names=(), block=0) for slot in self.slots]
+    def stateless(self, kind: str, backend: Backend, indices: Sequence[int]) -> Bucket:
+        """Return a bucket of some of the weights for an update that has no state."""
+        slots = [self.slots[i]._replace(names=(), block=0) for i in indices]
         return Bucket(backend, kind, slots, len(self.hyper), len(self.sums), self.shards)
 
     def collect_gradients(self) -> bool:

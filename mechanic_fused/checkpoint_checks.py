@@ -111,7 +111,7 @@ def check_entries(
                     f"the checkpoint's state of {weight} must be a dict of entries, got a "
                     f"{type(entries).__name__}"
                 )
-            is_matrix = "momentum_buffer" in entries  # of Muon, which counts no steps
+            is_matrix = group.get("use_muon", False)  # for which no steps are counted
             if "exp_avg_sq" in (names or ()) and "step" not in entries and not is_matrix:
                 raise ValueError(
                     f"the checkpoint's state of {weight} lacks step, the number of steps in its "

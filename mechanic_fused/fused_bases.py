@@ -10,7 +10,8 @@ import torch
 
 from .backends.layout import MUON, STATES
 from .lion import Lion
-from .muon import Muon, hyper_of_matrices, hyper_of_others
+from .muon import Muon, hyper_of_group
+from .options import RUNNING
 
 Group = dict[str, Any]
 
@@ -68,8 +69,8 @@ TABLE: dict[type, FusedBase] = {
     Lion: FusedBase(lambda group: "lion", _lion, {}, STATES["lion"]),
     Muon: FusedBase(
         lambda group: MUON if group["use_muon"] else "adam",
-        lambda group: (hyper_of_matrices if group["use_muon"] else hyper_of_others)(group),
-        {},
+        hyper_of_group,
+        {"variant": (RUNNING, None)},
         (*_ADAM_STATE, *STATES[MUON]),
     ),
 }

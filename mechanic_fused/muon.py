@@ -16,18 +16,21 @@ from .backends.orthogonalize import (
     QUINTIC,
     RATIOS,
     matrix_shape,
-    orthogonalized,
     product_dtype,
 )
-from .torch_internals import is_fsdp1_flat
+from .distributed import like
+from .owners import orthogonalized_shards
+from .torch_internals import is_fsdp1_flat, local
 
-ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "adam_eps": 1e-8}
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
 """Options of the groups that AdamW steps, where they do not have their own."""
 
 OF_ADAMW = re.compile(
-    r"embed|wte|wpe|position|lora|(^|[._])(lm_)?heads?([._]|$)|(^|[._])classifier([._]|$)"
+    r"embed|wte|wpe|_tokens?$|(^|[._])lora|"
+    r"(^|[._])((lm_)?heads?|classifier|position(al|s)?)([._]|$)"
 )
-"""Names of matrices that AdamW steps: embeddings, low-rank matrices and heads, but of attention."""
+"""Names of matrices that AdamW steps: embeddings, tokens that are weights, low-rank matrices and
+heads, but not those of attention."""
 
 
 class Muon(Optimizer):
@@ -98,13 +101,24 @@ class Muon(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one with ``use_muon=False`` is stepped by AdamW."""
         if not param_group.get("use_muon", True):
-            param_group = {"eps": ADAMW["adam_eps"], "betas": ADAMW["betas"], **param_group}
+            for name, value in ADAMW.items():
+                param_group.setdefault(name, value)
+        for name in ("split_sizes", "ns_coefficients"):
+            if isinstance(param_group.get(name), list):
+                param_group[name] = tuple(param_group[name])
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # A checkpoint of torch's Muon has neither.
+            group.setdefault("use_muon", True)
+            group.setdefault("ns_dtype", None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,9 +163,11 @@ class Muon(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         c = formulas.coefficients(hyper_of_matrices(group), 0.0)
-        direction = formulas.muon_momentum_(g, state["momentum_buffer"], c)
-        n = direction[None].to(product_dtype(p.device, p.dtype, group), copy=True)
-        p.add_(formulas.muon(orthogonalized(n, group)[0].to(p.dtype), p, c))
+        g, buffer, x = local(like(g, p)), local(state["momentum_buffer"]), local(p)
+        direction = formulas.muon_momentum_(g, buffer, c)
+        n = direction[None].to(product_dtype(x.device, x.dtype, group), copy=True)
+        made = orthogonalized_shards(n, p, group)[0]
+        x.add_(formulas.muon(made.to(x.dtype), x, c))
 
     def _step_other(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -178,11 +194,19 @@ def hyper_of_others(group: dict[str, Any]) -> tuple[Any, ...]:
     return group["lr"], *group["betas"], group["eps"], 0.0, group["weight_decay"], False
 
 
+def hyper_of_group(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return those numbers of a group of either kind, whose options are checked before."""
+    check_group(group)
+    return (hyper_of_matrices if group["use_muon"] else hyper_of_others)(group)
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for options out of range, or a weight that is no matrix."""
     for name in ("lr", "weight_decay", "eps"):
         if not float(group[name]) >= 0:
             raise ValueError(f"{name} must be 0 or more, got {group[name]}")
+    if group.get("maximize"):
+        raise ValueError("maximize must be False: torch's Muon minimizes, got True")
     if not group["use_muon"]:
         betas = group["betas"]
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -246,7 +270,10 @@ class MuonGroups(list[dict[str, Any]]):
         lines = [("weight", "shape", "numbers", "stepped by")]
         for group in self:
             by = "Muon" if group["use_muon"] else "AdamW"
-            for name, p in group["params"]:
+            named = group["params"]
+            if group.get("param_names"):  # an optimizer has taken the names apart
+                named = zip(group["param_names"], named, strict=True)
+            for name, p in named:
                 shape = " × ".join(map(str, p.shape)) or "–"
                 lines.append((name, shape, f"{p.numel():,}", by))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -258,8 +285,8 @@ def muon_groups(model: nn.Module, **options: Any) -> MuonGroups:
     """Return param groups: matrices for Muon, all other weights for AdamW.
 
     AdamW takes weights of fewer than two dimensions, those of ``nn.Embedding``, those whose names
-    contain embed, wte, wpe, position or lora, and those of a part that is called head, heads,
-    lm_head or classifier. Weights that require no gradient are left out.
+    contain embed, wte or wpe, end in _token, or have a part that begins with lora or is called
+    position, head, heads, lm_head or classifier. Weights that require no gradient are left out.
 
     Args:
         model: its weights.
@@ -276,7 +303,8 @@ def muon_groups(model: nn.Module, **options: Any) -> MuonGroups:
         0.weight  10 × 4  40       AdamW
         1.bias    4       4        AdamW
     """
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = {m.weight for m in model.modules() if isinstance(m, kinds)}
     matrices: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.orthogonalize import Group, orthogonalized
 from .distributed import shards, wrap
+from .torch_internals import dtensor
 
 
 def row_counts(rows: int, ranks: int) -> list[int]:
@@ -105,3 +107,31 @@ def shard_of(whole: Tensor, weight: Any) -> Tensor:
     mesh = weight.device_mesh
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(mesh, weight.placements).to_local()
+
+
+def is_exchanged(weight: Any) -> bool:
+    """Return whether ranks have to exchange shards before a weight can be orthogonalized.
+
+    Those of experts, by their first dimension, are whole matrices.
+    """
+    if not isinstance(weight, dtensor()) or not shards(weight, None):
+        return False
+    by_rows = (each.is_replicate() or each.is_shard(0) for each in weight.placements)
+    return not (weight.dim() == 3 and all(by_rows))
+
+
+def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:
+    """Return ratio·O of weights of one shape, of this rank's shards of them.
+
+    Args:
+        n: (weights, …), shards as of the weight; overwritten.
+        weight: one of them.
+        group: see ``orthogonalized``.
+    """
+    if not is_exchanged(weight):
+        return orthogonalized(n, group)
+    owners = owners_of(len(n), weight)
+    if owners is not None:
+        return owners.scatter(orthogonalized(owners.gather(n), group), n)
+    whole = torch.stack([gathered(each, weight) for each in n])
+    return torch.stack([shard_of(each, weight) for each in orthogonalized(whole, group)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import is_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ SHARD_BITS = 16
 PATIENCE = 3
 """Steps without any gradient before a warning."""
 
-IMMUTABLE_TYPES = (float, int, bool, str, type(None))
+IMMUTABLE_TYPES = (float, int, bool, str, type(None), torch.dtype)
 """Option types whose objects cannot change in place, so that identity implies equal values."""
 
 
@@ -394,6 +395,11 @@ class StepPlan:
             name = "reference"
         groups = shards(p, self.options.reduce_group)
         is_sharded = local(p) is not p
+        if kind == MUON and self.options.offload:
+            raise ValueError(
+                "offload=True steps on the CPU, where products of matrices take seconds: expected "
+                "False for Muon"
+            )
         if kind == MUON and groups and not is_sharded:
             raise ValueError(
                 "Muon needs to know the rows of a matrix: expected DTensors (fully_shard) or whole "
@@ -405,7 +411,10 @@ class StepPlan:
 
     def _backend_of(self, key: BucketKey) -> Backend:
         found = backends.load(key.backend)
-        return muon.Muon(found, lambda: self.param_groups) if key.kind == MUON else found
+        if key.kind != MUON:
+            return found
+        plan = weakref.ref(self)  # which holds the bucket that holds this
+        return muon.Muon(found, lambda: cast(StepPlan, plan()).param_groups)
 
     def _state_of(self, p: Tensor, x: Tensor, key: BucketKey, phase: int) -> dict[str, Any]:
         """Return the entries of the state of weight p, the missing ones created as x is laid out.

@@ -15,11 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..distributed import shards
-from ..owners import gathered, owners_of, shard_of
+from ..owners import is_exchanged, orthogonalized_shards
 from . import Backend, formulas, reference
 from .layout import GG, HYPER, UU
-from .orthogonalize import Group, orthogonalized, product_dtype
+from .orthogonalize import Group, product_dtype
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -43,7 +42,7 @@ class Muon:
 
     def __init__(self, inner: Backend, param_groups: Callable[[], list[Group]]) -> None:
         self._inner, self._param_groups = inner, param_groups
-        self._twins: WeakKeyDictionary[Bucket, Bucket] = WeakKeyDictionary()
+        self._twins: WeakKeyDictionary[Bucket, dict[tuple[int, ...], Bucket]] = WeakKeyDictionary()
         self.CHUNK: Mapping[str, int] = inner.CHUNK
         self.COPIES_TABLES: bool = inner.COPIES_TABLES
         self.prepare, self.norm = inner.prepare, inner.norm
@@ -53,60 +52,64 @@ class Muon:
     @torch.no_grad()
     def step(self, bucket: Bucket, tuner: LogTuner) -> None:
         """Take the sums with the x before the step, move the momentum, and x += S·u."""
-        twin = self._twins.get(bucket)
-        if twin is None:
-            twin = self._twins[bucket] = bucket.stateless("sgd", self._inner)
-        twin.with_gradient, hyper = bucket.with_gradient, bucket.hyper_rows
+        if bucket.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step of Muon reads hyperparameters on the host: it cannot be captured"
+            )
+        hyper, factors = bucket.hyper_rows, reference.gradient_multipliers(bucket)
         still = [[0.0, *rest[:3], 0.0, 0.0, *rest[5:]] for _, *rest in hyper]
-        self._step_twin(twin, bucket, bucket.grads, still, bucket.clip, tuner)
-        sums = twin.sums.clone()
+        sums = self._sgd(
+            bucket, range(len(bucket.weights)), bucket.grads, still, bucket.clip, tuner
+        )
         # Elsewhere the host does not wait for the answer.
         finite = bucket.device.type == "cpu" and bool(sums[:, GG].isfinite().all())
         rows = decayed(hyper)
         for indices in batches(bucket):
-            directions = self._directions(bucket, indices, finite)
-            self._step_twin(twin, bucket, directions, rows, None, tuner)
-            sums[:, UU] += twin.sums[:, UU]
+            group = self._param_groups()[bucket.groups[indices[0]]]
+            n = moved_momenta(bucket, indices, factors, group, finite)
+            found = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
+            directions = [
+                None if bucket.grads[i] is None else laid_out(direction, bucket.weights[i])
+                for i, direction in zip(indices, found, strict=True)
+            ]
+            del n, found
+            sums[:, UU] += self._sgd(bucket, indices, directions, rows, None, tuner)[:, UU]
         bucket.sums.copy_(sums)
 
-    def _step_twin(
+    def _sgd(
         self,
-        twin: Bucket,
         bucket: Bucket,
-        grads: list[Tensor | None],
+        indices: Sequence[int],
+        grads: Sequence[Tensor | None],
         hyper_rows: list[list[float]],
         clip: Tensor | None,
         tuner: LogTuner,
-    ) -> None:
-        """Take a step of SGD with these gradients."""
-        twin.grads = grads
-        twin.write_tables(hyper_rows, {}, None, None, bucket.step_count)
-        twin.clip = clip
-        if twin.handle is None or self._inner.COPIES_TABLES:
-            self._inner.prepare(twin)
-        self._inner.step(twin, tuner)
+    ) -> Tensor:
+        """Take a step of SGD of some weights with these gradients; return its sums."""
+        twins = self._twins.setdefault(bucket, {})
+        twin = twins.get(tuple(indices))
+        if twin is None:
+            twin = twins[tuple(indices)] = bucket.stateless("sgd", self._inner, indices)
+        twin.grads = list(grads)
+        twin.with_gradient = [
+            p for p, g in zip(twin.parameters, grads, strict=True) if g is not None
+        ]
+        try:
+            twin.write_tables(hyper_rows, {}, None, None, bucket.step_count)
+            twin.clip = clip
+            if twin.handle is None or self._inner.COPIES_TABLES:
+                self._inner.prepare(twin)
+            self._inner.step(twin, tuner)
+        finally:
+            twin.grads, twin.with_gradient, twin.clip = [None] * len(grads), [], None
+        return twin.sums.clone()
 
-    def _directions(
-        self, bucket: Bucket, indices: Sequence[int], finite: bool
-    ) -> list[Tensor | None]:
-        """Move the momenta of these weights; return their ratio·O, laid out as they are.
 
-        Args:
-            indices: of weights that :func:`batches` puts together.
-            finite: no gradient has an element that is not.
-        """
-        group = self._param_groups()[bucket.groups[indices[0]]]
-        factors = reference.gradient_multipliers(bucket)
-        n = moved_momenta(bucket, indices, factors, group, finite)
-        directions: list[Tensor | None] = [None] * len(bucket.weights)
-        found = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
-        for i, direction in zip(indices, found, strict=True):
-            x = bucket.weights[i]
-            if x.is_contiguous() and direction.is_contiguous():
-                directions[i] = direction.to(x.dtype)
-            else:
-                directions[i] = torch.empty_like(x).copy_(direction)
-        return directions
+def laid_out(direction: Tensor, x: Tensor) -> Tensor:
+    """Return a direction in the dtype and layout of its weight."""
+    if x.is_contiguous() and direction.is_contiguous():
+        return direction.to(x.dtype)
+    return torch.empty_like(x).copy_(direction)
 
 
 def decayed(hyper_rows: list[list[float]]) -> list[list[float]]:
@@ -121,11 +124,12 @@ def decayed(hyper_rows: list[list[float]]) -> list[list[float]]:
 def batches(bucket: Bucket) -> Iterator[list[int]]:
     """Yield the indices of weights with a gradient of one shape, sharding and param group.
 
-    Shapes are those of whole weights, so that ranks with shards of them make the same batches.
+    Ranks with shards make the same batches: shapes are those of whole weights, and one whose shards
+    are exchanged takes part without a gradient too, since others may have one.
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, (p, g) in enumerate(zip(bucket.parameters, bucket.grads, strict=True)):
-        if g is not None and p.numel():
+        if p.numel() and (g is not None or is_exchanged(p)):
             placements = getattr(p, "placements", ())
             alike.setdefault((bucket.groups[i], p.shape, placements), []).append(i)
     for indices in alike.values():
@@ -148,7 +152,9 @@ def moved_momenta(
     n = torch.empty((len(indices), *shape), dtype=dtype, device=bucket.device)
     for i, matrix in zip(indices, n, strict=True):
         g = bucket.grads[i]
-        assert g is not None
+        if g is None:
+            matrix.zero_()
+            continue
         g = g.to(bucket.compute_dtype)
         g = g if factors[i] == 1.0 else g * factors[i]
         g = g if finite else formulas.finite_or_zero(g)
@@ -160,28 +166,3 @@ def moved_momenta(
             matrix.copy_(formulas.muon_momentum_(g, wide, c))
             reference.write_states(bucket, i, [wide])
     return n
-
-
-def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:
-    """Return ratio·O of weights of one shape, of this rank's shards of them.
-
-    Args:
-        n: (weights, …), shards as of the weight; overwritten.
-        weight: one of them.
-        group: see ``orthogonalized``.
-    """
-    if not shards(weight, None) or are_whole(weight):
-        return orthogonalized(n, group)
-    owners = owners_of(len(n), weight)
-    if owners is not None:
-        return owners.scatter(orthogonalized(owners.gather(n), group), n)
-    whole = torch.stack([gathered(each, weight) for each in n])
-    made = orthogonalized(whole, group)
-    return torch.stack([shard_of(each, weight) for each in made])
-
-
-def are_whole(weight: Any) -> bool:
-    """Return whether shards hold whole matrices: those of experts, by their first dimension."""
-    return weight.dim() == 3 and all(
-        placement.is_replicate() or placement.is_shard(0) for placement in weight.placements
-    )

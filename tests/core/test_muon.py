@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import itertools
 import re
+import weakref
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def made(
 ):
     params = make_weights((*matrices, *others), dtype, seed)
     n = len(matrices)
-    of_group = {k: options.pop(k) for k in ("split_sizes",) if k in options}
+    of_group = {k: options.pop(k) for k in ("split_sizes", "maximize") if k in options}
     options.setdefault("ns_dtype", torch.float32)
     return params, cls(groups_of(params[:n], params[n:], **of_group), **options)
 
@@ -260,6 +262,7 @@ class Model(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(10, 8)
         self.table = nn.Embedding(10, 8)
+        self.cls_token = nn.Parameter(torch.ones(1, 1, 8))
         self.qkv = nn.Linear(8, 24)
         self.experts = nn.Parameter(torch.ones(2, 8, 8))
         self.conv = nn.Conv1d(8, 8, 3)
@@ -277,11 +280,11 @@ def test_the_groups_of_a_model_go_by_shapes_kinds_and_names():
     assert names[0] == of_muon
     assert [group["use_muon"] for group in groups] == [True, False]
     assert groups[0]["lr"] == 0.5
-    assert len(names[1]) == 8
+    assert len(names[1]) == 9
     printed = str(groups).splitlines()
     assert re.fullmatch(r"weight +shape +numbers +stepped by", printed[0])
     assert re.fullmatch(r"experts +2 × 8 × 8 +128 +Muon", printed[1])
-    assert len(printed) == 1 + 12
+    assert len(printed) == 1 + 13
     opt = MechanicMuon(groups)
     assert opt.param_groups[0]["param_names"] == names[0]
 
@@ -424,6 +427,87 @@ def test_odd_layouts_are_stepped_as_matrices():
     assert_near(runs[1:], [plain, plain], 1e-6)
 
 
+def test_a_checkpoint_of_torchs_muon_goes_on():
+    params = make_weights(((6, 4), (3, 8)))
+    plain = torch.optim.Muon(params, lr=0.1)
+    train(params, plain, steps=3)
+    for cls in (MechanicMuon, Muon):
+        opt = cls([nn.Parameter(p.detach().clone()) for p in params])
+        opt.load_state_dict(copy.deepcopy(plain.state_dict()))
+        own = opt.param_groups[0]["params"]
+        for p, q in zip(own, params, strict=True):
+            assert_same(opt.state[p]["momentum_buffer"], plain.state[q]["momentum_buffer"])
+        train(own, opt, steps=2)
+        assert all(p.isfinite().all() for p in own)
+
+
+def test_the_exact_forms_take_the_fallback():
+    params, opt = made(cls=mechanize(Muon), variant="annealed")
+    assert opt.implementation == "fallback: variant=annealed has no fused update"
+    train(params, opt, steps=3)
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_both_groups_know_their_peaks_and_late_ones_join_at_theirs():
+    params, opt = made(lr=1.0)
+    train(params, opt, steps=2)
+    for group in opt.param_groups:
+        group["lr"] = 0.1
+    late = make_weights(((4, 4), (3,)))
+    opt.add_param_group({"params": late[:1], "lr": 0.1})
+    opt.add_param_group({"params": late[1:], "lr": 0.1, "use_muon": False})
+    assert [group["peak_lr"] for group in opt.param_groups] == [1.0] * 4
+
+
+def test_nothing_of_a_step_is_kept():
+    params, opt = made(((64, 64),) * 4, ())
+    train(params, opt, steps=2)
+    [bucket] = opt._plan.buckets
+    for twins in bucket.backend._twins.values():
+        assert all(g is None for twin in twins.values() for g in twin.grads)
+
+
+def test_a_dropped_optimizer_needs_no_garbage_collection():
+    params, opt = made()
+    train(params, opt, steps=2)
+    plan = weakref.ref(opt._plan)
+    gc.disable()
+    try:
+        del opt
+        assert plan() is None
+    finally:
+        gc.enable()
+
+
+def test_options_that_become_wrong_raise_before_anything_changes():
+    params, opt = made(((6, 4),), (), split_sizes=[2, 4])
+    assert opt.param_groups[0]["split_sizes"] == (2, 4)
+    train(params, opt, steps=2)
+    before = snapshot(opt)
+    for name, value in (("split_sizes", (2, 3)), ("momentum", 2.0), ("ns_steps", 0)):
+        kept = opt.param_groups[0][name]
+        opt.param_groups[0][name] = value
+        give(params, 2)
+        with pytest.raises(ValueError, match=name):
+            opt.step()
+        opt.param_groups[0][name] = kept
+        assert_same(snapshot(opt), before)
+    train(params, opt, steps=1)
+
+
+def test_options_that_stay_are_not_read_again():
+    params, opt = made(split_sizes=None)
+    train(params, opt, steps=2)
+    assert not opt.plan_step().settings_changed
+
+
+def test_groups_can_be_printed_when_an_optimizer_has_them():
+    groups = muon_groups(Model())
+    before = str(groups)
+    MechanicMuon(groups)
+    assert str(groups) == before
+
+
 # What is refused
 
 
@@ -435,6 +519,7 @@ def test_odd_layouts_are_stepped_as_matrices():
         ({"ns_steps": 100}, "ns_steps must be 1 to 99, got 100"),
         ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
         ({"ns_coefficients": "cubic"}, "three numbers or 'polar_express', got 'cubic'"),
+        ({"maximize": True}, "maximize must be False"),
         ({"ns_dtype": torch.float16}, "ns_dtype must be None, torch.bfloat16 or torch.float32"),
         ({"adjust_lr_fn": "mine"}, "adjust_lr_fn must be None, original or match_rms_adamw"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),

@@ -126,6 +126,44 @@ def test_row_counts_are_those_of_torch():
             assert owners.row_counts(rows, n) == chunks + [0] * (n - len(chunks))
 
 
+def without_some_gradients(layout):
+    """A rank without a gradient lends its shard; its own stays where it is."""
+    run = Run(layout)
+    rank = distributed.get_rank()
+    for t in range(STEPS):
+        before = None
+        for i, p in enumerate(run.params):
+            p.grad = run.place(whole_gradient(tuple(p.shape), t))
+            if t == 2 and rank == 1 and i == 0:
+                p.grad, before = None, p.to_local().clone()
+        run.opt.step(loss=2.0)
+        assert before is None or torch.equal(run.params[0].to_local(), before)
+    return run.result()
+
+
+def test_ranks_may_lack_a_gradient(ranks):
+    found = ranks(2).run(without_some_gradients, "Shard(0)")
+    assert_same(*found)
+    assert all(x.isfinite().all() for x in found[0]["weights"])
+
+
+def plain(layout):
+    """Steps of what to_base() gives."""
+    run = Run(layout).train(0, 2)
+    base = run.opt.to_base()
+    for p in run.params:
+        p.grad = run.place(whole_gradient(tuple(p.shape), 7))
+    base.step()
+    return run.result()
+
+
+@pytest.mark.parametrize(("layout", "world"), [("Shard(0)", 2), ("Shard(1)", 2), ("hsdp", 4)])
+def test_the_plain_one_steps_shards_too(ranks, layout, world):
+    expected = plain(None)
+    for found in ranks(world).run(plain, layout):
+        assert_agrees(found, expected)
+
+
 # Real wrappers
 
 
