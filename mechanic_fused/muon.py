@@ -166,8 +166,8 @@ class Muon(Optimizer):
         g, buffer, x = local(like(g, p)), local(state["momentum_buffer"]), local(p)
         direction = formulas.muon_momentum_(g, buffer, c)
         n = direction[None].to(product_dtype(x.device, x.dtype, group), copy=True)
-        made = orthogonalized_shards(n, p, group)[0]
-        x.add_(formulas.muon(made.to(x.dtype), x, c))
+        [made], ratio = orthogonalized_shards(n, p, group)
+        x.add_(formulas.muon(made.to(x.dtype) * ratio, x, c))
 
     def _step_other(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

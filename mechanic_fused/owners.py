@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.orthogonalize import Group, orthogonalized
+from .backends.orthogonalize import Group, adjusted_ratio, matrix_shape, orthogonalized
 from .distributed import shards, wrap
 from .torch_internals import dtensor
 
@@ -120,8 +120,8 @@ def is_exchanged(weight: Any) -> bool:
     return not (weight.dim() == 3 and all(by_rows))
 
 
-def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:
-    """Return ratio·O of weights of one shape, of this rank's shards of them.
+def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> tuple[Tensor, float]:
+    """Return O of weights of one shape, of this rank's shards of them, and the ratio.
 
     Args:
         n: (weights, …), shards as of the weight; overwritten.
@@ -132,6 +132,13 @@ def orthogonalized_shards(n: Tensor, weight: Any, group: Group) -> Tensor:
         return orthogonalized(n, group)
     owners = owners_of(len(n), weight)
     if owners is not None:
-        return owners.scatter(orthogonalized(owners.gather(n), group), n)
-    whole = torch.stack([gathered(each, weight) for each in n])
-    return torch.stack([shard_of(each, weight) for each in orthogonalized(whole, group)])
+        made, _ = orthogonalized(owners.gather(n), group)
+        found = owners.scatter(made, n)
+    else:
+        whole = torch.stack([gathered(each, weight) for each in n])
+        made, _ = orthogonalized(whole, group)
+        found = torch.stack([shard_of(each, weight) for each in made])
+    # Who owns none has no matrix to tell the ratio by.
+    _, rows, columns = matrix_shape(weight.shape)
+    split = bool(group.get("split_sizes"))
+    return found, 1.0 if split else adjusted_ratio(group["adjust_lr_fn"], rows, columns)

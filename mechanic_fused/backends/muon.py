@@ -63,16 +63,16 @@ class Muon:
         )
         # Elsewhere the host does not wait for the answer.
         finite = bucket.device.type == "cpu" and bool(sums[:, GG].isfinite().all())
-        rows = decayed(hyper)
         for indices in batches(bucket):
             group = self._param_groups()[bucket.groups[indices[0]]]
             n = moved_momenta(bucket, indices, factors, group, finite)
-            found = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
+            found, ratio = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
             directions = [
                 None if bucket.grads[i] is None else laid_out(direction, bucket.weights[i])
                 for i, direction in zip(indices, found, strict=True)
             ]
             del n, found
+            rows = decayed(hyper, ratio)
             sums[:, UU] += self._sgd(bucket, indices, directions, rows, None, tuner)[:, UU]
         bucket.sums.copy_(sums)
 
@@ -112,12 +112,12 @@ def laid_out(direction: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(direction)
 
 
-def decayed(hyper_rows: list[list[float]]) -> list[list[float]]:
-    """Return the rows of SGD that makes u = −lr·(ratio·O + weight_decay·x) of ratio·O."""
+def decayed(hyper_rows: list[list[float]], ratio: float) -> list[list[float]]:
+    """Return the rows of SGD that makes u = −lr·(ratio·O + weight_decay·x) of O."""
     decay, l2, gradient = (HYPER.index(name) for name in ("decay", "l2", "gradient"))
     rows = [list(row) for row in hyper_rows]
     for row in rows:
-        row[l2], row[decay], row[gradient] = row[decay], 0.0, 1.0
+        row[l2], row[decay], row[gradient] = row[decay], 0.0, ratio
     return rows
 
 

@@ -110,26 +110,28 @@ def multiplies_bfloat16() -> bool:
     return any(found.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def orthogonalized(n: Tensor, group: Group) -> Tensor:
-    """Return ratio·O of weights of one shape, each of whose parts is a matrix of its own.
+def orthogonalized(n: Tensor, group: Group) -> tuple[Tensor, float]:
+    """Return O of weights of one shape, each of whose parts is a matrix of its own, and the ratio.
 
     Args:
         n: (weights, …) in the dtype of the products; overwritten.
         group: has ns_coefficients, ns_steps, eps, adjust_lr_fn and perhaps split_sizes: the rows of
-            each part, of fused projections.
+            each part, of fused projections. O of parts is multiplied by their own ratios.
 
     Returns:
-        in n's shape; float32 for bfloat16.
+        O in n's shape, and the ratio by which it is still to be multiplied.
     """
     if not n.numel():
-        return n.to(compute_dtype(n.dtype))
+        return n.to(compute_dtype(n.dtype)) if group.get("split_sizes") else n, 1.0
     options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
     _, rows, columns = matrix_shape(n.shape[1:])
+    whole, name = n.reshape(-1, rows, columns), group["adjust_lr_fn"]
+    if not group.get("split_sizes"):
+        made = newton_schulz(whole, *options)
+        return made.reshape(n.shape), adjusted_ratio(name, rows, columns)
     parts = []
-    whole = n.reshape(-1, rows, columns)
-    for part in whole.split(list(group.get("split_sizes") or (rows,)), dim=1):
-        # Parts of rows are copied, since NewtonSchulz writes to what it is given.
-        made = newton_schulz(part.contiguous(), *options)
-        ratio = adjusted_ratio(group["adjust_lr_fn"], *part.shape[1:])
-        parts.append(made.to(compute_dtype(n.dtype)).mul_(ratio))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(n.shape)
+    for part in whole.split(list(group["split_sizes"]), dim=1):
+        # A copy, since NewtonSchulz writes to what it is given.
+        made = newton_schulz(part.contiguous(), *options).to(compute_dtype(n.dtype))
+        parts.append(made * adjusted_ratio(name, *part.shape[1:]))
+    return torch.cat(parts, dim=1).reshape(n.shape), 1.0

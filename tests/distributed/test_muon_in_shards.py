@@ -119,6 +119,30 @@ def test_each_matrix_has_one_owner(ranks):
     assert sum(found) == counts_of_products(None) == len(MATRICES) + 2
 
 
+def split(layout, **options):
+    """Three ranks, two weights of fused projections: one rank owns none."""
+    place = Run(layout).place
+    params = [nn.Parameter(place(whole_gradient((12, 8), i))) for i in range(2)]
+    group = {"params": params, "use_muon": True, "split_sizes": (3, 9)}
+    opt = MechanicMuon([group], s_init=0.02, **options)
+    for t in range(STEPS):
+        for i, p in enumerate(params):
+            p.grad = place(whole_gradient((12, 8), 10 * t + i))
+        opt.step()
+    whole = [p.detach() for p in params]
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in whole]
+    return {"scale": opt.scale, "weights": whole}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rank_may_own_no_matrix(ranks, dtype):
+    expected = split(None, ns_dtype=dtype)
+    results = ranks(3).run(split, "Shard(0)", ns_dtype=dtype)
+    assert_same(*results)
+    if dtype is torch.float32:
+        assert_agrees(results[0], expected)
+
+
 def test_row_counts_are_those_of_torch():
     for rows in range(12):
         for n in range(1, 6):
