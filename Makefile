@@ -1,6 +1,6 @@
 #: make build        .venv, the compiled module, an editable install
 #: make demo         trains a small transformer with no learning rate chosen
-#: make test         what every change must pass: no framework, no interpreter, three minutes
+#: make test         what every change must pass: no framework, no interpreter, four minutes
 #: make test-triton  the Triton kernels, in Triton's interpreter
 #: make test-stacks  the tests with training frameworks, which it installs
 #: make test-slow    the slow tests of these three: every combination

@@ -67,10 +67,11 @@ def test_rows_and_requirements(step, tmp_path, capsys):
     from benchmarks._harness.records import Record
 
     out = tmp_path / "step.csv"
-    step.main(["--quick", "--threads", "1", "--cases", "35M,1000x16", "--out", str(out)])
+    cases = "35M,1000x16,39M-muon"
+    step.main(["--quick", "--threads", "1", "--cases", cases, "--out", str(out)])
     record = Record.load(out)
     assert record.environment["torch"] == torch.__version__
-    assert {row["case"] for row in record.rows} == {"35M", "1000x16"}
+    assert {row["case"] for row in record.rows} == set(cases.split(","))
     assert all(row["median_s"] > 0 for row in record.rows if "absent" not in row)
     required = [requirement.judge(record.rows, judged=False) for requirement in step.REQUIRED]
     unmeasured = [
