@@ -197,7 +197,7 @@ class SingleStep:
         delta, rounded = numbers(after, "delta")
         agree("Δ", w, delta, w.entry("delta") + u, off + 2 * EPS * size + rounded)
         scale = float(self.opt.scale[w.row])
-        x_ref, move = array(after["x_ref"]), scale * array(after["delta"])
+        x_ref, move = array(after["x_ref"]), scale * delta
         size = np.abs(x_ref) + np.abs(move)
         last_place = torch.finfo(w.p.dtype).eps
         allowed = (2 * EPS + last_place) * size + torch.finfo(w.p.dtype).smallest_normal
