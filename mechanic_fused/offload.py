@@ -211,12 +211,20 @@ class Offload:
         self._under_way: deque[HostCopy] = deque()
 
     def copies_of(self, weights: Iterable[Tensor]) -> dict[Tensor, HostCopy]:
-        """Return the copies of these weights, made where there is none; all others are dropped."""
+        """Return the copies of these weights as they are now; all others are dropped.
+
+        A state that is made anew takes its x_ref from them, so kept copies are read again.
+        """
         self.drain()
+        self.meet()
         kept, self._copies = self._copies, {}
         for p in weights:
             copy = kept.get(p)
-            self._copies[p] = copy if copy and _is_of(copy, p) else self._new_copy(p)
+            if copy and _is_of(copy, p):
+                copy.read()
+            else:
+                copy = self._new_copy(p)
+            self._copies[p] = copy
         return self._copies
 
     def _new_copy(self, p: Tensor) -> HostCopy:

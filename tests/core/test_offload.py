@@ -272,6 +272,22 @@ def test_weights_that_are_loaded_before_the_first_gradient_are_the_start():
     both(loop)
 
 
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_state_that_is_dropped_starts_from_what_was_written_since(has_gradient):
+    def loop(each):
+        each.run(1)
+        each.opt.state.pop(each.params[0])
+        with torch.no_grad():
+            each.params[0].mul_(0.5)
+        cases.set_gradients(each.params, 1)
+        if not has_gradient:
+            each.params[0].grad = None
+        each.opt.step()
+        each.run(STEPS)
+
+    both(loop)
+
+
 def test_so_are_those_loaded_before_the_first_released_gradient():
     runs = [released(offloaded) for offloaded in (True, False)]
     for opt, net in runs:
