@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from support import sharding
 from support.cases import assert_near, assert_same
+from support.placed_runs import load, placing, save
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from mechanic_fused import MechanicMuon, owners
 
@@ -15,15 +14,6 @@ MATRICES = ((7, 12), (7, 12), (7, 12), (1, 8), (16, 6), (16, 6), (3, 8, 6), (6, 
 """Rows that no two ranks share evenly; one row; tall; experts; a convolution."""
 OTHERS = ((9,), (11, 5))
 STEPS, HALF = 6, 3
-
-PLACEMENTS = {
-    "Shard(0)": ((-1,), (Shard(0),)),
-    "Shard(1)": ((-1,), (Shard(1),)),
-    "hsdp": ((2, -1), (Replicate(), Shard(0))),
-    "replicas": ((-1,), (Replicate(),)),
-    "rows and columns": ((2, -1), (Shard(0), Shard(1))),
-    "Shard(0) twice": ((2, -1), (Shard(0), Shard(0))),
-}
 
 
 def whole_gradient(shape, t):
@@ -34,15 +24,7 @@ class Run:
     """Matrices under a layout, other weights, and their optimizer."""
 
     def __init__(self, layout, **options):
-        self.place = lambda x: x
-        if layout:
-            shape, placements = PLACEMENTS[layout]
-            world = distributed.get_world_size()
-            sizes = (world,) if len(shape) == 1 else (2, world // 2)
-            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[: len(sizes)])
-            self.place = lambda x: distribute_tensor(
-                x, mesh, [p if x.dim() > 1 else Replicate() for p in placements], src_data_rank=None
-            )
+        self.place = placing(layout, least_dim=2)
         start = [whole_gradient(shape, -1) for shape in (*MATRICES, *OTHERS)]
         self.params = [nn.Parameter(self.place(x)) for x in start]
         n = len(MATRICES)
@@ -224,6 +206,7 @@ def wrapped(layout):
 def test_wrapped_models_have_the_numbers_of_a_single_process(ranks, layout):
     results = ranks(sharding.LAYOUTS[layout].ranks).run(wrapped, layout)
     expected = wrapped("single")
+    # The gradients themselves are sums over ranks, added in another order.
     for found in results:
         torch.testing.assert_close(found["scale"], expected["scale"], rtol=1e-5, atol=0)
         assert_near(found["weights"], expected["weights"], 1e-5)
@@ -232,30 +215,19 @@ def test_wrapped_models_have_the_numbers_of_a_single_process(ranks, layout):
 # Checkpoints
 
 
-def weights_and_state(run):
-    return {"weights": dict(enumerate(run.params)), "opt": run.opt.state_dict()["state"]}
-
-
-def save(folder, layout):
-    run = Run(layout).train(0, HALF)
-    dcp.save(weights_and_state(run), checkpoint_id=folder)
-    if distributed.get_rank() == 0:
-        torch.save(run.opt.state_dict()["param_groups"], f"{folder}/groups.pt")
-    distributed.barrier()
+def save_half(folder, layout):
+    save(Run(layout).train(0, HALF), folder)
 
 
 def resume(folder, layout):
     run = Run(layout).train(0, 1)
-    found = weights_and_state(run)
-    dcp.load(found, checkpoint_id=folder)
-    groups = torch.load(f"{folder}/groups.pt", weights_only=False)
-    run.opt.load_state_dict({"state": found["opt"], "param_groups": groups})
+    load(run, folder)
     return run.train(HALF, HALF).result()
 
 
 @pytest.mark.parametrize(("layout", "world"), [("Shard(0)", 2), ("Shard(0)", 3), ("hsdp", 4)])
 def test_what_two_ranks_save_goes_on_on_others(ranks, tmp_path, layout, world):
-    ranks(2).run(save, str(tmp_path), "Shard(0)")
+    ranks(2).run(save_half, str(tmp_path), "Shard(0)")
     results = ranks(world).run(resume, str(tmp_path), layout)
     assert_same(*results)
     if (layout, world) == ("Shard(0)", 2):

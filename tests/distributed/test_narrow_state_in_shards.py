@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from support.cases import RUNNING, assert_same
+from support.placed_runs import load, placing, save
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mechanic_fused import MechanicAdamW
 
@@ -16,12 +16,6 @@ SHAPES = ((65, 128), (1, 4096), (64, 5, 32), (67, 100), (128, 64), (300,), (8, 1
 bits; even rows; one dimension and a small one, which stay float32."""
 
 HALF = 4
-
-PLACEMENTS = {
-    "Shard(0)": ((-1,), (Shard(0),)),
-    "hsdp": ((2, -1), (Replicate(), Shard(0))),
-    "Shard(0) twice": ((2, -1), (Shard(0), Shard(0))),
-}
 
 
 def recorded(shape, t):
@@ -36,18 +30,11 @@ class Run:
     """Weights under a layout and their optimizer, which takes the same gradients under each.
 
     Args:
-        layout: a key of PLACEMENTS, or None for whole weights.
+        layout: see ``placing``.
     """
 
     def __init__(self, layout, bits=8, variant=RUNNING, shapes=SHAPES, dtype=torch.float32):
-        self.place = lambda x: x
-        if layout:
-            shape, placements = PLACEMENTS[layout]
-            world = distributed.get_world_size()
-            sizes = (world,) if len(shape) == 1 else (2, world // 2)
-            names = ("outer", "inner")[: len(sizes)]
-            mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-            self.place = lambda x: distribute_tensor(x, mesh, placements, src_data_rank=None)
+        self.place = placing(layout)
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         self.params = [nn.Parameter(self.place(x)) for x in start]
@@ -113,25 +100,14 @@ def test_beside_bfloat16_weights_and_in_the_exact_forms_too(ranks, variant):
         assert_same(result, expected)
 
 
-def weights_and_state(run):
-    return {"weights": dict(enumerate(run.params)), "opt": run.opt.state_dict()["state"]}
-
-
-def save(folder, layout):
-    run = Run(layout).train(0, HALF)
-    dcp.save(weights_and_state(run), checkpoint_id=folder)
-    if distributed.get_rank() == 0:
-        torch.save(run.opt.state_dict()["param_groups"], f"{folder}/groups.pt")
-    distributed.barrier()
+def save_half(folder, layout):
+    save(Run(layout).train(0, HALF), folder)
 
 
 def resume(folder, layout):
     """Return the state after a load, and after the rest of the run."""
     run = Run(layout).train(0, 1)
-    found = weights_and_state(run)
-    dcp.load(found, checkpoint_id=folder)
-    groups = torch.load(f"{folder}/groups.pt")
-    run.opt.load_state_dict({"state": found["opt"], "param_groups": groups})
+    load(run, folder)
     return run.state(), run.train(HALF, HALF).state()
 
 
@@ -143,14 +119,14 @@ def assert_resumes(found):
 
 @pytest.mark.parametrize(("layout", "world"), [("Shard(0)", 3), ("hsdp", 4), ("Shard(0)", 2)])
 def test_what_two_ranks_save_goes_on_on_others_with_the_same_codes(ranks, tmp_path, layout, world):
-    ranks(2).run(save, str(tmp_path), "Shard(0)")
+    ranks(2).run(save_half, str(tmp_path), "Shard(0)")
     for found in ranks(world).run(resume, str(tmp_path), layout):
         assert_resumes(found)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_two_ranks_save_goes_on_in_one_process(ranks, tmp_path):
-    ranks(2).run(save, str(tmp_path), "Shard(0)")
+    ranks(2).run(save_half, str(tmp_path), "Shard(0)")
     assert_resumes(resume(str(tmp_path), None))
 
 
