@@ -208,13 +208,11 @@ def time_table(rows: list[Row]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.parser("memory", __doc__, "memory.csv")
     parser.add_argument("--quick", action="store_true", help="a miniature: does it run at all?")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--width", type=options.at_least(1), default=2048)
     parser.add_argument("--depth", type=options.at_least(1), default=20)
     parser.add_argument("--rounds", type=options.at_least(3), default=15)
     chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     if chosen.quick:
         chosen.width, chosen.depth, chosen.rounds = 256, 6, 3
     return chosen
@@ -222,12 +220,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(chosen: argparse.Namespace) -> Record:
     size = Size(chosen.width, chosen.depth)
-    device = torch.device(chosen.device)
     load = records.BackgroundLoad()
     record = Record(
         {
             **records.environment(miniature=chosen.quick),
-            "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
+            "device": records.device_name(chosen.device),
             "weights": f"{size.parameters:,} in {size.depth} layers of {size.width} x {size.width}",
             "method": f"memory: a new process for each row, {STEPS} steps, freed blocks of 1 MiB "
             "and more are returned to the system; time: whole training steps, kept and released in "
@@ -236,11 +233,11 @@ def run(chosen: argparse.Namespace) -> Record:
     )
     for name in (OURS, *NARROW, TORCH):
         for released in (False, True):
-            row = in_new_process(memory, size, name, released, chosen.device)
+            row = in_new_process(memory, size, name, released, chosen.device.type)
             record.rows.append(row)
             more = f"{row['extra_bytes'] / 1e6:.1f} MB more"
             print(f"{name}, released={released}: {more}", file=sys.stderr)
-    record.rows += [times(size, name, device, chosen.rounds) for name in (OURS, TORCH)]
+    record.rows += [times(size, name, chosen.device, chosen.rounds) for name in (OURS, TORCH)]
     record.environment["cores busy with other work"] = load.cores()
     record.save(chosen.out)
     return record

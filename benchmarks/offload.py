@@ -214,14 +214,12 @@ def table(rows: list[Row]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = options.parser("offload", __doc__, "offload.csv")
     parser.add_argument("--quick", action="store_true", help="a miniature: does it run at all?")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu or cuda")
     parser.add_argument("--width", type=options.at_least(1), default=2048)
     parser.add_argument("--depth", type=options.at_least(1), default=8)
     parser.add_argument("--batch", type=options.at_least(1), default=64)
     parser.add_argument("--rounds", type=options.at_least(3), default=15)
     chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
     if chosen.quick:
         chosen.width, chosen.depth, chosen.batch, chosen.rounds = 128, 3, 4, 3
     return chosen
@@ -229,17 +227,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(chosen: argparse.Namespace) -> Record:
     """Measure, and write the file."""
-    size, device = Size(chosen.width, chosen.depth), torch.device(chosen.device)
+    size = Size(chosen.width, chosen.depth)
     load = records.BackgroundLoad()
     record = Record(
         {
             **records.environment(miniature=chosen.quick),
-            "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
+            "device": records.device_name(chosen.device),
             "weights": f"{size.parameters:,} in {size.depth} layers of {size.width} x {size.width}",
             "method": f"training steps of a batch of {chosen.batch}, by all in turn",
         }
     )
-    record.rows += measure(size, chosen.batch, device, chosen.rounds)
+    record.rows += measure(size, chosen.batch, chosen.device, chosen.rounds)
     record.environment["cores busy with other work"] = load.cores()
     record.save(chosen.out)
     return record

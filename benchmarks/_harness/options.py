@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from .records import RESULTS
 
 
@@ -32,6 +34,15 @@ def at_least(smallest: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def device(text: str) -> torch.device:
+    """Return the device of an option: cpu, or cuda where torch finds a GPU."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no GPU, got cuda")
+    return torch.device(text)
 
 
 def names_among(known: Iterable[str]) -> Callable[[str], list[str]]:

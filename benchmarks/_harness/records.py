@@ -135,6 +135,11 @@ def environment(commit: str | None = None, miniature: bool = False) -> Row:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """Return "cpu", or the name of a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def _module() -> str:
     """Return the name by which this program was started."""
     program = Path(sys.argv[0])
