@@ -90,6 +90,7 @@ class LineProbe:
     Example:
         >>> import torch
         >>> from mechanic_fused.tuners import LineProbe
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(3, 1)
         >>> opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> probe = LineProbe(opt, model)
