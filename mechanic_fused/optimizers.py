@@ -486,8 +486,8 @@ class MechanicMuon(Mechanized, Muon):
     AdamW's state of the others.
 
     Raises:
-        ValueError: for an option out of range, a weight of fewer than two dimensions in a group
-            with ``use_muon=True``, or a sharded one.
+        ValueError: for an option out of range, or in a group with ``use_muon=True`` a weight of
+            fewer than two dimensions or a flat shard (FSDP1, ZeRO).
 
     Source: arXiv 2306.00144, Algorithm 1; kellerjordan.github.io/posts/muon; arXiv 2502.16982.
 
