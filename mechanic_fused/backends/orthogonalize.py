@@ -1,7 +1,7 @@
 """Matrices with singular values near 1, many of one shape at a time: what Muon makes of a momentum.
 
 NewtonSchulz(n) brings the singular values of n near 1: X₀ = n/‖n‖, and X ← a·X + (b·A + c·A²)·X
-with A = X·Xᵀ, some steps with coefficients (a, b, c) each.
+with A = X·Xᵀ, some steps with coefficients (a, b, c) each. Of tall matrices X ← X·(…), A = Xᵀ·X.
 
 Source: kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the ratio "match_rms_adamw".
 """
@@ -35,6 +35,16 @@ POLAR_EXPRESS = (
 POLAR_MARGIN = 1.02
 """By which Polar Express divides in addition, so that no singular value is above 1."""
 
+LONG = 2
+"""From matrices more than this many times as long as wide on, steps are taken together."""
+
+TOGETHER = 2
+"""Steps whose polynomials are multiplied before they meet X, for long matrices: products of Gram
+matrices are small. With three, the rounding of the first grows beyond that of single steps."""
+
+SCRATCH = 4
+"""Gram matrices and products of them that are held at once."""
+
 RATIOS = ("original", "match_rms_adamw")
 
 
@@ -51,22 +61,46 @@ def newton_schulz(
     """
     polar = isinstance(coefficients, str)
     of_steps = POLAR_EXPRESS if isinstance(coefficients, str) else (coefficients,)
-    tall = matrices.shape[1] > matrices.shape[2]
-    # Rows next to each other: products with a transposed matrix take up to 1.3 times as long.
-    x = (matrices.mT if tall else matrices).contiguous()
+    chosen = [of_steps[min(step, len(of_steps) - 1)] for step in range(steps)]
+    x = matrices.contiguous()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x.div_(norms.mul_(POLAR_MARGIN if polar else 1.0).clamp_(min=eps))
-    gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-    polynomial, result = torch.empty_like(gram), torch.empty_like(x)
-    for step in range(steps):
-        a, b, c = of_steps[min(step, len(of_steps) - 1)]
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        # Not a·X beside the last product, which would copy X first.
-        polynomial.diagonal(dim1=1, dim2=2).add_(a)
-        torch.bmm(polynomial, x, out=result)
+    is_tall = x.shape[1] > x.shape[2]
+    smaller, larger = sorted(x.shape[1:])
+    at_once = TOGETHER if larger > LONG * smaller else 1
+    result, scratch = torch.empty_like(x), x.new_empty(SCRATCH, x.shape[0], smaller, smaller)
+    for first in range(0, steps, at_once):
+        gram = torch.bmm(*((x.mT, x) if is_tall else (x, x.mT)), out=scratch[0])
+        polynomial = gram_polynomial(gram, chosen[first : first + at_once], scratch[1:])
+        torch.bmm(*((x, polynomial) if is_tall else (polynomial, x)), out=result)
         x, result = result, x
-    return x.mT if tall else x
+    return x
+
+
+def gram_polynomial(
+    gram: Tensor, coefficients: Sequence[Sequence[float]], scratch: Tensor
+) -> Tensor:
+    """Return Z_k·…·Z_1 of steps with these coefficients: what they multiply X by.
+
+    Z = a·I + b·A + c·A², and A ← Z·A·Z.
+
+    Args:
+        gram: A = X·Xᵀ, (batch, n, n); overwritten.
+        coefficients: (a, b, c) of each step.
+        scratch: (SCRATCH − 1, batch, n, n), overwritten; the result is in it.
+    """
+    z, total, other = scratch
+    for i, (a, b, c) in enumerate(coefficients):
+        own = z if i else total
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=own)
+        # Not a·X beside the product with X, which would copy X first.
+        own.diagonal(dim1=1, dim2=2).add_(a)
+        if i + 1 < len(coefficients):
+            torch.bmm(torch.bmm(own, gram, out=other), own, out=gram)
+        if i:
+            torch.bmm(z, total, out=other)
+            total, other = other, total
+    return total
 
 
 def adjusted_ratio(name: str | None, rows: int, columns: int) -> float:
