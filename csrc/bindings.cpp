@@ -116,6 +116,22 @@ void define_cuda(py::module_ m) {
       py::arg("bucket"), py::arg("reduction"), py::arg("tuner"), py::arg("scalars"),
       py::arg("stream"), released);
   m.def(
+      "muon_momentum",
+      [](const Bucket& bucket, const Reduction& reduction, const Directions& n,
+         const StepScalars& scalars, int64_t stream) {
+        muon_momentum(bucket, reduction, n, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("reduction"), py::arg("n"), py::arg("scalars"), py::arg("stream"),
+      released);
+  m.def(
+      "muon_update",
+      [](const Bucket& bucket, const Reduction& reduction, const Directions& o, double ratio,
+         const LogTuner& tuner, const StepScalars& scalars, int64_t stream) {
+        muon_update(bucket, reduction, o, ratio, tuner, scalars, pointer<CUstream_st>(stream));
+      },
+      py::arg("bucket"), py::arg("reduction"), py::arg("o"), py::arg("ratio"), py::arg("tuner"),
+      py::arg("scalars"), py::arg("stream"), released);
+  m.def(
       "log_tune",
       [](int64_t sums, const LogTuner& tuner, const StepScalars& scalars, int64_t stream) {
         log_tune(pointer<const Sums>(sums), tuner, scalars, pointer<CUstream_st>(stream));
@@ -165,6 +181,11 @@ PYBIND11_MODULE(_native, m) {
            }),
            py::kw_only(), py::arg("rows"), py::arg("constants"), py::arg("losses"),
            py::arg("scales"));
+  py::class_<Directions>(m, "Directions")
+      .def(py::init([](int64_t first, int64_t size, int64_t dtype) {
+             return Directions{pointer<void>(first), size, DType(dtype)};
+           }),
+           py::kw_only(), py::arg("first"), py::arg("size"), py::arg("dtype"));
   py::class_<Vectors>(m, "Vectors")
       .def(py::init(&make_vectors), py::kw_only(), py::arg("streams"), py::arg("chunks"),
            py::arg("partials"), py::arg("chunk_count"), py::arg("elements"), py::arg("dtype"));
@@ -192,6 +213,22 @@ PYBIND11_MODULE(_native, m) {
                   threads);
       },
       py::arg("bucket"), py::arg("tuner"), py::arg("clip"), py::arg("step_count"),
+      py::arg("threads"), released);
+  cpu.def(
+      "muon_momentum",
+      [](const Bucket& bucket, const Directions& n, int64_t clip, int64_t step_count, int threads) {
+        cpu::muon_momentum(bucket, n, pointer<const double>(clip),
+                           pointer<const double>(step_count), threads);
+      },
+      py::arg("bucket"), py::arg("n"), py::arg("clip"), py::arg("step_count"), py::arg("threads"),
+      released);
+  cpu.def(
+      "muon_update",
+      [](const Bucket& bucket, const Directions& o, double ratio, const LogTuner& tuner,
+         int64_t step_count, int threads) {
+        cpu::muon_update(bucket, o, ratio, tuner, pointer<const double>(step_count), threads);
+      },
+      py::arg("bucket"), py::arg("o"), py::arg("ratio"), py::arg("tuner"), py::arg("step_count"),
       py::arg("threads"), released);
   cpu.def(
       "log_tune",

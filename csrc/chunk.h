@@ -167,6 +167,14 @@ struct Bucket {
   DTypes dtypes;
 };
 
+// Matrices n or O beside the tensors of a bucket, all of one size: a tensor's begins at its number
+// times that size, and lies in memory as the weight does. In T or in bfloat16.
+struct Directions {
+  void* first;
+  int64_t size;
+  DType dtype;
+};
+
 // The tuner's state, a row a scale, and its constants.
 struct Tuner {
   double* state;

@@ -146,6 +146,25 @@ struct Lion {
   }
 };
 
+// buffer = mu buffer + (1-mu) g, and n = mu buffer + (1-mu) g, or buffer; of n comes O, and
+// u = -lr (d + decay x) of d = ratio O.
+// Source: kellerjordan.github.io/posts/muon.
+struct Muon {
+  static constexpr int kStates = 1;
+
+  template <class T>
+  static MECHANIC_INLINE T momentum(T g, T& buffer, const Coefficients<T>& c) {
+    const T added = c.rest1 * g;
+    buffer = c.beta1 * buffer + added;
+    return c.nesterov != T(0) ? c.beta1 * buffer + added : buffer;
+  }
+
+  template <class T>
+  static MECHANIC_INLINE T update(T d, T x, const Coefficients<T>& c) {
+    return add_scaled<true>(-(c.rate * d), -c.decay, x);
+  }
+};
+
 // Call run with the update of this kind.
 template <class Run>
 void for_kind(Kind kind, Run run) {

@@ -207,16 +207,16 @@ class Bucket:
     def _own(self, name: str) -> list[Tensor]:
         return [local(own[name]) for own in self.own_state if name in own]
 
-    def single(self, i: int) -> Bucket:
-        """Return a bucket of weight i alone, with the same state."""
-        return Bucket(
-            self.backend, self.kind, [self.slots[i]], len(self.hyper), len(self.sums), self.shards
-        )
+    def part(self, indices: Sequence[int], backend: Backend | None = None) -> Bucket:
+        """Return a bucket of some of the weights, with the same state.
 
-    def stateless(self, kind: str, backend: Backend, indices: Sequence[int]) -> Bucket:
-        """Return a bucket of some of the weights for an update that has no state."""
-        slots = [self.slots[i]._replace(names=(), block=0) for i in indices]
-        return Bucket(backend, kind, slots, len(self.hyper), len(self.sums), self.shards)
+        Args:
+            indices: of the weights.
+            backend: whose ops work on it; None: the same.
+        """
+        slots = [self.slots[i] for i in indices]
+        backend = backend or self.backend
+        return Bucket(backend, self.kind, slots, len(self.hyper), len(self.sums), self.shards)
 
     def collect_gradients(self) -> bool:
         """Take the gradients in the weights' dtype and layout; return whether there is any.

@@ -91,7 +91,7 @@ class GradientRelease:
         bucket, i = self._places[weight]
         single = self._singles.get(weight)
         if single is None:
-            single = self._singles[weight] = bucket.single(i)
+            single = self._singles[weight] = bucket.part([i])
         single.collect_gradients()
         if single.copies:
             single.fetch_gradients()

@@ -164,10 +164,11 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         c = formulas.coefficients(hyper_of_matrices(group), 0.0)
         g, buffer, x = local(like(g, p)), local(state["momentum_buffer"]), local(p)
-        direction = formulas.muon_momentum_(g, buffer, c)
+        direction, moved = formulas.muon_momentum(g, buffer, c)
+        buffer.copy_(moved)
         n = direction[None].to(product_dtype(x.device, x.dtype, group), copy=True)
         [made], ratio = orthogonalized_shards(n, p, group)
-        x.add_(formulas.muon(made.to(x.dtype) * ratio, x, c))
+        x.add_(formulas.muon_update(made.to(x.dtype) * ratio, x, c))
 
     def _step_other(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

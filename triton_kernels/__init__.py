@@ -9,6 +9,7 @@ from mechanic_fused.bucket import Bucket
 from .accumulate import accumulate
 from .apply import apply, measure
 from .log_tune import log_tune
+from .muon import muon_momentum, muon_update
 from .norm import norm
 from .reduce import Tables
 from .step import step
@@ -19,7 +20,18 @@ CHUNK = {"cpu": CPU_CHUNK, "cuda": CPU_CHUNK}
 
 COPIES_TABLES = True
 
-__all__ = ["accumulate", "apply", "log_tune", "measure", "norm", "prepare", "step", "tune"]
+__all__ = [
+    "accumulate",
+    "apply",
+    "log_tune",
+    "measure",
+    "muon_momentum",
+    "muon_update",
+    "norm",
+    "prepare",
+    "step",
+    "tune",
+]
 
 
 def prepare(bucket: Bucket) -> None:

@@ -262,6 +262,20 @@ def lion(g, x, m, c):
 
 
 @triton.jit
+def muon_momentum(g, buffer, c):
+    """n of Muon, and the new buffer."""
+    added = c.rest1 * g
+    buffer = c.beta1 * buffer + added
+    return tl.where(c.nesterov, c.beta1 * buffer + added, buffer), buffer
+
+
+@triton.jit
+def muon_update(d, x, c):
+    """u = −lr·(d + decay·x), where d = ratio·O."""
+    return tl.where(c.decay != 0, -(c.rate * d) - c.decay * x, -(c.rate * d))
+
+
+@triton.jit
 def low_unit(x, SIGN: tl.constexpr):
     """2⁻¹⁶ of the last place of a float16, float32; with SIGN −1 its reciprocal."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF

@@ -107,12 +107,36 @@ class StepStreams(NamedTuple):
 
 
 @triton.jit
+def load_weight(x_at, x_low_at, mask, T: tl.constexpr, HAS_LOW: tl.constexpr):
+    """Weights in the dtype of arithmetic: widened, or joined to their low bits."""
+    x = read(x_at, mask)
+    if HAS_LOW:
+        return join(x, read(x_low_at, mask))
+    else:
+        return widen(x, T)
+
+
+@triton.jit
+def store_weight(moved, x_at, x_low_at, states, i, mask, HAS_LOW: tl.constexpr):
+    """Store weights: with low bits beside 16-bit ones, or else rounded by bits of the States."""
+    X: tl.constexpr = x_at.dtype.scalar.element_ty
+    if HAS_LOW:
+        nearest, low = split(moved, X)
+        tl.store(x_at, nearest, mask=mask)
+        tl.store(x_low_at, low, mask=mask)
+    elif X != moved.dtype:
+        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), WEIGHT_STRIDE)
+        tl.store(x_at, stochastic_round(bits >> 16, moved), mask=mask)
+    else:
+        tl.store(x_at, moved, mask=mask)
+
+
+@triton.jit
 def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     """x += S·u, the state moves; returns the products g·(x − x_ref), g·g, x·x, u·u, float64.
 
     The products take g as it is and the x before, u takes 0 where g is not finite.
     """
-    X: tl.constexpr = streams.x.dtype.element_ty
     g_at = at(streams.g, streams.offset, i, limit)
     x_at = at(streams.x, streams.offset, i, limit)
     HAS_LOW: tl.constexpr = OP[2]
@@ -123,11 +147,7 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
         x_ref_at, has_x_ref = kept_at(streams.x_ref, streams.kept, i, limit)
     mask = None if limit is None else i < limit
     g = widen(read(g_at, mask), T) * streams.c.gradient
-    x = read(x_at, mask)
-    if HAS_LOW:
-        x = join(x, read(x_low_at, mask))
-    else:
-        x = widen(x, T)
+    x = load_weight(x_at, x_low_at, mask, T, HAS_LOW)
     counted = g
     if streams.kept is None:
         x_ref = read(x_ref_at, mask)
@@ -139,16 +159,7 @@ def step_block(OP: tl.constexpr, T: tl.constexpr, streams, i, limit):
     u = base_update(OP, T, finite_or_zero(g), x, streams.states, i, limit, streams.c)
     wide_u = u.to(tl.float64)
     moved = apply_update(x, streams.scale, u)
-    if HAS_LOW:
-        nearest, low = split(moved, X)
-        tl.store(x_at, nearest, mask=mask)
-        tl.store(x_low_at, low, mask=mask)
-    elif X != T:
-        states = streams.states
-        bits = rounding_bits(states.seed, states.start + i.to(tl.uint32), WEIGHT_STRIDE)
-        tl.store(x_at, stochastic_round(bits >> 16, moved), mask=mask)
-    else:
-        tl.store(x_at, moved, mask=mask)
+    store_weight(moved, x_at, x_low_at, streams.states, i, mask, HAS_LOW)
     gd = counted.to(tl.float64) * displacement.to(tl.float64)
     return gd, wide_g * wide_g, wide_x * wide_x, wide_u * wide_u
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mechanic_fused.backends.layout import KINDS, STATES, compute_dtype
+from mechanic_fused.backends.layout import KINDS, MUON, STATES, compute_dtype
 
 from .machine_code import Code
 
@@ -22,7 +22,13 @@ STEPS = tuple(f"{kind} step" for kind in KINDS)
 IN_PART = " in part"
 """What the name of a step ends with whose weights may keep x_ref in part: a kernel of its own."""
 
-KERNELS = (*KINDS, "apply", "measure", "norm", *STEPS, *(step + IN_PART for step in STEPS))
+MOMENTUM, UPDATE = f"{MUON} momentum", f"{MUON} update"
+"""The two ends of a step of Muon."""
+
+KERNELS = (
+    *(*KINDS, "apply", "measure", "norm", *STEPS, *(step + IN_PART for step in STEPS)),
+    *(MOMENTUM, MOMENTUM + IN_PART, UPDATE),
+)
 """Those that walk over chunks."""
 
 TUNERS = ("tune", "log_tune")
@@ -65,9 +71,10 @@ class Row(NamedTuple):
 
 
 def kind_of(kernel: str) -> str:
-    """Return the update that a kernel makes, or "" where it makes none."""
-    kind = kernel.removesuffix(IN_PART).removesuffix(" step")
-    return kind if kind in KINDS else ""
+    """Return the update whose state a kernel moves, or "" where it moves none."""
+    name = kernel.removesuffix(IN_PART)
+    kind = MUON if name == MOMENTUM else name.removesuffix(" step")
+    return kind if kind in STATES else ""
 
 
 class Traffic(NamedTuple):
@@ -116,6 +123,13 @@ def traffic(
     if kernel.removesuffix(IN_PART) in STEPS:
         x = 2 if dtype in NARROW else 1  # with its low bits
         return Traffic(2 + x + states, x + states)  # g, x_ref, x and the states
+    direction = share * compute_dtype(dtype).itemsize // 16  # n or O, in its wider dtype
+    if kernel.removesuffix(IN_PART) == MOMENTUM:
+        x = 2 if dtype in NARROW else 1
+        return Traffic(2 + x + states, direction + states)  # g, x_ref, x and the momentum
+    if kernel == UPDATE:
+        x = 2 if dtype in NARROW else 1
+        return Traffic(direction + x, x)
     if kernel == "apply":
         return Traffic(1 + delta, 1)
     if kernel == "measure":
@@ -155,8 +169,8 @@ def most_registers(
     may take 112 for 104, and an x_ref in part 120, which leave an SM the same four programs; beside
     bfloat16 ones an x_ref in part may take 168 for 160, the same three programs. A state that is
     rounded by bits of its own may take what leaves three programs, and two beside bfloat16. In CUDA
-    it is what leaves room for the blocks that accumulate.cuh and step.cuh count on, and in the
-    other kernels for a thousand threads; of log_tune there is only one block.
+    it is what leaves room for the blocks that accumulate.cuh, step.cuh and muon.cu count on, and in
+    the other kernels for a thousand threads; of log_tune there is only one block.
     """
     in_part = kernel.endswith(IN_PART)
     if backend == "triton":
@@ -166,11 +180,12 @@ def most_registers(
             return {torch.float32: 120, torch.bfloat16: 168}[dtype]
         return {torch.float32: 112 if narrow_delta else 104, torch.bfloat16: 160}[dtype]
     if kind := kind_of(kernel):
-        is_step = kernel.removesuffix(IN_PART) in STEPS
+        is_step = kernel.removesuffix(IN_PART) in (*STEPS, MOMENTUM)
         blocks = (3 if kind == "adam" else 4) + (dtype is torch.float32) - in_part
         blocks -= rounds(kernel, state)
         has_codes = state is torch.int8 and rounds(kernel, state)
         blocks = 2 if is_step and (in_part or has_codes) and dtype in NARROW else blocks
+        blocks -= kernel == MOMENTUM and state is None
         return SM_REGISTERS // (blocks * 256) // 8 * 8
     return 255 if kernel == "log_tune" else 64
 

@@ -13,7 +13,7 @@ import torch
 from mechanic_fused.backends.layout import compute_dtype
 
 from . import machine_code
-from .bounds import ARCHITECTURES, IN_PART, Row, checked
+from .bounds import ARCHITECTURES, IN_PART, MOMENTUM, UPDATE, Row, checked
 
 THREADS = 256
 """Of a block, in every kernel: kThreads of launch.cuh."""
@@ -27,6 +27,8 @@ NUMBERS = {
 NUMBER = r"(?:NS_\d+)?(f|d|BFloat16|Half)E?"
 STORED = r"(S\w*_|(?:NS\d*_\d+)?(?:f|d|BFloat16|Half|Code))E"
 BASE = re.compile(rf"(accumulate|step)_kernelI(?:Lb([01])E)?NS_\d+([A-Z][a-z]+)E{NUMBER}{STORED}")
+MOMENTUM_OF_MUON = re.compile(rf"momentum_kernelILb([01])E{NUMBER}{STORED}")
+UPDATE_OF_MUON = re.compile(rf"update_kernelI{NUMBER}E")
 NORM = re.compile(rf"norm_kernelI{NUMBER}E")
 TUNER = re.compile(r"\d((?:log_)?tune)_kernelE")
 APPLY = re.compile(rf"apply_kernelILb([01])E{NUMBER}{STORED}")
@@ -45,9 +47,13 @@ def kernel_of(function: str) -> Kernel | None:
     if found := BASE.search(function):
         op, in_part, base, weight, state = found.groups()
         name = base.lower() + " step" * (op == "step") + IN_PART * (in_part == "1")
-        dtype = NUMBERS[weight]
-        stored = dtype if state.startswith("S") else NUMBERS[re.sub(r"^NS\d*_\d+", "", state)]
-        return Kernel(name, dtype, None if stored is compute_dtype(dtype) else stored)
+        return Kernel(name, NUMBERS[weight], _state(NUMBERS[weight], state))
+    if found := MOMENTUM_OF_MUON.search(function):
+        in_part, weight, state = found.groups()
+        name = MOMENTUM + IN_PART * (in_part == "1")
+        return Kernel(name, NUMBERS[weight], _state(NUMBERS[weight], state))
+    if found := UPDATE_OF_MUON.search(function):
+        return Kernel(UPDATE, NUMBERS[found[1]], None)
     if found := APPLY.search(function):
         name = "apply" if found[1] == "1" else "measure"
         return Kernel(name, NUMBERS[found[2]], torch.int8 if "Code" in found[3] else None)
@@ -56,6 +62,12 @@ def kernel_of(function: str) -> Kernel | None:
     if found := TUNER.search(function):
         return Kernel(found[1], torch.float64, None)
     return None
+
+
+def _state(dtype: torch.dtype, mangled: str) -> torch.dtype | None:
+    """Return the dtype of a state beside weights of a dtype, None for the arithmetic's."""
+    stored = dtype if mangled.startswith("S") else NUMBERS[re.sub(r"^NS\d*_\d+", "", mangled)]
+    return None if stored is compute_dtype(dtype) else stored
 
 
 def absent() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mechanic_fused.backends.layout import KINDS, compute_dtype
+from mechanic_fused.backends.layout import KINDS, MUON, compute_dtype
 
 from . import machine_code
 from .bounds import (
@@ -18,8 +18,10 @@ from .bounds import (
     DTYPES,
     IN_PART,
     KERNELS,
+    MOMENTUM,
     STEPS,
     TUNERS,
+    UPDATE,
     WITH_DELTA,
     Row,
     checked,
@@ -51,8 +53,10 @@ def source(
     from triton.compiler import ASTSource
 
     ops = {"measure": "apply", **dict.fromkeys(KINDS, "accumulate"), **dict.fromkeys(STEPS, "step")}
+    ops |= {MOMENTUM: "momentum", UPDATE: "update"}
     op = ops.get(kernel.removesuffix(IN_PART), kernel)
-    module = importlib.import_module(f"mechanic_fused.triton_kernels.{op}")
+    file = MUON if op in ("momentum", "update") else op
+    module = importlib.import_module(f"mechanic_fused.triton_kernels.{file}")
     function = getattr(module, f"{op}_kernel")
     x, t = storage.DTYPES[dtype], storage.DTYPES[compute_dtype(dtype)]
     narrow_delta = narrow_delta or with_narrow_delta(dtype, state)
@@ -83,6 +87,24 @@ def source(
             "IN_PART": kernel.endswith(IN_PART),
             **storage.sizes(dtype),
         },
+        "momentum": {
+            "X": x,
+            "T": t,
+            "N": t,
+            **stored,
+            **no_bits,
+            "HAS_LOW": dtype.itemsize == 2,
+            "IN_PART": kernel.endswith(IN_PART),
+            **storage.sizes(dtype),
+        },
+        "update": {
+            "X": x,
+            "T": t,
+            "N": t,
+            "step_count": None,
+            "HAS_LOW": dtype.itemsize == 2,
+            **storage.sizes(dtype),
+        },
         "apply": {
             "BETAS": 6,
             "X": x,
@@ -102,6 +124,7 @@ def source(
         **dict.fromkeys(("tensors", "chunks", "spans"), "*i64"),
         **dict.fromkeys(doubles, "*fp64"),
         **{"tickets": "*i32", "chunk_count": "i32", "rows": "i32"},
+        **{"first": "i64", "size": "i32", "ratio": "fp32"},
     }
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}

@@ -303,6 +303,22 @@ MECHANIC_INLINE void add_displacement(const StepStreams<X, S>& at, int64_t start
   add_dot_wide(gradient + first, displacement, count, lanes);
 }
 
+// Add the float sums of g.(x - x_ref), if all elements have an x_ref, and of g.g; or the products
+// in double, where that is needed.
+template <bool kInPart, bool kWhole, class X, class S>
+MECHANIC_INLINE void add_gradient_sums(const StepStreams<X, S>& at, int64_t start, int n,
+                                       const opmath_t<X>* __restrict gradient,
+                                       const opmath_t<X>* __restrict x, const opmath_t<X>* gd,
+                                       const opmath_t<X>* gg, Lanes& lanes) {
+  const bool in_float = kWhole && in_range(gg) && (kInPart || in_range(gd));
+  if (in_float) {
+    add_lanes(gd, gg, lanes);
+  } else {
+    add_products_wide<Nothing>(gradient, gradient, n, lanes);
+  }
+  if (kInPart || !in_float) add_displacement<kInPart>(at, start, n, gradient, x, lanes.ab);
+}
+
 // x += S u for n elements, at most kBlock (kWhole: exactly), and the sums with the x before it. All
 // in one loop, so that loads and sums go on while roots and divisions are computed: 1.15 times the
 // time of torch's AdamW, and 1.30 with a loop for each (benchmarks/README.md). kInPart: not all
@@ -347,15 +363,7 @@ MECHANIC_INLINE void step_block(const StepStreams<X, S>& at, int64_t start, int 
   if constexpr (Base::kStates > 0) at.states.first.write(start, n, state0);
   if constexpr (Base::kStates > 1) at.states.second.write(start, n, state1);
   at.weights.write(start, n, x);
-  const bool gradient_in_range = kWhole && in_range(gg) && (kInPart || in_range(gd));
-  if (gradient_in_range) {
-    add_lanes(gd, gg, lanes.gradient);
-  } else {
-    add_products_wide<Nothing>(gradient, gradient, n, lanes.gradient);
-  }
-  if (kInPart || !gradient_in_range) {
-    add_displacement<kInPart>(at, start, n, gradient, x_old, lanes.gradient.ab);
-  }
+  add_gradient_sums<kInPart, kWhole>(at, start, n, gradient, x_old, gd, gg, lanes.gradient);
   if (kWhole && in_range(xx) && in_range(uu)) {
     add_lanes(xx, uu, lanes.update);
   } else {
@@ -374,6 +382,84 @@ MECHANIC_CLONES void step_chunk(const StepStreams<X, S>& at, int64_t n,
     step_block<Base, kInPart, true>(at, i, kBlock, c, scale, lanes);
   }
   step_block<Base, kInPart, false>(at, i, int(n - i), c, scale, lanes);
+  out = lanes;
+}
+
+// The momentum of n elements moves, to[...] = n, and the sums; x stays. In lanes.update.aa is x.x.
+template <bool kInPart, bool kWhole, class X, class S, class N>
+MECHANIC_INLINE void momentum_block(const StepStreams<X, S>& at, N* __restrict to, int64_t start,
+                                    int n, const Coefficients<opmath_t<X>>& c, StepLanes& lanes) {
+  using T = opmath_t<X>;
+  const X* __restrict g = at.g + start;
+  const X* __restrict x_ref = kInPart ? nullptr : at.x_ref + start;
+  alignas(64) T scratch[kBlock], joined[kBlock], gradient[kBlock], direction[kBlock];
+  T* __restrict buffer = at.states.first.read(start, n, scratch);
+  const T* __restrict x = at.weights.read(start, n, joined);
+  T gd[kLanes] = {}, gg[kLanes] = {}, xx[kLanes] = {}, none[kLanes] = {};
+  for (int first = 0; first < n; first += kLanes) {
+    const int count = kWhole || n - first > kLanes ? kLanes : n - first;
+#pragma omp simd
+    for (int l = 0; l < count; ++l) {
+      const int i = first + l;
+      gradient[i] = widen(g[i]) * c.gradient;
+      if constexpr (!kInPart) gd[l] += gradient[i] * (x[i] - T(widen(x_ref[i])));
+      gg[l] += gradient[i] * gradient[i];
+      xx[l] += x[i] * x[i];
+      T moved = buffer[i];
+      direction[i] = Muon::momentum(finite_or_zero(gradient[i]), moved, c);
+      buffer[i] = moved;
+    }
+  }
+  at.states.first.write(start, n, buffer);
+  for (int i = 0; i < n; ++i) narrow(direction[i], to[start + i]);
+  add_gradient_sums<kInPart, kWhole>(at, start, n, gradient, x, gd, gg, lanes.gradient);
+  if (kWhole && in_range(xx)) {
+    add_lanes(none, xx, lanes.update);
+  } else {
+    add_products_wide<Nothing>(x, x, n, lanes.update);
+  }
+}
+
+template <bool kInPart, class X, class S, class N>
+MECHANIC_CLONES void momentum_chunk(const StepStreams<X, S>& at, N* to, int64_t n,
+                                    const Coefficients<opmath_t<X>>& coefficients, StepLanes& out) {
+  const Coefficients<opmath_t<X>> c = coefficients;
+  StepLanes lanes = {};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) momentum_block<kInPart, true>(at, to, i, kBlock, c, lanes);
+  momentum_block<kInPart, false>(at, to, i, int(n - i), c, lanes);
+  out = lanes;
+}
+
+// x += S u for n elements, given O, and lanes.aa += u.u.
+template <class X, class N>
+MECHANIC_INLINE void direction_block(const Weights<X>& at, const N* __restrict o, int64_t start,
+                                     int n, const Coefficients<opmath_t<X>>& c, opmath_t<X> ratio,
+                                     opmath_t<X> scale, Lanes& lanes) {
+  using T = opmath_t<X>;
+  alignas(64) T joined[kBlock], update[kBlock];
+  T* __restrict x = at.read(start, n, joined);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    update[i] = Muon::update(T(widen(o[start + i])) * ratio, x[i], c);
+    x[i] = apply_update(x[i], scale, update[i]);
+  }
+  at.write(start, n, x);
+  add_products<Nothing>(update, update, n, lanes);
+}
+
+template <class X, class N>
+MECHANIC_CLONES void direction_chunk(const Weights<X>& weights, const N* o, int64_t n,
+                                     const Coefficients<opmath_t<X>>& coefficients,
+                                     opmath_t<X> ratio, opmath_t<X> scale, Lanes& out) {
+  const Weights<X> at = weights;
+  const Coefficients<opmath_t<X>> c = coefficients;
+  Lanes lanes = {};
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    direction_block(at, o, i, kBlock, c, ratio, scale, lanes);
+  }
+  direction_block(at, o, i, int(n - i), c, ratio, scale, lanes);
   out = lanes;
 }
 

@@ -61,6 +61,24 @@ States<T, S> states_of(const Bucket& bucket, const Chunk& chunk, const double* s
   return states;
 }
 
+// Return x of a chunk, as a step of the running form writes it.
+template <class X>
+Weights<X> weights_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  return {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset),
+          rounding_of(tensor, chunk, step_count)};
+}
+
+// Return the arrays of a chunk of the running form.
+template <class X, class S>
+StepStreams<X, S> streams_of(const Bucket& bucket, const Chunk& chunk, const double* step_count) {
+  const Tensor& tensor = bucket.tables.tensors[chunk.tensor];
+  const KeptBlocks kept = kept_blocks(tensor, chunk.offset);
+  return {at<X>(tensor.gradient, chunk.offset), weights_of<X>(bucket, chunk, step_count),
+          at<X>(tensor.x_ref, kept.first), states_of<opmath_t<X>, S>(bucket, chunk, step_count),
+          kept};
+}
+
 // Call run(base, weight, state): the base's update and a value of each dtype, whose types count.
 template <class Run>
 void for_types(const Bucket& bucket, Run run) {

@@ -17,6 +17,11 @@ void norm(const Bucket& bucket, int threads);
 void tune(const Sums* sums, const Tuner& tuner);
 void step(const Bucket& bucket, const LogTuner& tuner, const double* clip, const double* step_count,
           int threads);
+// The two ends of a step of Muon: the sums and n, in directions; then x += S u of O.
+void muon_momentum(const Bucket& bucket, const Directions& n, const double* clip,
+                   const double* step_count, int threads);
+void muon_update(const Bucket& bucket, const Directions& o, double ratio, const LogTuner& tuner,
+                 const double* step_count, int threads);
 void log_tune(const Sums* sums, const LogTuner& tuner);
 
 void step_along(const Vectors& vectors, const double* c, int threads);

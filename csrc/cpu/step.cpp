@@ -16,21 +16,14 @@ void step_partial(const Bucket& bucket, const Chunk& chunk, const double* clip,
   Hyper hyper = bucket.tables.hyper[tensor.group];
   hyper.gradient = gradient_multiplier(hyper, nullptr, clip);
   const Coefficients<T> c = Base::template coefficients<T>(hyper, step ? double(*step) : 0.0);
-  const KeptBlocks kept = kept_blocks(tensor, chunk.offset);
-  const StepStreams<X, S> streams = {
-      at<X>(tensor.gradient, chunk.offset),
-      {at<X>(tensor.weight, chunk.offset), at<int16_t>(tensor.x_low, chunk.offset),
-       rounding_of(tensor, chunk, step_count)},
-      at<X>(tensor.x_ref, kept.first),
-      states_of<T, S>(bucket, chunk, step_count),
-      kept};
+  const StepStreams<X, S> streams = streams_of<X, S>(bucket, chunk, step_count);
   StepLanes lanes;
-  if (kept.dropped == 0) {
+  if (streams.kept.dropped == 0) {
     step_chunk<Base, false>(streams, chunk.length, c, T(scale), lanes);
   } else {
     step_chunk<Base, true>(streams, chunk.length, c, T(scale), lanes);
   }
-  partial.gd = kept.share() * reduce_lanes(lanes.gradient.ab);
+  partial.gd = streams.kept.share() * reduce_lanes(lanes.gradient.ab);
   partial.gg = reduce_lanes(lanes.gradient.aa);
   partial.xx = reduce_lanes(lanes.update.ab);
   partial.count = double(chunk.length);

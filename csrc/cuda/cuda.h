@@ -38,6 +38,11 @@ void apply(const Bucket& bucket, const Reduction& reduction, const Tuner& tuner,
            const StepScalars& scalars, CUstream_st* stream);
 void step(const Bucket& bucket, const Reduction& reduction, const LogTuner& tuner,
           const StepScalars& scalars, CUstream_st* stream);
+void muon_momentum(const Bucket& bucket, const Reduction& reduction, const Directions& n,
+                   const StepScalars& scalars, CUstream_st* stream);
+void muon_update(const Bucket& bucket, const Reduction& reduction, const Directions& o,
+                 double ratio, const LogTuner& tuner, const StepScalars& scalars,
+                 CUstream_st* stream);
 void measure(const Bucket& bucket, const Reduction& reduction, CUstream_st* stream);
 void tune(const Sums* sums, const Tuner& tuner, const StepScalars& scalars, CUstream_st* stream);
 void log_tune(const Sums* sums, const LogTuner& tuner, const StepScalars& scalars,

@@ -128,6 +128,26 @@ __device__ __forceinline__ StepSums step_range(const StepStreams<X, S>& at, int 
   return sum;
 }
 
+// The arrays of a chunk; rounding is in shared memory.
+template <bool kInPart, class Base, class X, class S>
+__device__ __forceinline__ StepStreams<X, S> streams_of(const Bucket& bucket, const Tensor& tensor,
+                                                        const Chunk& chunk,
+                                                        const ChunkRounding* rounding) {
+  StepStreams<X, S> at = {};
+  at.gradient = address<const X>(tensor.gradient, chunk.offset);
+  at.weights.x = address<X>(tensor.weight, chunk.offset);
+  // Without low bits it is never read: a select of another address cost Lion's step 8 bytes of
+  // spills.
+  if constexpr (Weights<X, S>::kHasLow) {
+    at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
+  }
+  if constexpr (kInPart) at.kept = kept_blocks(tensor, chunk.offset);
+  at.x_ref = address<const X>(tensor.x_ref, kInPart ? at.kept.first : chunk.offset);
+  at.states = states_of<Base, opmath_t<X>, S>(bucket, tensor, chunk);
+  at.rounding = rounding;
+  return at;
+}
+
 template <bool kInPart, class Base, class X, class S>
 __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tensor& tensor,
                                                const Chunk& chunk, double scale,
@@ -143,18 +163,7 @@ __device__ __forceinline__ StepSums step_chunk(const Bucket& bucket, const Tenso
     shared_rounding = chunk_rounding(tensor, chunk, scalars.step_count);
     shared = Base::template coefficients<T>(hyper, step);
   }
-  StepStreams<X, S> at = {};
-  at.gradient = address<const X>(tensor.gradient, chunk.offset);
-  at.weights.x = address<X>(tensor.weight, chunk.offset);
-  // Without low bits it is never read: a select of another address cost Lion's step 8 bytes of
-  // spills.
-  if constexpr (Weights<X, S>::kHasLow) {
-    at.weights.low = address<int16_t>(tensor.x_low, chunk.offset);
-  }
-  if constexpr (kInPart) at.kept = kept_blocks(tensor, chunk.offset);
-  at.x_ref = address<const X>(tensor.x_ref, kInPart ? at.kept.first : chunk.offset);
-  at.states = states_of<Base, T, S>(bucket, tensor, chunk);
-  at.rounding = &shared_rounding;
+  const auto at = streams_of<kInPart, Base, X, S>(bucket, tensor, chunk, &shared_rounding);
   const int n = int(chunk.length);
   int in_packets = packet_elements<X>(n, at.gradient, at.weights.x, at.weights.low, at.x_ref,
                                       at.states.first.at, at.states.second.at);

@@ -19,7 +19,7 @@ class Backend(Protocol):
     """The ops of a step, each one call for all weights of a bucket.
 
     Of the exact forms: norm, accumulate, tune, apply, measure; of the running form: norm, step,
-    log_tune.
+    log_tune, and of Muon the two ends of a step.
 
     Backends are modules; ``reference`` defines what each op computes. An op changes only what it
     names.
@@ -47,6 +47,12 @@ class Backend(Protocol):
 
     def step(self, bucket: Bucket, tuner: LogTuner) -> None:
         """sums[:, GD] = g·(x − x_ref), GG, XX, UU, COUNT; base state moves by one u; x += S·u."""
+
+    def muon_momentum(self, bucket: Bucket, n: Tensor) -> None:
+        """The sums of a step but UU; the momentum moves, and n is what Muon orthogonalizes."""
+
+    def muon_update(self, bucket: Bucket, o: Tensor, ratio: float, tuner: LogTuner) -> None:
+        """sums[:, UU]; x += S·u with the u that Muon makes of O."""
 
     def log_tune(self, sums: Tensor, tuner: LogTuner) -> None:
         """Update ``tuner.state`` from sums over all weights of each scale and observed losses."""

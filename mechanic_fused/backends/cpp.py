@@ -63,6 +63,30 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
     increment_version(bucket.with_gradient)
 
 
+def muon_momentum(bucket: Bucket, n: Tensor) -> None:
+    """Take the sums with the x before the step, move the momentum, and leave n."""
+    clip = address("clip", bucket.clip, torch.float64)
+    step_count = address("step_count", bucket.step_count, torch.float64)
+    _native.cpu.muon_momentum(
+        bucket.handle, describe_directions(n), clip, step_count, torch.get_num_threads()
+    )
+
+
+def muon_update(bucket: Bucket, o: Tensor, ratio: float, tuner: LogTuner) -> None:
+    """x += S·u of O, and the sum of u·u."""
+    step_count = address("step_count", bucket.step_count, torch.float64)
+    _native.cpu.muon_update(
+        bucket.handle,
+        describe_directions(o),
+        ratio,
+        describe_log_tuner(tuner),
+        step_count,
+        torch.get_num_threads(),
+    )
+    # Autograd has not seen the writes; a backward through the old weights must raise.
+    increment_version(bucket.with_gradient)
+
+
 def log_tune(sums: Tensor, tuner: LogTuner) -> None:
     """Update ``tuner.state`` from the sums, (scales, 6) float64, and the observed losses."""
     _native.cpu.log_tune(sums.data_ptr(), describe_log_tuner(tuner))
@@ -120,6 +144,15 @@ def describe_tuner(tuner: Tuner) -> Any:
         constants=tuner.constants.data_ptr(),
         scales=len(tuner.keys),
         betas=len(tuner.betas),
+    )
+
+
+def describe_directions(matrices: Tensor) -> Any:
+    """Return the compiled module's description of (weights, …), each laid out as its weight."""
+    return _native.Directions(
+        first=matrices.data_ptr(),
+        size=matrices[0].numel(),
+        dtype=STORED_DTYPES.index(matrices.dtype),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _native  # type: ignore[attr-defined]
-from .cpp import address, describe, describe_log_tuner, describe_tuner
+from .cpp import address, describe, describe_directions, describe_log_tuner, describe_tuner
 from .device_tables import DeviceTables
 from .layout import GPU_CHUNK
 
@@ -93,6 +93,34 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
         bucket.handle.reduction,
         describe_log_tuner(tuner),
         scalars,
+    )
+    # Autograd has not seen the writes; a backward through the old weights must raise.
+    increment_version(bucket.with_gradient)
+
+
+def muon_momentum(bucket: Bucket, n: Tensor) -> None:
+    """Take the sums with the x before the step, move the momentum, and leave n."""
+    _launch(
+        _native.cuda.muon_momentum,
+        bucket.device,
+        bucket.handle.bucket,
+        bucket.handle.reduction,
+        describe_directions(n),
+        _scalars(bucket.grad_scale, bucket.found_inf, bucket.clip, bucket.step_count),
+    )
+
+
+def muon_update(bucket: Bucket, o: Tensor, ratio: float, tuner: LogTuner) -> None:
+    """x += S·u of O, and the sum of u·u."""
+    _launch(
+        _native.cuda.muon_update,
+        bucket.device,
+        bucket.handle.bucket,
+        bucket.handle.reduction,
+        describe_directions(o),
+        ratio,
+        describe_log_tuner(tuner),
+        _scalars(None, bucket.found_inf, None, bucket.step_count),
     )
     # Autograd has not seen the writes; a backward through the old weights must raise.
     increment_version(bucket.with_gradient)

@@ -115,15 +115,20 @@ def lion(g: Tensor, x: Tensor, m: Tensor, c: Coefficients) -> tuple[Tensor, Tens
     return add_scaled(-(c.lr * direction), -(c.lr * c.decay), x), c.beta2 * m + (1 - c.beta2) * g
 
 
-def muon_momentum_(g: Tensor, buffer: Tensor, c: Coefficients) -> Tensor:
-    """buffer ← μ·buffer + (1−μ)·g in place; n = μ·buffer + (1−μ)·g, or without Nesterov buffer."""
-    buffer.lerp_(g, 1 - c.beta1)
-    return g.lerp(buffer, c.beta1) if c.nesterov else buffer
+def muon_momentum(g: Tensor, buffer: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """buffer = μ·buffer + (1−μ)·g; n = μ·buffer + (1−μ)·g, or without Nesterov buffer.
+
+    Returns:
+        n and the new buffer.
+    """
+    added = (1 - c.beta1) * g
+    buffer = c.beta1 * buffer + added
+    return c.beta1 * buffer + added if c.nesterov else buffer, buffer
 
 
-def muon(direction: Tensor, x: Tensor, c: Coefficients) -> Tensor:
-    """u = −lr·d − lr·decay·x, as torch's Muon, where d = ratio·O."""
-    return add_scaled(-(c.lr * direction), -(c.lr * c.decay), x)
+def muon_update(d: Tensor, x: Tensor, c: Coefficients) -> Tensor:
+    """u = −lr·(d + decay·x), as torch's Muon, where d = ratio·O."""
+    return add_scaled(-(c.lr * d), -(c.lr * c.decay), x)
 
 
 UPDATES: dict[str, Callable[..., tuple[Tensor, ...]]] = {

@@ -1,4 +1,4 @@
-"""The step of Muon's matrices in the running form: torch's products of matrices, between our sums.
+"""The step of Muon's matrices in the running form: torch's products between two kernels.
 
     buf = μ·buf + (1−μ)·g;  n = μ·buf + (1−μ)·g (or buf);  O = NewtonSchulz(n)
     u = −lr·(ratio·O + weight_decay·x);  x += S·u
@@ -16,24 +16,25 @@ import torch
 from torch import Tensor
 
 from ..owners import is_exchanged, orthogonalized_shards
-from . import Backend, formulas, reference
-from .layout import GG, HYPER, UU
+from ..param_checks import is_dense
+from . import Backend
 from .orthogonalize import Group, product_dtype
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
     from ..log_tuner import LogTuner
 
-BATCH_ELEMENTS = 1 << 26
-"""Elements that are orthogonalized together at most, if a weight has no more itself. A step holds
-about five times as many at once: n, O and what NewtonSchulz makes of them."""
+BATCH_ELEMENTS = {"cpu": 1 << 22}
+"""Device → elements that are orthogonalized together at most, if a weight has no more itself: on a
+CPU as many as stay in its caches between the products."""
+
+MOST_BATCH_ELEMENTS = 1 << 26
+"""The same of other devices. A step holds about five times as many at once: n, O and what
+NewtonSchulz makes of them."""
 
 
 class Muon:
     """The ops of another backend, with a ``step`` of its own for buckets of matrices.
-
-    The sums and the writes are those of its step of SGD: first with the gradients at lr = 0, which
-    leaves x alone, then with ratio·O for gradients and the decay for an L2 term.
 
     Args:
         inner: the other backend.
@@ -42,12 +43,13 @@ class Muon:
 
     def __init__(self, inner: Backend, param_groups: Callable[[], list[Group]]) -> None:
         self._inner, self._param_groups = inner, param_groups
-        self._twins: WeakKeyDictionary[Bucket, dict[tuple[int, ...], Bucket]] = WeakKeyDictionary()
+        self._parts: WeakKeyDictionary[Bucket, dict[tuple[int, ...], Bucket]] = WeakKeyDictionary()
         self.CHUNK: Mapping[str, int] = inner.CHUNK
         self.COPIES_TABLES: bool = inner.COPIES_TABLES
         self.prepare, self.norm = inner.prepare, inner.norm
         self.tune, self.log_tune = inner.tune, inner.log_tune
         self.accumulate, self.apply, self.measure = inner.accumulate, inner.apply, inner.measure
+        self.muon_momentum, self.muon_update = inner.muon_momentum, inner.muon_update
 
     @torch.no_grad()
     def step(self, bucket: Bucket, tuner: LogTuner) -> None:
@@ -56,73 +58,62 @@ class Muon:
             raise RuntimeError(
                 "a step of Muon reads hyperparameters on the host: it cannot be captured"
             )
-        hyper, factors = bucket.hyper_rows, reference.gradient_multipliers(bucket)
-        still = [[0.0, *rest[:3], 0.0, 0.0, *rest[5:]] for _, *rest in hyper]
-        sums = self._sgd(
-            bucket, range(len(bucket.weights)), bucket.grads, still, bucket.clip, tuner
-        )
-        # Elsewhere the host does not wait for the answer.
-        finite = bucket.device.type == "cpu" and bool(sums[:, GG].isfinite().all())
+        bucket.sums.zero_()
         for indices in batches(bucket):
-            group = self._param_groups()[bucket.groups[indices[0]]]
-            n = moved_momenta(bucket, indices, factors, group, finite)
-            found, ratio = orthogonalized_shards(n, bucket.parameters[indices[0]], group)
-            directions = [
-                None if bucket.grads[i] is None else laid_out(direction, bucket.weights[i])
-                for i, direction in zip(indices, found, strict=True)
-            ]
-            del n, found
-            rows = decayed(hyper, ratio)
-            sums[:, UU] += self._sgd(bucket, indices, directions, rows, None, tuner)[:, UU]
-        bucket.sums.copy_(sums)
+            part = self._part(bucket, indices)
+            try:
+                self._step_part(part, self._param_groups()[part.groups[0]], tuner)
+            finally:
+                part.grads, part.with_gradient = [None] * len(indices), []
+                part.clip = part.grad_scale = part.found_inf = None
+            bucket.sums += part.sums
 
-    def _sgd(
-        self,
-        bucket: Bucket,
-        indices: Sequence[int],
-        grads: Sequence[Tensor | None],
-        hyper_rows: list[list[float]],
-        clip: Tensor | None,
-        tuner: LogTuner,
-    ) -> Tensor:
-        """Take a step of SGD of some weights with these gradients; return its sums."""
-        twins = self._twins.setdefault(bucket, {})
-        twin = twins.get(tuple(indices))
-        if twin is None:
-            twin = twins[tuple(indices)] = bucket.stateless("sgd", self._inner, indices)
-        twin.grads = list(grads)
-        twin.with_gradient = [
-            p for p, g in zip(twin.parameters, grads, strict=True) if g is not None
-        ]
-        try:
-            twin.write_tables(hyper_rows, {}, None, None, bucket.step_count)
-            twin.clip = clip
-            if twin.handle is None or self._inner.COPIES_TABLES:
-                self._inner.prepare(twin)
-            self._inner.step(twin, tuner)
-        finally:
-            twin.grads, twin.with_gradient, twin.clip = [None] * len(grads), [], None
-        return twin.sums.clone()
+    def _step_part(self, part: Bucket, group: Group, tuner: LogTuner) -> None:
+        """Take a step of matrices of one shape."""
+        n = empty_directions(part, product_dtype(part.device, part.compute_dtype, group))
+        self._inner.muon_momentum(part, n)
+        found, ratio = orthogonalized_shards(n, part.parameters[0], group)
+        if found.stride() != n.stride():
+            found = torch.empty_like(n, dtype=found.dtype).copy_(found)
+        self._inner.muon_update(part, found, ratio, tuner)
+
+    def _part(self, bucket: Bucket, indices: Sequence[int]) -> Bucket:
+        """Return some of the weights of a bucket, ready for the ops of the other backend."""
+        parts = self._parts.setdefault(bucket, {})
+        part = parts.get(tuple(indices))
+        if part is None:
+            part = parts[tuple(indices)] = bucket.part(indices, self._inner)
+        part.grads = [bucket.grads[i] for i in indices]
+        given = zip(part.parameters, part.grads, strict=True)
+        part.with_gradient = [p for p, g in given if g is not None]
+        part.write_tables(
+            bucket.hyper_rows, {}, bucket.grad_scale, bucket.found_inf, bucket.step_count
+        )
+        part.clip = bucket.clip
+        part.sums.zero_()
+        if part.handle is None or self._inner.COPIES_TABLES:
+            self._inner.prepare(part)
+        return part
 
 
-def laid_out(direction: Tensor, x: Tensor) -> Tensor:
-    """Return a direction in the dtype and layout of its weight."""
-    if x.is_contiguous() and direction.is_contiguous():
-        return direction.to(x.dtype)
-    return torch.empty_like(x).copy_(direction)
+def empty_directions(bucket: Bucket, dtype: torch.dtype) -> Tensor:
+    """Return space for a matrix beside each weight of a bucket, all of one shape and layout.
 
-
-def decayed(hyper_rows: list[list[float]], ratio: float) -> list[list[float]]:
-    """Return the rows of SGD that makes u = −lr·(ratio·O + weight_decay·x) of O."""
-    decay, l2, gradient = (HYPER.index(name) for name in ("decay", "l2", "gradient"))
-    rows = [list(row) for row in hyper_rows]
-    for row in rows:
-        row[l2], row[decay], row[gradient] = row[decay], 0.0, ratio
-    return rows
+    Returns:
+        (weights, …), each laid out as its weight, one after the other; 0 where no gradient is.
+    """
+    x = bucket.weights[0]
+    flat = torch.empty(len(bucket.weights) * x.numel(), dtype=dtype, device=bucket.device)
+    strides = x.stride() if is_dense(x) else torch.empty_like(x, device="meta").stride()
+    n = flat.as_strided((len(bucket.weights), *x.shape), (x.numel(), *strides))
+    for matrix, g in zip(n, bucket.grads, strict=True):
+        if g is None:
+            matrix.zero_()
+    return n
 
 
 def batches(bucket: Bucket) -> Iterator[list[int]]:
-    """Yield the indices of weights with a gradient of one shape, sharding and param group.
+    """Yield the indices of weights with a gradient of one shape, layout, sharding and param group.
 
     Ranks with shards make the same batches: shapes are those of whole weights, and one whose shards
     are exchanged takes part without a gradient too, since others may have one.
@@ -131,38 +122,9 @@ def batches(bucket: Bucket) -> Iterator[list[int]]:
     for i, (p, g) in enumerate(zip(bucket.parameters, bucket.grads, strict=True)):
         if p.numel() and (g is not None or is_exchanged(p)):
             placements = getattr(p, "placements", ())
-            alike.setdefault((bucket.groups[i], p.shape, placements), []).append(i)
+            alike.setdefault((bucket.groups[i], p.shape, p.stride(), placements), []).append(i)
+    together = BATCH_ELEMENTS.get(bucket.device.type, MOST_BATCH_ELEMENTS)
     for indices in alike.values():
-        most = max(1, BATCH_ELEMENTS // bucket.parameters[indices[0]].numel())
+        most = max(1, together // bucket.parameters[indices[0]].numel())
         for first in range(0, len(indices), most):
             yield indices[first : first + most]
-
-
-def moved_momenta(
-    bucket: Bucket,
-    indices: Sequence[int],
-    factors: Sequence[float],
-    group: Group,
-    finite: bool,
-) -> Tensor:
-    """Move the momenta of weights of one shape; return their n, (weights, …)."""
-    c = formulas.coefficients(bucket.hyper_rows[bucket.groups[indices[0]]], 0.0)
-    dtype = product_dtype(bucket.device, bucket.compute_dtype, group)
-    shape = bucket.weights[indices[0]].shape
-    n = torch.empty((len(indices), *shape), dtype=dtype, device=bucket.device)
-    for i, matrix in zip(indices, n, strict=True):
-        g = bucket.grads[i]
-        if g is None:
-            matrix.zero_()
-            continue
-        g = g.to(bucket.compute_dtype)
-        g = g if factors[i] == 1.0 else g * factors[i]
-        g = g if finite else formulas.finite_or_zero(g)
-        [buffer] = bucket.states[i]
-        if buffer.dtype is bucket.compute_dtype:
-            matrix.copy_(formulas.muon_momentum_(g, buffer, c))
-        else:
-            [wide] = reference.read_states(bucket, i)
-            matrix.copy_(formulas.muon_momentum_(g, wide, c))
-            reference.write_states(bucket, i, [wide])
-    return n

@@ -179,6 +179,45 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
             move_weight(bucket, i, x, base_update(bucket, i, g, x), tuner)
 
 
+def muon_momentum(bucket: Bucket, n: Tensor) -> None:
+    """Take the sums with the x before the step, move the momentum, and leave n.
+
+    A weight without a gradient is left unchanged; n takes g = 0 where an element is not finite.
+
+    Args:
+        bucket: weights of one shape.
+        n: (weights, …), each laid out as its weight.
+    """
+    bucket.sums.zero_()
+    factors = gradient_multipliers(bucket)
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            g = g.to(bucket.compute_dtype) * factors[i]
+            add_gradient_sums(bucket, i, g, read_weight(bucket, i))
+            c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], 0.0)
+            [buffer] = read_states(bucket, i)
+            direction, moved = formulas.muon_momentum(formulas.finite_or_zero(g), buffer, c)
+            write_states(bucket, i, [moved])
+            n[i].copy_(direction)
+
+
+def muon_update(bucket: Bucket, o: Tensor, ratio: float, tuner: LogTuner) -> None:
+    """x += S·u of O, and the sum of u·u.
+
+    Args:
+        bucket: as of :func:`muon_momentum`.
+        o: (weights, …), each laid out as its weight.
+        ratio: what O is multiplied by.
+        tuner: has S.
+    """
+    for i, g in enumerate(bucket.grads):
+        if g is not None:
+            x = read_weight(bucket, i)
+            c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], 0.0)
+            u = formulas.muon_update(o[i].to(bucket.compute_dtype) * ratio, x, c)
+            move_weight(bucket, i, x, u, tuner)
+
+
 def read_weight(bucket: Bucket, i: int) -> Tensor:
     """Return weight i in the dtype of arithmetic: itself, or a 16-bit one with its low bits."""
     x = bucket.weights[i]

@@ -44,6 +44,7 @@ CANCELS = 10
 """How many times larger than a sum its terms are in these runs, and so its error beside it."""
 
 OPS = ("norm", "accumulate", "tune", "apply", "measure", "step", "log_tune")
+MUON_OPS = ("muon_momentum", "muon_update")
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -69,7 +70,7 @@ def test_every_backend_has_the_signatures_of_the_protocol():
         for name, op in vars(backends.Backend).items()
         if inspect.isfunction(op) and not name.startswith("_")
     }
-    assert {"prepare", *OPS} == protocol.keys()
+    assert {"prepare", *OPS, *MUON_OPS} == protocol.keys()
     for row in backends.table():
         if row.available:
             module = backends.load(row.name)

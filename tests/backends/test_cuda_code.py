@@ -52,6 +52,12 @@ def test_the_main_path_moves_16_bytes_at_a_time_and_nothing_twice(rows):
         if row.kernel in bounds.WITH_DELTA and dtype in bounds.NARROW and row.state != "int8":
             # The other side of a branch: a narrow Δ. Beside float32 its accesses have 8 bytes.
             loads, stores = loads + 1, stores + (row.kernel in KINDS)
+        if "muon" in row.kernel and dtype in bounds.NARROW:
+            # The other side of a branch: n or O in bfloat16. Beside float32 it has 8 bytes.
+            loads += row.kernel == bounds.UPDATE
+            stores += row.kernel != bounds.UPDATE
+        if row.kernel == bounds.UPDATE and row.dtype == "bfloat16":
+            stores += 1  # the other side of a branch: an x without low bits
         if "step" in row.kernel and row.dtype == "bfloat16" and row.state in ("bfloat16", "int8"):
             stores += 1  # the other side of a branch: an x without low bits
         assert (row.loads, row.stores) == (loads, stores), codegen.line(row)
@@ -82,6 +88,16 @@ def test_names_are_read_as_the_compiler_mangles_them():
     assert of(f"{in_part}3SgdEffEEv") == ("sgd step in part", torch.float32, None)
     assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_11tune_kernelEPKNS_4SumsE")[0] == "tune"
     assert of("_ZN8mechanic4cuda75_GLOBAL__N__1_15log_tune_kernelEPKNS_4SumsE")[0] == "log_tune"
+    momentum = "_ZN8mechanic4cuda39_GLOBAL__N__1_7_muon_cu_215momentum_kernelI"
+    assert of(f"{momentum}Lb0EfNS_8BFloat16EEEvNS_6BucketE") == (
+        "muon momentum",
+        torch.float32,
+        torch.bfloat16,
+    )
+    half = ("muon momentum in part", torch.float16, torch.float16)
+    assert of(f"{momentum}Lb1ENS_4HalfES3_EEvNS_6BucketE") == half
+    update = momentum.replace("15momentum", "13update")
+    assert of(f"{update}NS_4HalfEEEvNS_6BucketE") == ("muon update", torch.float16, None)
     assert of("_ZN4none4mineEv") is None
 
 

@@ -237,16 +237,17 @@ def test_the_numbers_are_those_of_the_fallback(dtype, x_ref_every):
 
 
 def test_batches_have_a_bound_and_change_nothing(monkeypatch):
-    moved_momenta, sizes = ops.moved_momenta, []
+    batches, sizes = ops.batches, []
 
-    def note(bucket, indices, *rest):
-        sizes.append(len(indices))
-        return moved_momenta(bucket, indices, *rest)
+    def note(bucket):
+        for indices in batches(bucket):
+            sizes.append(len(indices))
+            yield indices
 
-    monkeypatch.setattr(ops, "moved_momenta", note)
+    monkeypatch.setattr(ops, "batches", note)
     runs = []
     for most, expected in ((1 << 26, 5), (8 * 12 * 2, 2)):
-        monkeypatch.setattr(ops, "BATCH_ELEMENTS", most)
+        monkeypatch.setitem(ops.BATCH_ELEMENTS, "cpu", most)
         sizes.clear()
         params, opt = made([(8, 12)] * 5 + [(3, 4)], ())
         train(params, opt)
@@ -492,8 +493,8 @@ def test_nothing_of_a_step_is_kept():
     params, opt = made(((64, 64),) * 4, ())
     train(params, opt, steps=2)
     [bucket] = opt._plan.buckets
-    for twins in bucket.backend._twins.values():
-        assert all(g is None for twin in twins.values() for g in twin.grads)
+    for parts in bucket.backend._parts.values():
+        assert all(g is None for part in parts.values() for g in part.grads)
 
 
 def test_a_dropped_optimizer_needs_no_garbage_collection():
