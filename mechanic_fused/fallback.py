@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .backends import formulas, reference
 from .backends.layout import OWN_STATE
+from .base_code import base_code
 from .bucket import Bucket
 from .distributed import wrap
 from .log_tuner import LogTuner
@@ -95,9 +96,10 @@ class Fallback:
     def _let_base_step(self) -> None:
         # Bases make counts without naming a device, and read them on the host.
         on_cpu = torch.get_default_device().type == "cpu"
+        optimizer = self.optimizer
         try:
-            with nullcontext() if on_cpu else torch.device("cpu"):
-                self._step(self.optimizer)
+            with base_code(optimizer), nullcontext() if on_cpu else torch.device("cpu"):
+                self._step(optimizer)
         except Exception:
             with suppress(Warning):  # where warnings are errors: the base's is the one to see
                 warnings.warn(

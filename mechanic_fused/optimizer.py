@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import backends, state
 from .backends.layout import REFERENCE_EVERY
+from .base_code import OF_BASE, base_constructor
 from .checkpoint_checks import check_entries, check_scales, check_tuner_states
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
@@ -108,7 +109,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         reduce_group: Any = None,
         loss_group: Any = None,
         extra_groups: Sequence[Any] = (),
-        **base_options: Any,
+        base_options: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         if not hasattr(self, "_base"):
             raise TypeError("Mechanized has no base of its own: use mechanize(Base)")
@@ -153,7 +155,15 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self._release: GradientRelease | None = None
         self._run = self._new_run()
         self._drop_derived()
-        super().__init__(params, *args, **base_options)
+        with base_constructor(self, Mechanized):
+            base: Any = super()  # mypy takes it for Optimizer itself
+            base.__init__(params, *args, **options, **(base_options or {}))
+        taken = sorted(self.defaults.keys() & self._tuner_options.keys())
+        if taken:
+            raise TypeError(
+                f"the base must leave the entries {taken} of param groups to Mechanic, got "
+                f"{self._base.__name__}, which has defaults of these names"
+            )
         # The tuner's state is in param_groups from the start: loaders look for it there.
         self._current_tuner()
 
@@ -788,7 +798,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         kept = (
             *("_tuner_options", "_scale_per", "_backend", "max_grad_norm"),
             *("_optim_bits", "_state_dtype", "_delta_dtype", "_x_ref_every"),
-            *("_bf16_stochastic_round", "_offload"),
+            *("_bf16_stochastic_round", "_offload", OF_BASE),
         )
         self._run.settle()
         groups = (self.reduce_group, self.loss_group, *self.extra_groups)
@@ -807,6 +817,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         vars(self).setdefault("_optim_bits", 32)
         vars(self).setdefault("_bf16_stochastic_round", False)
         vars(self).setdefault("_offload", False)
+        vars(self).setdefault(OF_BASE, {})
+        self._base_runs = False
         self.param_groups = [with_new_group_keys(group) for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self._tuner_options.items():

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import backends
 from .backends.orthogonalize import QUINTIC
+from .base_code import guarded_methods, why_moving
 from .lion import Lion
 from .muon import Muon
 from .optimizer import DEFAULTS, Mechanized
@@ -604,10 +605,12 @@ def mechanize(
 
     Returns:
         A class whose constructor takes Base's own arguments and, by keyword, the options of
-        :class:`MechanicAdamW` from ``s_decay`` on.
+        :class:`MechanicAdamW` from ``s_decay`` on. Where Base has a keyword of the same name, such
+        as ``max_grad_norm``, that one goes in ``base_options={"max_grad_norm": …}``.
 
     Raises:
-        TypeError: if Base is not an optimizer class, or needs a closure at every step.
+        TypeError: if Base is not an optimizer class, or needs a closure at every step, or has
+            methods beside ``step`` that move weights, or methods of the same names as Mechanic.
         ValueError: for options out of range.
 
     Source: arXiv 2306.00144, Algorithm 1.
@@ -627,6 +630,9 @@ def mechanize(
         )
     if issubclass(Base, torch.optim.LBFGS):
         raise TypeError("Base must step without a closure, got LBFGS, which needs one")
+    why = why_moving(Base)
+    if why:
+        raise TypeError(why)
     if log_func is not None and not callable(log_func):
         raise ValueError(f"log_func must be callable, got {log_func!r}")
     options: dict[str, Any] = {
@@ -663,6 +669,7 @@ def _class_of(base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
             "_class_options": options,
             "__signature__": _signature(base),
             "__reduce_ex__": _reduce,
+            **guarded_methods(base, Mechanized),
             "__doc__": f"{base.__name__} with a learned scale: see mechanic_fused.mechanize.",
         }
         # A base whose class has a metaclass of its own keeps it, and its class is not pickled.
