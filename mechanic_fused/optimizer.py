@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends, state
 from .backends.layout import REFERENCE_EVERY
@@ -61,6 +62,7 @@ from .torch_internals import (
     unhooked_step,
 )
 from .tuner import Tuner
+from .zero_pieces import clear, padding_of_pieces
 
 DEFAULTS: dict[str, Any] = {
     "s_decay": None,
@@ -152,6 +154,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         self.reduce_group, self.loss_group = reduce_group, loss_group
         self.extra_groups = tuple(extra_groups)
         self._lost_groups = self._warned = False
+        self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._release: GradientRelease | None = None
         self._run = self._new_run()
         self._drop_derived()
@@ -269,13 +272,19 @@ class Mechanized(SupportsGradScaler, Optimizer):
             ValueError: for weights that cannot be trained.
             RuntimeError: for a copy whose process groups have not been set again.
         """
+        pending = self._run.pending
+        members = [p for group in self.param_groups for p in group["params"]]
+        continues = pending is not None and pending.takes(members)
+        if self._parts:
+            self._plan = self._parts.get(tuple(map(id, members)), self._plan)
         plan = self._plan
         if (
             plan is None
             or plan.states is not self.state
             or not plan.is_current(self.param_groups, self.reduce_group)
         ):
-            plan = self._fitting_plan()
+            plan = self._fitting_plan(continues)
+        plan.continues = continues
         plan.param_groups = self.param_groups
         plan.max_grad_norm, plan.extra_groups = self.max_grad_norm, self.extra_groups
         # GradScaler sets these for the duration of a step.
@@ -295,13 +304,14 @@ class Mechanized(SupportsGradScaler, Optimizer):
                 "extra_groups of the copy to what the original had"
             )
 
-    def _fitting_plan(self) -> StepPlan:
+    def _fitting_plan(self, continues: bool) -> StepPlan:
         self._check_process_groups()
         reason = self.fallback_reason
         if self._offload:
             check_offloaded([], reason)
         fused = None if reason else TABLE[self._base]
-        tuner = self._current_tuner()
+        # Another part of a step has the S of the first.
+        tuner = self._tuner if continues and self._tuner else self._current_tuner()
         plan = self._plan
         if (
             plan is not None
@@ -311,13 +321,27 @@ class Mechanized(SupportsGradScaler, Optimizer):
             and plan.fits(self.param_groups, fused, self.reduce_group)
         ):
             return plan
+        members = [p for group in self.param_groups for p in group["params"]]
+        padding = padding_of_pieces(members, self._given) if self._given else {}
+        for piece, spans in padding.items():
+            clear(piece, spans)
         options = self._plan_options()
         fallback = Fallback(self, self._base, reason) if reason else None
         plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
         if self._class_options["log_every"] > 0:
             plan.on_step = self._log
+        self._note_replaced(plan)
+        plan.padding = padding
         self._plan = plan
         return plan
+
+    def _note_replaced(self, plan: StepPlan) -> None:
+        """Let a plan know of weights that the optimizer was given and that it lacks."""
+        members = [p for group in self.param_groups for p in group["params"]]
+        if self._scale_per == "model" and not set(self._given).issubset(members):
+            plan.given = sum(self._given.values())
+            plan.has_replaced = any(p not in self._given for p in members)
+            self._parts[tuple(map(id, members))] = plan
 
     def _plan_options(self) -> PlanOptions:
         return PlanOptions(
@@ -381,6 +405,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Drop everything that can be derived from param_groups and state."""
         self._run.settle()
         self._plan, self._tuner = None, None
+        self._parts: dict[tuple[int, ...], StepPlan] = {}
+        self._run.last_part = None
         self._run.phase = self._run.squared_norm = self._run.slip = None
         self._run.has_slipped = False
 
@@ -667,6 +693,9 @@ class Mechanized(SupportsGradScaler, Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        for p in self.param_groups[-1]["params"]:
+            # ZeRO-3 leaves nothing in a weight but the number of its elements.
+            self._given[p] = getattr(p, "ds_numel", p.numel())
         lr = float(lr_of(param_group))
         # A group that joins a run late in its schedule is not at its peak.
         param_group[PEAK] = max(lr, param_group["max_peak_lr"]) if self.state else lr
@@ -828,6 +857,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self._step_supports_amp_scaling = True
         mute_capturable_warning(self)
         if "_run" not in vars(self):
+            self._given = WeakIdKeyDictionary()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self._given[p] = p.numel()
             self._run = self._new_run()
             self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None

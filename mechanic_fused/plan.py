@@ -55,6 +55,7 @@ from .state import ensure_state
 from .state_formats import StateFormat, state_format
 from .torch_internals import local
 from .tuner import Tuner
+from .zero_pieces import Span, clear
 
 if TYPE_CHECKING:
     from .gradient_release import GradientRelease
@@ -86,22 +87,67 @@ class Phase(Enum):
 class Pending:
     """What is left of a step of the running form: its sums are reduced while the caller goes on.
 
-    Args:
-        reduction: of the sums of all plans.
-        plans: whose tuners wait for it.
+    Some engines call ``step()`` once for each part of the weights: those are one step, whose sums
+    are added up. It ends when a weight is stepped again, or when S is read.
     """
 
-    def __init__(self, reduction: Reduction, plans: Sequence[StepPlan]) -> None:
-        self._reduction, self._plans = reduction, plans
+    def __init__(self) -> None:
+        self._parts: list[Reduction | Tensor] = []
+        self._plans: list[StepPlan] = []
+
+    def add(self, part: Reduction | Tensor, plans: Sequence[StepPlan]) -> None:
+        """Take the sums of a part of the step, which may still be reduced.
+
+        Args:
+            part: the sums, or their reduction.
+            plans: whose tuners wait for them.
+        """
+        self._parts.append(part)
+        self._plans += plans
+
+    def takes(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether a step of these weights is another part of this one."""
+        in_parts = bool(self._plans) and self._plans[0].given is not None
+        return in_parts and bool(weights) and not any(plan.has_any(weights) for plan in self._plans)
+
+    @staticmethod
+    def _check_pieces(plans: Sequence[StepPlan]) -> None:
+        """Raise ValueError where ranks have stepped pieces of the weights, and none knows of it."""
+        given = plans[0].given
+        if given is None or not torch.distributed.is_initialized():
+            return
+        stepped = sum(sum(bucket.sizes) for plan in plans for bucket in plan.buckets)
+        if (
+            stepped < given
+            and torch.distributed.get_world_size() > 1
+            and not any(plan.reduces for plan in plans)
+            and any(plan.has_replaced for plan in plans)
+        ):
+            raise ValueError(
+                "pieces of the weights have taken their place, as under ZeRO: expected "
+                "reduce_group=torch.distributed.group.WORLD, or the group of ranks that have the "
+                f"pieces, got None and {stepped} of {given} elements on this rank, which would "
+                "learn a scale of its own"
+            )
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Wait for the sums and tune, once."""
-        plans, self._plans = self._plans, ()
-        if plans:
-            total = self._reduction.wait()
-            for plan in plans:
-                plan.log_tune(total)
+        """Wait for the sums and tune, once.
+
+        Raises:
+            ValueError: where ranks have stepped pieces of the weights, and none knows of it.
+        """
+        parts, plans = self._parts, self._plans
+        if not plans:
+            return
+        self._check_pieces(plans)
+        self._parts, self._plans = [], []
+        totals = [part if torch.is_tensor(part) else part.wait() for part in parts]
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        for plan in {id(plan.tuner): plan for plan in plans}.values():
+            plan.log_tune(total)
+            if plan.given is not None and plan.on_step is not None:
+                plan.on_step()
 
 
 @dataclass
@@ -116,6 +162,7 @@ class Run:
         offload: has the weights' copies on the host, or None.
         idle_steps: how many steps in a row have found no gradient.
         step_number: how many steps this object has seen begin.
+        last_part: the plan of the last step, if that may have been a part of one.
         slip: what the last step has seen of the peak lrs, if that may have been a slip.
         has_slipped: whether one has been taken back.
     """
@@ -127,6 +174,7 @@ class Run:
     offload: Offload | None = None
     idle_steps: int = 0
     step_number: int = 0
+    last_part: StepPlan | None = None
     slip: Slip | None = None
     has_slipped: bool = False
 
@@ -243,7 +291,14 @@ class StepPlan:
         reduce_device: where sums over ranks are reduced; None: where they are.
         settings_changed: whether an option of a param group may have changed since the last step.
         awaits_calibration: whether s_init is still to be calibrated.
+        given: how many elements the optimizer was given, where other tensors have taken the place
+            of some of them, or some are left out for now, so that this may be a part of a step;
+            else None.
+        has_replaced: whether it was never given some of the weights of this plan.
+        continues: whether this is another part of a step.
+        padding: the spans of pieces of ZeRO that are no weights.
         on_step: called after each step that was taken, or None.
+        members: all weights of its param groups, also frozen ones.
 
     Args:
         param_groups: the optimizer's own.
@@ -274,10 +329,10 @@ class StepPlan:
         reason = fallback.reason if fallback else None
         for group in param_groups:
             checked_optim_bits(group.get(OPTIM_BITS, 32), options.state_dtype, reason)
-        self._members = [p for group in param_groups for p in group["params"]]
-        self._require_grad = [p.requires_grad for p in self._members]
-        self._frozen = [p for p in self._members if not is_trained(p) and may_be_given(p)]
-        check_weights([local(p) for p in self._members if is_trained(p)])
+        self.members = [p for group in param_groups for p in group["params"]]
+        self._require_grad = [p.requires_grad for p in self.members]
+        self._frozen = [p for p in self.members if not is_trained(p) and may_be_given(p)]
+        check_weights([local(p) for p in self.members if is_trained(p)])
         self._structure = _structure(param_groups, fused)
         slots = self._slots()
         self._state_dicts = self._states_of_weights()
@@ -307,7 +362,7 @@ class StepPlan:
         self._tuner_backend = next(same_device, backends.load(name))
         self.reads_on_device = self._reads_on_device()
         # With offload the sums are on the host, where a group of NCCL alone cannot reduce them.
-        devices = [p.device for p in self._members] if options.offload else []
+        devices = [p.device for p in self.members] if options.offload else []
         self.reduce_device = next((d for d in devices if d.type != "cpu"), None)
         self.max_grad_norm: float | None = None
         self.extra_groups: tuple[Any, ...] = ()
@@ -322,6 +377,14 @@ class StepPlan:
         self._live_lr: dict[int, Tensor] = {}
         self._fresh = True
         self.has_gradients = False
+        self.given: int | None = None
+        self.has_replaced = self.continues = False
+        self.padding: dict[Tensor, list[Span]] = {}
+        self._set: frozenset[Tensor] = frozenset(self.members)
+
+    def has_any(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether this plan has any of these weights."""
+        return not self._set.isdisjoint(weights)
 
     def _slots(self) -> dict[BucketKey, list[ParamSlot]]:
         """Return the parameters sorted into buckets, with their state created."""
@@ -341,7 +404,7 @@ class StepPlan:
         phases = self.run.kept_blocks.phases(every)
         copies: dict[Tensor, HostCopy] = {}
         if self.run.offload is not None:
-            copies = self.run.offload.copies_of(p for p in self._members if is_trained(p))
+            copies = self.run.offload.copies_of(p for p in self.members if is_trained(p))
         slots: dict[BucketKey, list[ParamSlot]] = {}
         offloaded: dict[BucketKey, int] = {}
         count = 0
@@ -383,7 +446,7 @@ class StepPlan:
         if options.loss_group is not None:
             return (options.loss_group,)
         groups = {} if options.reduce_group is None else {options.reduce_group: None}
-        for p in self._members:
+        for p in self.members:
             groups.update(dict.fromkeys(mesh_groups(p)))
         return tuple(groups)
 
@@ -473,8 +536,8 @@ class StepPlan:
     def _has_same_weights(self, param_groups: list[Group], reduce_group: Any) -> bool:
         members = [p for group in param_groups for p in group["params"]]
         return (
-            len(members) == len(self._members)
-            and all(map(is_, members, self._members))
+            len(members) == len(self.members)
+            and all(map(is_, members, self.members))
             and [p.requires_grad for p in members] == self._require_grad
             and all([p.grad is None for p in self._frozen])
             and self.options.reduce_group is reduce_group
@@ -520,6 +583,8 @@ class StepPlan:
             ValueError: for a gradient that cannot be used.
             RuntimeError: where gradients are released and something has changed since.
         """
+        for p, spans in self.padding.items():
+            clear(p.grad, spans)
         if self.release is not None:
             self.release.check(self, has_grad_scaler=self.found_inf is not None)
         found = any([bucket.collect_gradients() for bucket in self.buckets])
@@ -538,7 +603,7 @@ class StepPlan:
                 takes part without a gradient too.
         """
         if not (self.has_gradients or shared):
-            self.run.note_idle_step(len(self._members))
+            self.run.note_idle_step(len(self.members))
             return False
         self.run.idle_steps = 0
         found_inf = self.found_inf
@@ -778,6 +843,9 @@ class StepPlan:
         tuner, scales = self._log_tuner, len(self.tuner.keys)
         if self.max_grad_norm is None:
             self.run.squared_norm = total[:scales, GG]
+        if self.given is not None and scales == 1:
+            # Pieces are padded with elements that are no weights.
+            total[0, COUNT].clamp_(max=self.given)
         if len(total) > scales:
             if self._skips(total[scales, 0] == 0):
                 return

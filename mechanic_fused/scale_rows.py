@@ -144,8 +144,9 @@ class ScaleRows(ABC):
             return
         width = self.state.shape[1]
         if scale_per == "model":
-            for other in theirs:
-                if other is not None and other is not self.state and other.shape[1] == width:
+            # Where one is ours already, the others are of groups that were left out meanwhile.
+            for other in () if any(other is self.state for other in theirs) else theirs:
+                if other is not None and other.shape[1] == width:
                     self.state.copy_(other)
                     break
             spans = [(0, 1)] * len(param_groups)

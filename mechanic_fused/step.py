@@ -58,6 +58,8 @@ def take_step(plans: Sequence[StepPlan]) -> None:
     Until the first step with a gradient element that is not 0, only state is created.
     """
     for plan in plans:
+        if plan.continues:
+            continue
         plan.run.settle()
         plan.run.step_number += 1
     # Lists, not generators: they are faster, and every plan is asked.
@@ -70,6 +72,8 @@ def take_step(plans: Sequence[StepPlan]) -> None:
             check_lrs_of(plans)
     if len(plans) > 1:
         check_alike(plans)
+    if any([plan.given is not None for plan in plans]):
+        check_parts(plans)
     extra_groups = tuple(dict.fromkeys(group for plan in plans for group in plan.extra_groups))
     shared = len(plans) > 1 or bool(extra_groups) or any([plan.reduces for plan in plans])
     try:
@@ -100,7 +104,8 @@ def take_step(plans: Sequence[StepPlan]) -> None:
         for plan in plans:
             plan.finish()
     for plan in active:
-        if plan.on_step is not None:
+        plan.run.last_part = None if plan.given is None else plan
+        if plan.on_step is not None and plan.given is None:
             plan.on_step()
 
 
@@ -131,12 +136,17 @@ def running_form(plans: Sequence[StepPlan], shared: bool, extra_groups: Sequence
     """
     for plan in plans:
         plan.step()  # g·(x − x_ref), g·g, x·x, u·u; base state, x += S·u
-    if not shared:
+    if not shared and plans[0].given is None:
         plans[0].log_tune(plans[0].sums())
         return
-    rows = [plan.rows_to_reduce() for plan in plans]
-    reduction = distributed.Reduction(rows, extra_groups, plans[0].reduce_device)
-    pending = Pending(reduction, plans)
+    first = plans[0]
+    pending = first.run.pending if first.continues else None
+    pending = pending or Pending()
+    if shared:
+        rows = [plan.rows_to_reduce() for plan in plans]
+        pending.add(distributed.Reduction(rows, extra_groups, first.reduce_device), plans)
+    else:
+        pending.add(first.sums().clone(), plans)
     for plan in plans:
         plan.run.pending = pending
 
@@ -149,7 +159,11 @@ def follow_settings(plans: Sequence[StepPlan], started: bool) -> None:
     """
     check_lrs_of(plans)
     groups = [group for plan in plans for group in plan.param_groups]
-    growth = follow_peaks(plans[0].run, groups, started)
+    if plans[0].continues:  # whose first part has followed
+        track_peak_lr(groups, started)
+        growth = 1.0
+    else:
+        growth = follow_peaks(plans[0].run, groups, started)
     factor = annealing_factor(groups)
     for plan in plans:
         if started and growth != 1:
@@ -212,6 +226,27 @@ def calibrate_s_init(plans: Sequence[StepPlan], extra_groups: Sequence[Any]) -> 
     for plan in plans:
         calibrate(plan.param_groups, x_norm, d_norm)
         plan.start_at_s_init(factor)
+
+
+def check_parts(plans: Sequence[StepPlan]) -> None:
+    """Raise ValueError for a part of a step where all of it must be known."""
+    for plan in plans:
+        last = plan.run.last_part
+        follows = last is not None and last is not plan and not last.has_any(plan.members)
+        if not (plan.continues or (follows and not plan.options.is_running)):
+            continue
+        if plan.max_grad_norm is not None:
+            raise ValueError(
+                "max_grad_norm needs all gradients at once: expected None where step() is called "
+                "for one part of the weights after the other, and clipping by the engine, got "
+                f"{plan.max_grad_norm}"
+            )
+        if not plan.options.is_running:
+            raise ValueError(
+                "the exact forms need all weights at once: expected variant='running' where "
+                "step() is called for one part of the weights after the other, got "
+                f"{plan.param_groups[0]['variant']!r}"
+            )
 
 
 def check_alike(plans: Sequence[StepPlan]) -> None:
