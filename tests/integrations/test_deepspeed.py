@@ -3,7 +3,12 @@
 DeepSpeed compiles an op at its first run, in about a minute.
 """
 
+import json
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +81,25 @@ def test_ranks_without_a_group_are_refused_before_anything_moves(tmp_path):
         error, moved = torch.load(tmp_path / f"without-{rank}.pt")
         assert "expected reduce_group=torch.distributed.group.WORLD" in error
         assert not moved
+
+
+def trainer_with(*stage):
+    script = Path(__file__).with_name("trainer_deepspeed.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(script), *stage]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_the_trainer_with_deepspeed_learns_what_it_learns_alone():
+    pytest.importorskip("transformers")
+    alone = trainer_with()
+    for stage in ("1", "3"):
+        found = trainer_with(stage)
+        assert found["scale"] == pytest.approx(alone["scale"], rel=1e-5)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
