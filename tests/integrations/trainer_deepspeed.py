@@ -25,7 +25,7 @@ from mechanic_fused import MechanicAdamW
 
 
 def main():
-    stage = sys.argv[1:]
+    stage = int(sys.argv[1]) if sys.argv[1:] else None
     torch.manual_seed(0)
     torch.set_num_threads(1)
     sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -33,14 +33,14 @@ def main():
     model = GPT2LMHeadModel(GPT2Config(**sizes, **undropped))
     rows = [(torch.arange(16) + i) % 32 for i in range(64)]
     config = {
-        "zero_optimization": {"stage": int(stage[0]), "sub_group_size": 1000},
+        "zero_optimization": {"stage": stage, "sub_group_size": 1000},
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_clipping": "auto",
     }
     args = TrainingArguments(
         tempfile.mkdtemp(),
-        deepspeed=config if stage else None,  # begins torch.distributed
+        deepspeed=None if stage is None else config,  # begins torch.distributed
         use_cpu=True,
         max_steps=30,
         warmup_steps=3,
@@ -52,7 +52,7 @@ def main():
         disable_tqdm=True,
     )
     options = {"lr": 1.0}
-    if stage:
+    if stage is not None:
         options["reduce_group"] = torch.distributed.group.WORLD
     trainer = Trainer(
         model,
