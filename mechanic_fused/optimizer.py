@@ -49,6 +49,7 @@ from .options import (
     with_own_x_ref_every,
 )
 from .plan import Phase, PlanOptions, Run, StepPlan, create_state_of_fakes
+from .recording import Recorder, Recording, drawn
 from .scale_rows import KEY, ScaleRows, scale_keys
 from .state_formats import state_format
 from .step import take_step
@@ -453,6 +454,49 @@ class Mechanized(SupportsGradScaler, Optimizer):
         """Return S of each param group, as floats: one, or one for each of its weights."""
         tuner = self._current_tuner()
         return [tuner.scale(group[KEY]).tolist() for group in self.param_groups]
+
+    def record(self, every: int = 10, capacity: int = 10_000) -> None:
+        """Keep the numbers of every so many steps on the device, for :meth:`recording`.
+
+        No step waits for it. What was recorded before is dropped; checkpoints and copies lack it.
+
+        Args:
+            every: 1 or more; 0: stop recording.
+            capacity: rows of eight numbers; the newest are kept.
+
+        Raises:
+            ValueError: for numbers out of range.
+
+        Example:
+            >>> from mechanic_fused import MechanicSGD
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> opt = MechanicSGD([weight], lr=1.0)
+            >>> opt.record(every=1)
+            >>> for _ in range(3):
+            ...     loss = (weight**2).sum()
+            ...     opt.zero_grad()
+            ...     loss.backward()
+            ...     opt.step(loss=loss)
+            >>> opt.recording().step
+            array([1., 2., 3.])
+        """
+        device = self._current_tuner().device
+        self._run.recorder = None if every == 0 else Recorder(every, capacity, device)
+
+    def recording(self) -> Recording:
+        """Return the recorded steps as arrays: step, effective_lr, scale, h, loss, norms.
+
+        Raises:
+            RuntimeError: where :meth:`record` was not called.
+        """
+        self._run.settle()
+        if self._run.recorder is None:
+            raise RuntimeError("nothing was recorded: call record() before the steps")
+        return self._run.recorder.read()
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of the recorded losses and learned rates over the steps."""
+        return drawn(self.recording())
 
     @property
     def fallback_reason(self) -> str | None:

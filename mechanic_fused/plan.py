@@ -50,6 +50,7 @@ from .options import (
     checked_x_ref_every,
 )
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
+from .recording import Recorder
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .state_formats import StateFormat, state_format
@@ -163,6 +164,7 @@ class Run:
         idle_steps: how many steps in a row have found no gradient.
         step_number: how many steps this object has seen begin.
         last_part: the plan of the last step, if that may have been a part of one.
+        recorder: keeps what the steps come to, or None.
         slip: what the last step has seen of the peak lrs, if that may have been a slip.
         has_slipped: whether one has been taken back.
     """
@@ -175,6 +177,7 @@ class Run:
     idle_steps: int = 0
     step_number: int = 0
     last_part: StepPlan | None = None
+    recorder: Recorder | None = None
     slip: Slip | None = None
     has_slipped: bool = False
 
@@ -375,6 +378,7 @@ class StepPlan:
         self._settings: list[tuple[list[str], list[Any]]] | None = None
         self._hyper_rows: list[list[float]] = []
         self._live_lr: dict[int, Tensor] = {}
+        self._first_lr: float | Tensor = 0.0
         self._fresh = True
         self.has_gradients = False
         self.given: int | None = None
@@ -631,6 +635,9 @@ class StepPlan:
             found_inf: not 0 if this step is to be skipped, or None.
         """
         on_device = self.reads_on_device
+        if self.run.recorder is not None:  # before a scheduler moves it
+            lr = lr_of(self.param_groups[0])
+            self._first_lr = lr.clone() if torch.is_tensor(lr) else lr
         if grad_scale is not None or not self._hyper_rows:
             self._read_hyper(grad_scale)
         scalars = (grad_scale, found_inf) if on_device else (None, None)
@@ -850,7 +857,13 @@ class StepPlan:
             if self._skips(total[scales, 0] == 0):
                 return
             tuner.losses.copy_(total[scales, LOSS])
+        self._note(total[:scales])
         self._tuner_backend.log_tune(total[:scales], tuner)
+
+    def _note(self, total: Tensor) -> None:
+        """Record a step that is about to move the tuner."""
+        if self.run.recorder is not None:
+            self.run.recorder.note(total, self.tuner, self._first_lr)
 
     def forget_losses(self) -> None:
         """Drop the losses that were observed for a step that is not taken."""
@@ -918,6 +931,7 @@ class StepPlan:
             self.run.squared_norm = total[:scales, GG]
         if len(total) > scales and self._skips(total[scales, 0] == 0):
             return
+        self._note(total[:scales])
         self._tuner_backend.tune(total[:scales], self._exact_tuner)
 
     def apply(self) -> None:
