@@ -1,13 +1,18 @@
-"""python -m mechanic_fused: print the facts about this installation that a bug report needs."""
+"""python -m mechanic_fused: print the facts about this installation that a bug report needs.
+
+python -m mechanic_fused bench: a step's time beside torch's fused AdamW; --help says for what.
+python -m mechanic_fused doctor: what is missing, and how to get it.
+"""
 
 import platform
+import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
 import numpy
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, bench, doctor
 
 
 def triton_version() -> str:
@@ -61,5 +66,16 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def main(arguments: list[str]) -> None:
+    """Do what the first argument says."""
+    verb, *rest = arguments or ["report"]
+    if verb == "bench":
+        bench.main(rest)
+    elif verb in ("report", "doctor") and not rest:
+        print(report() if verb == "report" else doctor.report())
+    else:
+        raise SystemExit(f"{(__doc__ or '').strip()}\n\ngot {' '.join(arguments)}")
+
+
 if __name__ == "__main__":
-    print(report())
+    main(sys.argv[1:])
