@@ -7,6 +7,8 @@
 #: make test-all     all of these, with CUDA compiled where nvcc is
 #: make fuzz         random events between steps, C++ beside the reference: FUZZ_CASES=100000
 #: make sanitize     the C++ backend under the sanitizers of GCC, with the tests that call it
+#: make wheels       a wheel for this Python, and one with CUDA where nvcc is; tried without compilers
+#: make site         the documents as a site, in build/site
 #: make bench        step times beside the optimizers of torch and mechanic-pytorch
 #: make convergence  learned learning rates beside tuned ones: hours (ARGS=--quick: minutes)
 #: make checkstyle   ruff, clang-format, mypy, import-linter
@@ -16,7 +18,7 @@
 #: ARGS goes to the program of a verb: make test ARGS="-k checkpoint", make demo ARGS=--compare.
 #: CUDA is compiled where a GPU is visible; MECHANIC_CUDA=1 or 0 in the environment decides it.
 .PHONY: help build demo test test-triton test-stacks test-slow test-all
-.PHONY: fuzz sanitize bench convergence checkstyle format clean always
+.PHONY: fuzz sanitize wheels site bench convergence checkstyle format clean always
 # One pip at a time in .venv; ninja and pytest use all cores by themselves.
 .NOTPARALLEL:
 
@@ -81,6 +83,42 @@ sanitize: build .venv/test.done
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 MECHANIC_PACKAGE=$(SANITIZED) \
 		$(PYTEST) -o pythonpath="$(SANITIZED) tests ." -m "not triton $(SLOW)" $(CALL_CPP) $(ARGS)
 
+# Each is installed into an environment of its own, and tested there by a copy of the tests, with a
+# PATH on which neither a compiler nor nvcc is.
+WHEELS := build/wheels
+TRIED := tests/core/test_checkpoints.py tests/core/test_command_line.py tests/core/test_muon.py \
+	tests/backends/test_running_ops.py tests/backends/test_muon_ops.py
+wheels: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0;12.0+PTX
+wheels: .venv/build.done .venv/torch.done .venv/wheels.done
+	rm -rf $(WHEELS) build/wheel-tests
+	MECHANIC_CUDA=0 $(PY) -m pip wheel -q --no-deps --no-build-isolation -w $(WHEELS)/cpu/raw .
+	$(if $(NVCC),MECHANIC_CUDA=1 $(PY) -m pip wheel -q --no-deps --no-build-isolation \
+		-w $(WHEELS)/cuda/raw .)
+	mkdir build/wheel-tests && cp -r tests build/wheel-tests
+	for kind in $(WHEELS)/*; do \
+		PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/auditwheel repair --strip -w $$kind \
+			$$kind/raw/*.whl && $(MAKE) --no-print-directory try-wheel KIND=$$kind || exit 1; done
+
+.PHONY: try-wheel
+try-wheel:
+	rm -rf $(KIND)/env && $(PYTHON) -m venv $(KIND)/env
+	$(KIND)/env/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		torch numpy pytest hypothesis $(ASK_TORCH_INDEX_UNLESS_GPU)
+	@begin=$$(date +%s); \
+	PATH=/nonexistent $(CURDIR)/$(KIND)/env/bin/python -m pip install -qq \
+		--disable-pip-version-check --no-deps $(KIND)/*.whl && \
+	echo "$$(ls $(KIND)/*.whl): $$(du -k $(KIND)/*.whl | cut -f1) KB," \
+		"installed in $$(( $$(date +%s) - begin )) s"
+	cd build/wheel-tests && PATH=/nonexistent $(CURDIR)/$(KIND)/env/bin/python -m pytest -q \
+		-p no:cacheprovider -o pythonpath=tests -o addopts= -m "not slow and not triton" \
+		-c $(CURDIR)/pyproject.toml --rootdir . $(TRIED)
+
+site: .venv/site.done
+	rm -rf build/site-sources && mkdir -p build/site-sources
+	git ls-files -z docs benchmarks examples mechanic_fused '*.md' CITATION.cff | \
+		xargs -0 cp --parents -t build/site-sources
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+
 bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)
 
@@ -126,8 +164,9 @@ endef
 
 GPU = nvidia-smi -L 2>/dev/null | grep -q GPU || test -e /dev/nvidia0
 ASK_TORCH_INDEX = $(if $(TORCH_INDEX),--retries 0 --timeout 5 --extra-index-url $(TORCH_INDEX))
+ASK_TORCH_INDEX_UNLESS_GPU = $(shell $(GPU) || echo $(ASK_TORCH_INDEX))
 .venv/torch.done: constraints.txt | .venv/pip.done
-	$(call install,--no-deps torch $(shell $(GPU) || echo $(ASK_TORCH_INDEX)))
+	$(call install,--no-deps torch $(ASK_TORCH_INDEX_UNLESS_GPU))
 
 TRITON_GROUP = import torch; print("pip" if torch.version.cuda else "--group triton")
 .venv/triton.done: pyproject.toml .venv/editable.done

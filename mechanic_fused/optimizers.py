@@ -479,8 +479,8 @@ class MechanicMuon(Mechanized, Muon):
             group.
         ns_dtype: of NewtonSchulz: torch.bfloat16 or float32; None: bfloat16 on GPUs and on CPUs
             with instructions for it, else float32. Beside float64 weights it is float64.
-        s_init, backend, optim_bits, state_dtype, x_ref_every, bf16_stochastic_round,
-            max_grad_norm, loss_group, extra_groups: as of :class:`MechanicAdamW`.
+        s_init, backend, optim_bits, state_dtype, x_ref_every: as of :class:`MechanicAdamW`.
+        bf16_stochastic_round, max_grad_norm, loss_group, extra_groups: as there.
         scale_per: also as there; None: "model" with "match_rms_adamw", else "group".
 
     Memory beside weights and gradients: x_ref in the weights' dtype, the momentum of matrices, and
