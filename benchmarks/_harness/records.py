@@ -102,8 +102,12 @@ def _write_environments(path: Path, found: list[Row]) -> None:
     everything = json.loads(shared.read_text()) if shared.exists() else {}
     everything[path.stem] = found
     draft = shared.with_suffix(".part")
-    text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
-    draft.write_text(text + "\n")
+    lists = []
+    for name, of_file in sorted(everything.items()):
+        short: Row = {"ensure_ascii": False, "separators": (",", ":")}
+        lines = ",\n".join(json.dumps(each, **short) for each in of_file)
+        lists.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    draft.write_text("{\n" + ",\n".join(lists) + "\n}\n")
     draft.replace(shared)
 
 
