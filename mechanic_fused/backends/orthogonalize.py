@@ -9,8 +9,9 @@ Source: kellerjordan.github.io/posts/muon; arXiv 2502.16982 for the ratio "match
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ matrices are small. With three, the rounding of the first grows beyond that of s
 SCRATCH = 4
 """Gram matrices and products of them that are held at once."""
 
+SYMMETRIC = "mechanic_fused.triton_kernels.symmetric"
+"""The module of the kernel that multiplies half of a symmetric product."""
+
+SYMMETRIC_FROM = 2048
+"""Rows from which on it is tried: on smaller ones cuBLAS is faster, as others have measured."""
+
+LEAST_GAIN = 0.95
+"""The time in units of torch's that it must stay below, so that noise does not choose."""
+
 RATIOS = ("original", "match_rms_adamw")
 
 
@@ -70,7 +80,7 @@ def newton_schulz(
     at_once = TOGETHER if larger > LONG * smaller else 1
     result, scratch = torch.empty_like(x), x.new_empty(SCRATCH, x.shape[0], smaller, smaller)
     for first in range(0, steps, at_once):
-        gram = torch.bmm(*((x.mT, x) if is_tall else (x, x.mT)), out=scratch[0])
+        gram = symmetric_product(x.mT if is_tall else x, scratch[0])
         polynomial = gram_polynomial(gram, chosen[first : first + at_once], scratch[1:])
         torch.bmm(*((x, polynomial) if is_tall else (polynomial, x)), out=result)
         x, result = result, x
@@ -92,7 +102,7 @@ def gram_polynomial(
     z, total, other = scratch
     for i, (a, b, c) in enumerate(coefficients):
         own = z if i else total
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=own)
+        symmetric_product(gram, own, c, b)
         # Not a·X beside the product with X, which would copy X first.
         own.diagonal(dim1=1, dim2=2).add_(a)
         if i + 1 < len(coefficients):
@@ -101,6 +111,53 @@ def gram_polynomial(
             torch.bmm(z, total, out=other)
             total, other = other, total
     return total
+
+
+def symmetric_product(a: Tensor, out: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """out = alpha·A·Aᵀ + beta·A, where A is symmetric if beta is not 0; return out."""
+    n, k = a.shape[1:]
+    if a.device.type == "cuda" and n >= SYMMETRIC_FROM and mirrors_faster(a.device, n, k, a.dtype):
+        kernel: Tensor = importlib.import_module(SYMMETRIC).symmetric_product(a, out, alpha, beta)
+        return kernel
+    if beta:
+        return torch.baddbmm(a, a, a, beta=beta, alpha=alpha, out=out)
+    return torch.bmm(a, a.mT, out=out)
+
+
+@functools.cache
+def mirrors_faster(device: torch.device, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Return whether Triton's kernel, which multiplies half and mirrors it, is faster here.
+
+    Measured once a process for each device and shape, on one matrix. Not where it cannot run, or
+    its result is not that of torch's product.
+    """
+    rng = torch.Generator(device=device).manual_seed(0)
+    a = torch.randn(1, n, k, generator=rng, device=device).to(dtype)
+    expected, found = (a.new_empty(1, n, n) for _ in range(2))
+    try:
+        mirrored = importlib.import_module(SYMMETRIC).symmetric_product
+        mirrored(a, found)
+        torch.bmm(a, a.mT, out=expected)
+        # Both round sums of float32 once: to 2⁻⁸ of the result in bfloat16.
+        if not torch.allclose(found.float(), expected.float(), rtol=2.0**-7, atol=k**0.5 * 2.0**-7):
+            return False
+        theirs = seconds_of(lambda: torch.bmm(a, a.mT, out=expected))
+        return seconds_of(lambda: mirrored(a, found)) < LEAST_GAIN * theirs
+    except Exception:  # of a compiler, whatever it is: torch's product is always there
+        return False
+
+
+def seconds_of(call: Callable[[], object], rounds: int = 5) -> float:
+    """Return the least time of a call on the current GPU."""
+    found = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3)
+    return min(found)
 
 
 def adjusted_ratio(name: str | None, rows: int, columns: int) -> float:
