@@ -67,6 +67,15 @@ ALL_COLUMNS, GRADIENT_COLUMNS = slice(None), slice(GD, GG + 1, GG - GD)
 LOSS = slice(1, 3)
 """Columns of the row beside the sums that is reduced with them: the sum and number of losses."""
 
+SAME = slice(3, 6)
+"""The others of its columns: 1, S and S² of each rank, by which ranks whose S differ are found."""
+
+SAME_EVERY, SAME_ON_GPU_EVERY = 100, 1000
+"""Steps between two looks at them, which reads the device."""
+
+LEAST_DIFFERENCE = 1e-12
+"""The variance of the ranks' S in units of the square of its mean, from which on they differ."""
+
 SHARD_BITS = 16
 """Low bits of a weight's number; the shard's index is above them, so that shards round apart."""
 
@@ -820,20 +829,24 @@ class StepPlan:
     def rows_to_reduce(self) -> Rows:
         """Return the sums of the last step with a row for what ranks may disagree about.
 
-        The row: whether this rank has a gradient, and the sum and the number of its losses, which
-        are forgotten here.
+        The row: whether this rank has a gradient, the sum and the number of its losses, which are
+        forgotten here, and 1, S and S².
         """
         tuner = self._log_tuner
         shape = (len(tuner.keys) + 1, len(SUMS))
+        scale = tuner.scale().sum()
+        own = torch.stack([torch.ones_like(scale), scale, scale * scale])
 
         def with_presence(bucket: Bucket) -> Tensor:
             present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
             present[:, LOSS] = 0.0
+            present[:, SAME] = own
             return torch.cat([self._counted(bucket), present])
 
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
+        losses[-1, SAME] = own
         self.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 
@@ -854,11 +867,30 @@ class StepPlan:
             # Pieces are padded with elements that are no weights.
             total[0, COUNT].clamp_(max=self.given)
         if len(total) > scales:
+            self._check_same(total[scales, SAME])
             if self._skips(total[scales, 0] == 0):
                 return
             tuner.losses.copy_(total[scales, LOSS])
         self._note(total[:scales])
         self._tuner_backend.log_tune(total[:scales], tuner)
+
+    def _check_same(self, of_ranks: Tensor) -> None:
+        """Raise RuntimeError, once in some steps, where ranks have another S.
+
+        Args:
+            of_ranks: the sums over the ranks of 1, S and S².
+        """
+        on_cpu = self.tuner.device.type == "cpu"
+        if self.run.step_number % (SAME_EVERY if on_cpu else SAME_ON_GPU_EVERY):
+            return
+        count, total, squares = of_ranks.tolist()
+        mean = total / count
+        if squares / count - mean * mean > LEAST_DIFFERENCE * mean * mean:
+            raise RuntimeError(
+                "the ranks must have one S, got a mean of "
+                f"{mean:.6g} and {float(self.tuner.scale().sum()):.6g} on this rank: one of them "
+                "has loaded another checkpoint, or has been reset"
+            )
 
     def _note(self, total: Tensor) -> None:
         """Record a step that is about to move the tuner."""

@@ -87,11 +87,10 @@ def test_the_choice_is_measured_once():
 )
 def test_it_is_compiled_for_tensor_cores_and_loads_ahead(architecture, unit):
     pytest.importorskip("triton")
+    from mechanic_fused.triton_kernels import symmetric
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compiled
-
-    from mechanic_fused.triton_kernels import symmetric
 
     constants = {"K": 4096, "ADDS": True, "TILE": 128, "DEPTH": 64, "a_column": 1}
     types = {"a": "*bf16", "out": "*bf16", "alpha": "fp32", "beta": "fp32"}

@@ -10,7 +10,7 @@ from support.cases import RUNNING
 from support.sharding import Run
 from torch import distributed, nn
 
-from mechanic_fused import MechanicSGD, step_together
+from mechanic_fused import MechanicSGD, plan, step_together
 
 STEPS = 14
 OPTIONS = {"variant": RUNNING, "s_init": None}
@@ -163,3 +163,28 @@ def test_optimizers_that_step_together_are_one():
     for p, q in zip(weights, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
     assert not torch.equal(weights[0], torch.arange(1.0, 4.0))
+
+
+def error_of_a_rank_that_was_reset(layout, checked_every):
+    """Return what each rank raises once one of them has another S, and after how many steps."""
+    plan.SAME_EVERY = checked_every
+    try:
+        run = Run(layout, **OPTIONS)
+        for t in range(STEPS):
+            if t == 11 and distributed.get_rank() == 1:  # S is no longer estimated
+                run.inner._tuner.state[:, 0] *= 1.001
+            run.backward(t)
+            run.opt.step()
+    except RuntimeError as error:
+        return str(error), t
+    finally:
+        plan.SAME_EVERY = 100
+    return "", STEPS
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp1", "hsdp"])
+def test_ranks_with_another_scale_are_found(ranks, layout):
+    size = 4 if layout == "hsdp" else 2
+    for error, step in ranks(size).run(error_of_a_rank_that_was_reset, layout, 4):
+        assert "the ranks must have one S" in error
+        assert step == 12
