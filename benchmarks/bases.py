@@ -2,10 +2,11 @@
 
 python -m benchmarks.bases [--quick] [--out FILE]
 
-Every class of torch.optim, our own, and the most used ones of the package pytorch-optimizer where
-that is installed. Each trains a perceptron on the digits for 500 steps in the running form, with
-its own defaults and lr 1 (its recipe's schedule), and resumes from the middle; without Mechanic it
-trains with each of five learning rates. All on one seed: a table of what works, not of how well.
+Every class of torch.optim, our own, and the most used ones of pytorch-optimizer, timm,
+schedulefree, torchao and bitsandbytes, where those are installed. Each trains a perceptron on the
+digits for 500 steps in the running form, with its own defaults and lr 1 (its recipe's schedule),
+and resumes from the middle; without Mechanic it trains with each of five learning rates. All on one
+seed: a table of what works, not of how well.
 """
 
 from __future__ import annotations
@@ -37,13 +38,33 @@ RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 OURS = ("Lion", "Muon")
 
-OTHERS = (
+OF_PYTORCH_OPTIMIZER = (
     *("AdaBelief", "AdaBound", "AdamP", "Adan", "AdEMAMix", "ADOPT", "CAME", "DiffGrad"),
     *("Lamb", "LaProp", "LARS", "MADGRAD", "MARS", "Muon", "NovoGrad", "Prodigy"),
     *("QHAdam", "Ranger", "Ranger21", "ScheduleFreeAdamW", "SGDP", "Shampoo", "SOAP"),
     *("SophiaH", "StableAdamW", "Tiger", "Yogi"),
 )
-"""Of pytorch-optimizer."""
+
+OTHERS = {
+    "pytorch-optimizer": ("pytorch_optimizer", OF_PYTORCH_OPTIMIZER),
+    "timm": (
+        "timm.optim",
+        (
+            *("Adafactor", "AdafactorBigVision", "AdamP", "Adan", "Adopt", "Kron", "LaProp"),
+            *("Lamb", "Lars", "Lion", "MADGRAD", "Mars", "NAdamLegacy", "NvNovoGrad", "SGDP"),
+        ),
+    ),
+    "schedulefree": (
+        "schedulefree",
+        ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"),
+    ),
+    "torchao": ("torchao.optim", ("AdamW8bit", "AdamW4bit", "AdamWFp8")),
+    "bitsandbytes": (
+        "bitsandbytes.optim",
+        ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit"),
+    ),
+}
+"""Package → its module and the names of its optimizers."""
 
 
 def bases() -> dict[str, type[torch.optim.Optimizer]]:
@@ -54,10 +75,11 @@ def bases() -> dict[str, type[torch.optim.Optimizer]]:
             found[f"torch {name}"] = kind
     del found["torch Optimizer"]
     found.update({f"mechanic_fused {name}": getattr(mechanic_fused, name) for name in OURS})
-    if importlib.util.find_spec("pytorch_optimizer"):
-        package = importlib.import_module("pytorch_optimizer")
-        others = {name: getattr(package, name, None) for name in OTHERS}
-        found.update({f"pytorch-optimizer {k}": v for k, v in others.items() if v is not None})
+    for package, (module, names) in OTHERS.items():
+        if importlib.util.find_spec(module.partition(".")[0]):
+            loaded = importlib.import_module(module)
+            others = {name: getattr(loaded, name, None) for name in names}
+            found.update({f"{package} {k}": v for k, v in others.items() if v is not None})
     return found
 
 

@@ -337,11 +337,19 @@ class Mechanized(SupportsGradScaler, Optimizer):
         return plan
 
     def _note_replaced(self, plan: StepPlan) -> None:
-        """Let a plan know of weights that the optimizer was given and that it lacks."""
+        """Let a plan know of weights that the optimizer was given and that it lacks.
+
+        Those of groups that are left out for now; or all of them, where an engine has put flat
+        pieces in their place. A weight that a user has put in the place of another is neither.
+        """
         members = [p for group in self.param_groups for p in group["params"]]
-        if self._scale_per == "model" and not set(self._given).issubset(members):
+        if self._scale_per != "model" or set(self._given).issubset(members):
+            return
+        known = [p in self._given for p in members]
+        are_pieces = not any(known) and all(p.dim() == 1 for p in members)
+        if are_pieces or all(known):
             plan.given = sum(self._given.values())
-            plan.has_replaced = any(p not in self._given for p in members)
+            plan.has_replaced = are_pieces
             self._parts[tuple(map(id, members))] = plan
 
     def _plan_options(self) -> PlanOptions:
@@ -811,6 +819,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         mapped = None if entries is None else state.mapped_state(entries, old, new, index_map)
         [(params, place)] = places
         params[place] = new
+        self._given.pop(old, None)
+        self._given[new] = new.numel()
         self.state.pop(old, None)
         if mapped is not None:
             self.state[new] = mapped

@@ -138,9 +138,8 @@ def test_a_step_that_is_never_read_goes_on_from_a_checkpoint():
     params, opt = made()
     half(opt, params, 0, 12)
     saved = opt.state_dict()
-    _, other = made()
-    for group, mine in zip(other.param_groups, opt.param_groups, strict=True):
-        group["params"] = mine["params"]
+    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:]}]
+    other = MechanicAdamW(groups, lr=1.0)
     other.load_state_dict(saved)
     half(other, params, 12, STEPS)
     assert_same([other.scale], [alike.scale])
@@ -185,3 +184,22 @@ def test_a_group_that_is_dropped_for_good_is_no_part():
     assert opt._tuner.counters[0, 0] == 5
     opt.scale  # noqa: B018
     assert opt._tuner.counters[0, 0] == 6
+
+
+@pytest.mark.parametrize("how", ["replace_parameter", "by hand"])
+def test_a_weight_in_the_place_of_another_is_no_piece(how):
+    params = make_weights(((3,), (5, 2)))
+    opt = MechanicSGD(params, lr=1.0)
+    give(params, 0)
+    opt.step()
+    new = torch.nn.Parameter(torch.ones(7))
+    if how == "by hand":
+        opt.param_groups[0]["params"][0] = new
+    else:
+        opt.replace_parameter(params[0], new, torch.full((7,), -1))
+    weights = [new, params[1]]
+    give(weights, 1)
+    opt.step()
+    assert opt._run.pending is None
+    assert opt._tuner.counters[0, 0] == 2
+    assert opt._plan.given is None
