@@ -69,12 +69,14 @@ def ensure_state(
     names = STATES.get(kind, ())
     _check_given(state, x, (*names, *OWN_STATE), phase)
     if kind not in STATES:
-        # The fallback's base steps on copies in the compute dtype, and so does its state.
-        for name in [name for name in state if has_codes(name, state[name])]:
-            state[name] = decode(state[name], state.pop(name + SCALE_SUFFIX))
+        # The fallback's base steps on copies in the compute dtype, and so does its state, but for
+        # what it keeps in a dtype of its own choice. Integers without block scales are its own too.
+        for name in [name for name in state if name + SCALE_SUFFIX in state]:
+            if has_codes(name, state[name]):
+                state[name] = decode(state[name], state.pop(name + SCALE_SUFFIX))
         for name, value in state.items():
-            if torch.is_tensor(value) and value.is_floating_point() and value.dim() > 0:
-                inner = compute_dtype(x.dtype)
+            if _is_plain(value) and value.is_floating_point() and value.dim() > 0:
+                inner = compute_dtype(x.dtype) if value.dtype is x.dtype else value.dtype
                 has_shape = value.shape == x.shape
                 state[name] = conform(value, x, inner) if has_shape else value.to(inner)
     established = any(state.get(name) is not None for name in names)
@@ -93,6 +95,13 @@ def ensure_state(
         else:
             state.pop(name, None)
             state.pop(name + SCALE_SUFFIX, None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether an entry is a tensor, sharded or not, and none that stores otherwise."""
+    if not torch.is_tensor(value):
+        return False
+    return type(local(value)) in (Tensor, torch.nn.Parameter) or is_fake(value)
 
 
 def _store(state: dict[str, Any], name: str, x: Tensor, stored: StateFormat) -> None:
@@ -152,6 +161,8 @@ def _check_given(state: dict[str, Any], x: Tensor, names: tuple[str, ...], phase
             "that grows or shrinks keeps its state with opt.replace_parameter(old, new, index_map)"
         )
     for name in filter(lambda name: has_codes(name, state[name]), state):
+        if name not in names and name + SCALE_SUFFIX not in state:
+            continue  # of the fallback's base
         check_codes(name, state, x, f"{name} of a weight of shape {tuple(x.shape)}")
 
 

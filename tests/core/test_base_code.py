@@ -163,3 +163,31 @@ def test_schedule_free_optimizers_are_refused():
     schedulefree = pytest.importorskip("schedulefree")
     with pytest.raises(TypeError, match=r"whose train\(\) and eval\(\)"):
         mechanize(schedulefree.AdamWScheduleFree)
+
+
+class Narrow(Descent):
+    """Keeps a momentum in bfloat16 beside float32 weights, and codes of its own."""
+
+    def move(self, p, lr):
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p, dtype=torch.bfloat16)
+            state["counts"] = torch.zeros_like(p, dtype=torch.uint8)
+        assert state["momentum"].dtype is torch.bfloat16
+        assert state["counts"].dtype is torch.uint8
+        state["momentum"].lerp_(p.grad.bfloat16(), 0.5)
+        state["counts"] += 1
+        p.sub_(state["momentum"].to(p.dtype), alpha=lr)
+
+
+def test_a_base_keeps_what_it_stores_in_a_dtype_of_its_own_choice():
+    """Also where a checkpoint is loaded before the first step."""
+    expected, whole = trained(Narrow, steps=8)
+    opt, params = trained(Narrow, steps=4)
+    other = mechanize(Narrow)(params, lr=1.0)
+    other.load_state_dict(opt.state_dict())
+    take(other, params, 4)
+    assert_same(values(params), values(whole))
+    assert torch.equal(other.scale, expected.scale)
+    dtypes = [(s["momentum"].dtype, s["counts"].dtype) for s in other.state.values()]
+    assert set(dtypes) == {(torch.bfloat16, torch.uint8)}
