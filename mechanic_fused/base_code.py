@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .torch_internals import is_fake
+
 OWN_ATTRIBUTES = ("max_grad_norm", "reduce_group", "loss_group", "extra_groups")
 """Attributes of ours that users set, which a base may have under the same names."""
 
@@ -131,7 +133,8 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if vars(self).get(RUNS, True):
             return method(self, *args, **kwargs)
-        weights = [p.detach() for group in self.param_groups for p in group["params"]]
+        members = [p for group in self.param_groups for p in group["params"]]
+        weights = [p.detach() for p in members if p.device.type != "meta" and not is_fake(p)]
         before = [x.clone() for x in weights]
         with base_code(self):
             returned = method(self, *args, **kwargs)

@@ -79,7 +79,8 @@ def learned_rates(wrapper: Any, lrs: Sequence[float] | None = None) -> dict[str,
     rates = [rate for opt in found for rate in opt.learned_lr()]
     now = scheduled_lrs(wrapper)
     if lrs is not None and list(lrs) != now:
-        scales = [sum(own) / len(own) for opt in found for own in opt.group_scales()]
+        known = [[s for s in own if s] for opt in found for own in opt.group_scales()]
+        scales = [sum(own) / len(own) if own else 0.0 for own in known]
         rates = [scale * lr for scale, lr in zip(scales, lrs, strict=True)]
     names = ["effective_lr", *(f"effective_lr/{i}" for i in range(1, len(rates)))]
     own = {"mechanic/scale": found[0].scale[0].item()}

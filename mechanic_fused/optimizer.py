@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends, state
 from .backends.layout import REFERENCE_EVERY
-from .base_code import OF_BASE, base_constructor
+from .base_code import OF_BASE, base_code, base_constructor
 from .checkpoint_checks import check_entries, check_scales, check_tuner_states
 from .fallback import Fallback
 from .fused_bases import TABLE, fallback_reason
@@ -63,7 +63,7 @@ from .torch_internals import (
     unhooked_step,
 )
 from .tuner import Tuner
-from .zero_pieces import clear, padding_of_pieces
+from .zero_pieces import are_pieces, clear, padding_of_pieces
 
 DEFAULTS: dict[str, Any] = {
     "s_decay": None,
@@ -337,19 +337,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
         return plan
 
     def _note_replaced(self, plan: StepPlan) -> None:
-        """Let a plan know of weights that the optimizer was given and that it lacks.
-
-        Those of groups that are left out for now; or all of them, where an engine has put flat
-        pieces in their place. A weight that a user has put in the place of another is neither.
-        """
+        """Let a plan know where an engine has put flat pieces in the place of the weights."""
         members = [p for group in self.param_groups for p in group["params"]]
-        if self._scale_per != "model" or set(self._given).issubset(members):
-            return
-        known = [p in self._given for p in members]
-        are_pieces = not any(known) and all(p.dim() == 1 for p in members)
-        if are_pieces or all(known):
+        if members and self._scale_per == "model" and are_pieces(members, list(self._given)):
             plan.given = sum(self._given.values())
-            plan.has_replaced = are_pieces
             self._parts[tuple(map(id, members))] = plan
 
     def _plan_options(self) -> PlanOptions:
@@ -377,7 +368,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
             kept = {p: p.grad for p in weights if self.state.get(p)}
             for p in kept:
                 p.grad = None
-            unhooked_step(self._base)(self)
+            with base_code(self):
+                unhooked_step(self._base)(self)
             for p, g in kept.items():
                 p.grad = g
         create_state_of_fakes(self.param_groups, self.state, self._plan_options(), fused)

@@ -131,7 +131,6 @@ class Pending:
             stepped < given
             and torch.distributed.get_world_size() > 1
             and not any(plan.reduces for plan in plans)
-            and any(plan.has_replaced for plan in plans)
         ):
             raise ValueError(
                 "pieces of the weights have taken their place, as under ZeRO: expected "
@@ -150,8 +149,8 @@ class Pending:
         parts, plans = self._parts, self._plans
         if not plans:
             return
-        self._check_pieces(plans)
         self._parts, self._plans = [], []
+        self._check_pieces(plans)
         totals = [part if torch.is_tensor(part) else part.wait() for part in parts]
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
         for plan in {id(plan.tuner): plan for plan in plans}.values():
@@ -303,10 +302,8 @@ class StepPlan:
         reduce_device: where sums over ranks are reduced; None: where they are.
         settings_changed: whether an option of a param group may have changed since the last step.
         awaits_calibration: whether s_init is still to be calibrated.
-        given: how many elements the optimizer was given, where other tensors have taken the place
-            of some of them, or some are left out for now, so that this may be a part of a step;
-            else None.
-        has_replaced: whether it was never given some of the weights of this plan.
+        given: how many elements the optimizer was given, where an engine has put flat pieces in
+            their place, so that this may be a part of a step; else None.
         continues: whether this is another part of a step.
         padding: the spans of pieces of ZeRO that are no weights.
         on_step: called after each step that was taken, or None.
@@ -391,7 +388,7 @@ class StepPlan:
         self._fresh = True
         self.has_gradients = False
         self.given: int | None = None
-        self.has_replaced = self.continues = False
+        self.continues = False
         self.padding: dict[Tensor, list[Span]] = {}
         self._set: frozenset[Tensor] = frozenset(self.members)
 
@@ -846,7 +843,6 @@ class StepPlan:
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
-        losses[-1, SAME] = own
         self.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 

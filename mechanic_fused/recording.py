@@ -74,7 +74,7 @@ class Recorder:
             loss, update = tuner.losses[0] / tuner.losses[1], sums[UU].sqrt()
         row = (
             tuner.counters[0, 0] + 1,
-            scale * lr,
+            (scale * lr).reshape(()),
             scale,
             sums[GD],
             loss,

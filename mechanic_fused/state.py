@@ -97,6 +97,14 @@ def ensure_state(
             state.pop(name + SCALE_SUFFIX, None)
 
 
+def _copied(value: Tensor) -> Tensor:
+    """Return a copy, or the tensor itself where its class has none, as torchao's states."""
+    try:
+        return value.detach().clone()
+    except NotImplementedError:
+        return value.detach()
+
+
 def _is_plain(value: Any) -> bool:
     """Return whether an entry is a tensor, sharded or not, and none that stores otherwise."""
     if not torch.is_tensor(value):
@@ -409,7 +417,7 @@ def load_keeping_dtypes(
         for key, p in zip(keys, weights, strict=True):
             for name, value in (seen["state"].get(key) or {}).items():
                 if torch.is_tensor(value):
-                    loading.state[p][name] = value.detach().clone().to(device or p.device)
+                    loading.state[p][name] = _copied(value).to(device or p.device)
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(note),

@@ -1,6 +1,6 @@
-"""Which elements of ZeRO-3's flat pieces are no weights: memory that nothing was written to.
+"""DeepSpeed's flat pieces of weights, and which of their elements are none.
 
-DeepSpeed cuts each weight into as many partitions as there are ranks, all of one size, and puts
+ZeRO-3 cuts each weight into as many partitions as there are ranks, all of one size, and puts
 those of a rank behind each other. The last ones are padded, with whatever was there.
 """
 
@@ -14,6 +14,21 @@ from torch import Tensor
 
 Span = tuple[int, int]
 """Begin and end of some elements."""
+
+
+MARKS = ("_hp_mapping", "_z3_optimizer", "ds_id")
+"""Attributes of weights whose pieces an engine steps."""
+
+
+def are_pieces(weights: Iterable[Tensor], given: Iterable[Tensor]) -> bool:
+    """Return whether what an optimizer steps are flat pieces of the weights that it was given.
+
+    Args:
+        weights: what it steps.
+        given: what it was given.
+    """
+    marked = any(hasattr(p, mark) for p in given for mark in MARKS)
+    return marked and all(p.dim() == 1 and not any(p is q for q in given) for p in weights)
 
 
 def padding_of_pieces(

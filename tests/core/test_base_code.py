@@ -191,3 +191,20 @@ def test_a_base_keeps_what_it_stores_in_a_dtype_of_its_own_choice():
     assert torch.equal(other.scale, expected.scale)
     dtypes = [(s["momentum"].dtype, s["counts"].dtype) for s in other.state.values()]
     assert set(dtypes) == {(torch.bfloat16, torch.uint8)}
+
+
+def test_methods_may_be_called_where_weights_have_no_numbers():
+    weights = [torch.nn.Parameter(torch.empty(3, device="meta"))]
+    opt = mechanize(Averaging)(weights, lr=1.0)
+    assert opt.count() == 1
+
+
+def test_a_step_under_fake_tensor_mode_may_call_methods():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.ones(4))]
+        opt = mechanize(Narrow)(weights, lr=1.0)
+        weights[0].grad = torch.ones(4)
+        opt.step()
+        assert set(opt.state[weights[0]]) >= {"momentum", "x_ref"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.cases import make_weights
 
-from mechanic_fused import MechanicAdamW, MechanicSGD
+from mechanic_fused import MechanicAdamW, MechanicSGD, integrations
 
 STEPS = 23
 
@@ -90,3 +90,22 @@ def test_the_picture_has_losses_and_rates():
     losses, rates = figure.axes
     assert len(losses.lines[0].get_xdata()) == STEPS
     assert rates.get_yscale() == "log"
+
+
+def test_an_lr_of_one_element_is_recorded():
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt = MechanicSGD([weight], lr=torch.tensor([1.0]))
+    opt.record(every=1)
+    weight.grad = torch.ones(3)
+    opt.step()
+    assert opt.recording().step.tolist() == [1]
+
+
+def test_rates_of_an_earlier_lr_are_means_over_known_scales():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = MechanicSGD([{"params": weights}, {"params": []}], lr=1.0, scale_per="parameter")
+    weights[0].grad = torch.ones(3)
+    opt.step()
+    now, before = (integrations.learned_rates(opt, lrs) for lrs in (None, [0.5, 0.5]))
+    assert before["effective_lr"] == pytest.approx(0.5 * now["effective_lr"])
+    assert before["effective_lr/1"] == 0

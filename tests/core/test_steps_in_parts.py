@@ -4,11 +4,13 @@ DeepSpeed's ZeRO does so, with one param group or one flat piece after the other
 tests/integrations/test_deepspeed.py.
 """
 
+import weakref
+
 import pytest
 import torch
 from support.cases import assert_near, assert_same, make_weights, values
 
-from mechanic_fused import MechanicAdamW, MechanicSGD
+from mechanic_fused import MechanicAdamW, MechanicSGD, mechanize
 
 SHAPES = ((5, 4), (7,), (3, 2, 2), (9,))
 STEPS = 25
@@ -26,138 +28,136 @@ def give(params, t):
         p.grad = p.detach() + 0.1 * torch.randn(p.shape, generator=rng)
 
 
-def whole(steps=STEPS, **options):
-    params, opt = made(**options)
-    for t in range(steps):
-        give(params, t)
-        opt.observe(torch.tensor(5.0 / (1 + t)))
-        opt.step()
-    return params, opt
+class Whole:
+    """The optimizer as it is."""
 
+    def __init__(self, opt, params):
+        self.opt = opt
 
-def step_by_groups(opt):
-    groups = opt.param_groups
-    for group in groups:
-        opt.param_groups = [group]
-        opt.step()
-    opt.param_groups = groups
-
-
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("reads", [1, 4, STEPS])
-def test_groups_one_after_the_other_are_one_step(reads, backend):
-    expected, alike = whole(backend=backend)
-    params, opt = made(backend=backend)
-    for t in range(STEPS):
-        give(params, t)
-        opt.observe(torch.tensor(5.0 / (1 + t)))
-        step_by_groups(opt)
-        if t % reads == 0:
-            opt.scale  # noqa: B018 reading it ends a step
-    assert_near([opt.scale], [alike.scale], 1e-12)
-    assert_near(values(params), values(expected), 1e-6)
-    assert opt._tuner.counters[0, 0] == STEPS
-    assert_near([opt.grad_norm], [alike.grad_norm], 1e-12)
-
-
-def test_they_follow_one_schedule():
-    def scheduled(step):
-        params, opt = made()
-        for t in range(STEPS):
-            for group in opt.param_groups:
-                group["lr"] = min(1.0, (t + 1) / 5) * (1 - t / STEPS)
-            give(params, t)
-            step(opt)
-        return params, opt
-
-    expected, alike = scheduled(lambda opt: opt.step())
-    params, opt = scheduled(step_by_groups)
-    assert_near([opt.scale], [alike.scale], 1e-12)
-    assert_near(values(params), values(expected), 1e-6)
-
-
-def test_a_peak_that_grows_counts_once():
-    def grown(step):
-        params, opt = made()
-        for t in range(STEPS):
-            if t == 15:
-                for group in opt.param_groups:
-                    group["lr"] = 3.0
-            give(params, t)
-            step(opt)
-        return opt
-
-    assert_near([grown(step_by_groups).scale], [grown(lambda opt: opt.step()).scale], 1e-12)
+    def step(self):
+        self.opt.step()
 
 
 class Pieces:
-    """Flat pieces that take the weights' place, with padding behind them."""
+    """Flat pieces that take the weights' place, with padding behind them, as under ZeRO-1."""
 
-    def __init__(self, opt, groups, pad=0.0):
-        self.opt, self.weights = opt, groups
-        self.flat = []
-        for params in groups:
-            flat = torch.cat([p.detach().reshape(-1) for p in params] + [torch.full((3,), pad)])
-            self.flat.append(torch.nn.Parameter(flat))
-        for group in opt.param_groups:
-            group["params"] = []
+    def __init__(self, opt, params):
+        self.opt, self.weights, self.flat = opt, [params[:2], params[2:]], []
+        for group, of_group in zip(opt.param_groups, self.weights, strict=True):
+            for p in of_group:
+                p._hp_mapping = None
+            parts = [*(p.detach().reshape(-1) for p in of_group), torch.zeros(3)]
+            self.flat.append(torch.nn.Parameter(torch.cat(parts)))
+            self.take(group, self.flat[-1])
+
+    def take(self, group, flat):
+        group["params"] = [flat]
+
+    def step_group(self, i):
+        groups = self.opt.param_groups
+        self.opt.param_groups = [groups[i]]
+        self.opt.step()
+        self.opt.param_groups = groups
 
     def step(self):
         for i, (params, flat) in enumerate(zip(self.weights, self.flat, strict=True)):
-            gradient = [p.grad.reshape(-1) for p in params]
-            flat.grad = torch.cat([*gradient, torch.zeros(3)])
-            self.opt.param_groups[i]["params"] = [flat]
-            self.opt.step()
-            self.opt.param_groups[i]["params"] = []
+            flat.grad = torch.cat([*(p.grad.reshape(-1) for p in params), torch.zeros(3)])
+            self.step_group(i)
             first = 0
             for p in params:
                 p.data.copy_(flat.detach()[first : first + p.numel()].view(p.shape))
                 first += p.numel()
 
 
-def test_flat_pieces_with_padding_are_the_weights():
-    expected, alike = whole()
-    params, opt = made()
-    pieces = Pieces(opt, [params[:2], params[2:]])
-    for t in range(STEPS):
+class LonePieces(Pieces):
+    """As under ZeRO-3: a piece is in its group only while it is stepped."""
+
+    def take(self, group, flat):
+        group["params"] = []
+
+    def step_group(self, i):
+        self.opt.param_groups[i]["params"] = [self.flat[i]]
+        self.opt.step()
+        self.opt.param_groups[i]["params"] = []
+
+
+BY_PARTS = (Pieces, LonePieces)
+
+
+def trained(how, reads=STEPS, before=lambda t, opt: None, first=0, **options):
+    """Return the weights and the optimizer after STEPS steps."""
+    params, opt = made(**options)
+    engine = how(opt, params)
+    for t in range(first, STEPS):
+        before(t, opt)
         give(params, t)
         opt.observe(torch.tensor(5.0 / (1 + t)))
-        pieces.step()
+        engine.step()
+        if t % reads == 0:
+            opt.scale  # noqa: B018 reading it ends a step
+    return params, opt
+
+
+def assert_alike(one, other):
+    (params, opt), (others, alike) = one, other
     assert_near([opt.scale], [alike.scale], 1e-12)
-    assert_near(values(params), values(expected), 1e-6)
+    assert_near([opt.grad_norm], [alike.grad_norm], 1e-12)
+    assert_near(values(params), values(others), 1e-6)
+    assert opt._tuner.counters[0, 0] == alike._tuner.counters[0, 0] == STEPS
+
+
+@pytest.mark.parametrize("how", BY_PARTS)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("reads", [1, 4, STEPS])
+def test_parts_one_after_the_other_are_one_step(reads, backend, how):
+    found = trained(how, reads, backend=backend)
+    assert_alike(found, trained(Whole, backend=backend))
+
+
+@pytest.mark.parametrize("how", BY_PARTS)
+def test_they_follow_one_schedule(how):
+    def scheduled(t, opt):
+        for group in opt.param_groups:
+            group["lr"] = min(1.0, (t + 1) / 5) * (1 - t / STEPS)
+
+    assert_alike(trained(how, before=scheduled), trained(Whole, before=scheduled))
+
+
+def test_a_peak_that_grows_counts_once():
+    def grown(t, opt):
+        if t == 15:
+            for group in opt.param_groups:
+                group["lr"] = 3.0
+
+    assert_alike(trained(Pieces, before=grown), trained(Whole, before=grown))
 
 
 def test_a_step_that_is_never_read_goes_on_from_a_checkpoint():
-    def half(opt, params, first, last):
-        for t in range(first, last):
-            give(params, t)
-            step_by_groups(opt)
-
-    expected, alike = made()
-    half(alike, expected, 0, STEPS)
+    expected, alike = trained(Pieces)
     params, opt = made()
-    half(opt, params, 0, 12)
-    saved = opt.state_dict()
-    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:]}]
-    other = MechanicAdamW(groups, lr=1.0)
-    other.load_state_dict(saved)
-    half(other, params, 12, STEPS)
-    assert_same([other.scale], [alike.scale])
+    engine = Pieces(opt, params)
+    for t in range(STEPS):
+        if t == 12:
+            saved = opt.state_dict()
+            _, engine.opt = made()
+            for p in engine.opt._given:
+                p._hp_mapping = None
+            for group, flat in zip(engine.opt.param_groups, engine.flat, strict=True):
+                group["params"] = [flat]
+            engine.opt.load_state_dict(saved)
+        give(params, t)
+        engine.opt.observe(torch.tensor(5.0 / (1 + t)))
+        engine.step()
+    assert_same([engine.opt.scale], [alike.scale])
     assert_same(values(params), values(expected))
 
 
 def test_the_log_has_a_line_a_step():
-    from mechanic_fused import mechanize
-
     lines = []
     cls = mechanize(torch.optim.RAdam, log_func=lines.append, log_every=1)
-    params = make_weights(SHAPES)
-    opt = cls([{"params": params[:2]}, {"params": params[2:]}], lr=1.0)
-    for t in range(4):
-        give(params, t)
-        step_by_groups(opt)
+    _, opt = trained(Pieces, cls=cls)
     opt.scale  # noqa: B018
-    assert [line["iter_count"] for line in lines] == [1, 2, 3, 4]
+    assert [line["iter_count"] for line in lines] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
@@ -168,22 +168,36 @@ def test_the_log_has_a_line_a_step():
     ],
 )
 def test_what_needs_all_weights_at_once_is_refused(options, expected):
-    params, opt = made(MechanicSGD, **options)
-    give(params, 0)
     with pytest.raises(ValueError, match=expected):
-        step_by_groups(opt)
+        trained(Pieces, cls=MechanicSGD, **options)
 
 
-def test_a_group_that_is_dropped_for_good_is_no_part():
-    params, opt = made(max_grad_norm=1.0)
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"variant": "annealed"}, {}])
+def test_groups_that_users_train_by_turns_are_steps_of_their_own(options):
+    params, opt = made(**options)
+    groups = opt.param_groups
     for t in range(6):
+        opt.param_groups = groups[t // 3 :][:1]
         give(params, t)
         opt.step()
-        if t == 2:
-            del opt.param_groups[1]
-    assert opt._tuner.counters[0, 0] == 5
-    opt.scale  # noqa: B018
     assert opt._tuner.counters[0, 0] == 6
+
+
+def test_weights_that_are_dropped_are_not_kept():
+    params = make_weights(SHAPES)
+    opt = MechanicAdamW([{"params": [p]} for p in params], lr=1.0)
+    dropped = []
+    for t in range(3):
+        give(params, t)
+        opt.step()
+        opt.param_groups.pop()
+        last = params.pop()
+        opt.state.pop(last)
+        dropped.append(weakref.ref(last))
+        del last
+    give(params, 3)
+    opt.step()
+    assert [ref() for ref in dropped] == [None] * 3
 
 
 @pytest.mark.parametrize("how", ["replace_parameter", "by hand"])
