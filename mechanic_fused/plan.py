@@ -843,6 +843,9 @@ class StepPlan:
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
+        if self.options.loss_group is None:
+            # All ranks of the weights' meshes; those that a user names may learn for themselves.
+            losses[-1, SAME] = own
         self.forget_losses()
         return distributed.merge([rows, {self._loss_groups: losses}])
 

@@ -188,3 +188,24 @@ def test_ranks_with_another_scale_are_found(ranks, layout):
     for error, step in ranks(size).run(error_of_a_rank_that_was_reset, layout, 4):
         assert "the ranks must have one S" in error
         assert step == 12
+
+
+def steps_of_ranks_by_themselves():
+    """Return how many steps are taken where ranks share the loss alone."""
+    plan.SAME_EVERY = 4
+    try:
+        weight = nn.Parameter(torch.ones(4) * (1 + distributed.get_rank()))
+        opt = MechanicSGD([weight], lr=1.0, loss_group=distributed.group.WORLD)
+        for _ in range(STEPS):
+            weight.grad = weight.detach().clone()
+            opt.step(loss=(weight.detach() ** 2).sum())
+    finally:
+        plan.SAME_EVERY = 100
+    scale = opt.scale.item()
+    return int(opt._tuner.counters[0, 0]), scale
+
+
+def test_ranks_that_share_the_loss_alone_may_learn_for_themselves(ranks):
+    (steps, scale), (others, other) = ranks(2).run(steps_of_ranks_by_themselves)
+    assert steps == others == STEPS
+    assert scale != other
