@@ -21,6 +21,7 @@ from .backends.layout import OWN_STATE
 from .base_code import base_code
 from .bucket import Bucket
 from .distributed import wrap
+from .fused_bases import TABLE
 from .log_tuner import LogTuner
 from .torch_internals import local, unhooked_step
 
@@ -38,10 +39,14 @@ class Fallback:
         optimizer: a mechanized optimizer; referenced weakly.
         base: its base class.
         reason: why it has no fused update.
+
+    Attributes:
+        chooses_dtypes: whether the base may keep its state in other dtypes than the weights'.
     """
 
     def __init__(self, optimizer: Optimizer, base: type[Optimizer], reason: str) -> None:
         self.reason = reason
+        self.chooses_dtypes = base not in TABLE
         self._optimizer = weakref.ref(optimizer)
         self._step: Callable[[Optimizer], Any] = unhooked_step(base)
 

@@ -63,7 +63,7 @@ from .torch_internals import (
     unhooked_step,
 )
 from .tuner import Tuner
-from .zero_pieces import are_pieces, clear, padding_of_pieces
+from .zero_pieces import are_pieces, clear, elements_of, padding_of_pieces
 
 DEFAULTS: dict[str, Any] = {
     "s_decay": None,
@@ -273,10 +273,11 @@ class Mechanized(SupportsGradScaler, Optimizer):
             ValueError: for weights that cannot be trained.
             RuntimeError: for a copy whose process groups have not been set again.
         """
-        pending = self._run.pending
-        members = [p for group in self.param_groups for p in group["params"]]
-        continues = pending is not None and pending.takes(members)
-        if self._parts:
+        continues = False
+        if self._parts:  # an engine steps pieces of the weights
+            pending = self._run.pending
+            members = [p for group in self.param_groups for p in group["params"]]
+            continues = pending is not None and pending.takes(members)
             self._plan = self._parts.get(tuple(map(id, members)), self._plan)
         plan = self._plan
         if (
@@ -323,7 +324,8 @@ class Mechanized(SupportsGradScaler, Optimizer):
         ):
             return plan
         members = [p for group in self.param_groups for p in group["params"]]
-        padding = padding_of_pieces(members, self._given) if self._given else {}
+        steps_pieces = are_pieces(members, self._given)
+        padding = padding_of_pieces(members, self._given) if steps_pieces else {}
         for piece, spans in padding.items():
             clear(piece, spans)
         options = self._plan_options()
@@ -331,17 +333,12 @@ class Mechanized(SupportsGradScaler, Optimizer):
         plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
         if self._class_options["log_every"] > 0:
             plan.on_step = self._log
-        self._note_replaced(plan)
         plan.padding = padding
+        if steps_pieces and self._scale_per == "model":
+            plan.given = elements_of(self._given)
+            self._parts[tuple(map(id, members))] = plan
         self._plan = plan
         return plan
-
-    def _note_replaced(self, plan: StepPlan) -> None:
-        """Let a plan know where an engine has put flat pieces in the place of the weights."""
-        members = [p for group in self.param_groups for p in group["params"]]
-        if members and self._scale_per == "model" and are_pieces(members, list(self._given)):
-            plan.given = sum(self._given.values())
-            self._parts[tuple(map(id, members))] = plan
 
     def _plan_options(self) -> PlanOptions:
         return PlanOptions(
@@ -738,8 +735,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self.param_groups.pop()
             raise
         for p in self.param_groups[-1]["params"]:
-            # ZeRO-3 leaves nothing in a weight but the number of its elements.
-            self._given[p] = getattr(p, "ds_numel", p.numel())
+            self._given[p] = None
         lr = float(lr_of(param_group))
         # A group that joins a run late in its schedule is not at its peak.
         param_group[PEAK] = max(lr, param_group["max_peak_lr"]) if self.state else lr
@@ -812,7 +808,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         [(params, place)] = places
         params[place] = new
         self._given.pop(old, None)
-        self._given[new] = new.numel()
+        self._given[new] = None
         self.state.pop(old, None)
         if mapped is not None:
             self.state[new] = mapped
@@ -906,7 +902,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
             self._given = WeakIdKeyDictionary()
             for group in self.param_groups:
                 for p in group["params"]:
-                    self._given[p] = p.numel()
+                    self._given[p] = None
             self._run = self._new_run()
             self.reduce_group, self.loss_group, self.extra_groups = None, None, ()
             self._release = None

@@ -498,7 +498,8 @@ class StepPlan:
         kind, state = key.kind, dict(self.states.get(p, {}))
         options = self.options
         delta, low = options.format_of_delta(p, key.state), options.has_low_bits(p.dtype, key.state)
-        ensure_state(state, x, kind, key.state, delta, low, phase)
+        own = self.fallback is not None and self.fallback.chooses_dtypes
+        ensure_state(state, x, kind, key.state, delta, low, phase, own)
         # The fallback's base takes any entry for a state that it has created itself, so a weight
         # that has had no gradient so far keeps x_ref and Δ here.
         if kind == FALLBACK and p not in self.states:
@@ -831,19 +832,19 @@ class StepPlan:
         """
         tuner = self._log_tuner
         shape = (len(tuner.keys) + 1, len(SUMS))
-        scale = tuner.scale().sum()
-        own = torch.stack([torch.ones_like(scale), scale, scale * scale])
+        own = self._own_scale() if self._compares() else None
 
         def with_presence(bucket: Bucket) -> Tensor:
             present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
             present[:, LOSS] = 0.0
-            present[:, SAME] = own
+            if own is not None:
+                present[:, SAME] = own
             return torch.cat([self._counted(bucket), present])
 
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)
         losses[-1, LOSS] = tuner.losses
-        if self.options.loss_group is None:
+        if own is not None and self.options.loss_group is None:
             # All ranks of the weights' meshes; those that a user names may learn for themselves.
             losses[-1, SAME] = own
         self.forget_losses()
@@ -866,22 +867,30 @@ class StepPlan:
             # Pieces are padded with elements that are no weights.
             total[0, COUNT].clamp_(max=self.given)
         if len(total) > scales:
-            self._check_same(total[scales, SAME])
+            if self._compares():
+                self._check_same(total[scales, SAME])
             if self._skips(total[scales, 0] == 0):
                 return
             tuner.losses.copy_(total[scales, LOSS])
         self._note(total[:scales])
         self._tuner_backend.log_tune(total[:scales], tuner)
 
+    def _compares(self) -> bool:
+        """Return whether ranks compare their S after this step: once in some, it reads a device."""
+        on_cpu = self.tuner.device.type == "cpu"
+        return self.run.step_number % (SAME_EVERY if on_cpu else SAME_ON_GPU_EVERY) == 0
+
+    def _own_scale(self) -> Tensor:
+        """Return 1, S and S²."""
+        scale = self.tuner.scale().sum()
+        return torch.stack([torch.ones_like(scale), scale, scale * scale])
+
     def _check_same(self, of_ranks: Tensor) -> None:
-        """Raise RuntimeError, once in some steps, where ranks have another S.
+        """Raise RuntimeError where ranks have another S.
 
         Args:
             of_ranks: the sums over the ranks of 1, S and S².
         """
-        on_cpu = self.tuner.device.type == "cpu"
-        if self.run.step_number % (SAME_EVERY if on_cpu else SAME_ON_GPU_EVERY):
-            return
         count, total, squares = of_ranks.tolist()
         mean = total / count
         if squares / count - mean * mean > LEAST_DIFFERENCE * mean * mean:

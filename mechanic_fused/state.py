@@ -49,6 +49,7 @@ def ensure_state(
     delta: StateFormat | None,
     low_bits: bool,
     phase: int = WHOLE,
+    own_dtypes: bool = False,
 ) -> None:
     """Create the missing entries of a weight's state, and bring the others to its layout.
 
@@ -61,6 +62,7 @@ def ensure_state(
         delta: how Δ is stored; None in the running form, which has none.
         low_bits: whether the low bits of a 16-bit weight are kept.
         phase: of x_ref, see ``kept_blocks.py``.
+        own_dtypes: whether the fallback's base may have chosen its entries' dtypes itself.
 
     Raises:
         ValueError: for an entry of another shape or without storage, or an x_ref that lacks
@@ -76,7 +78,8 @@ def ensure_state(
                 state[name] = decode(state[name], state.pop(name + SCALE_SUFFIX))
         for name, value in state.items():
             if _is_plain(value) and value.is_floating_point() and value.dim() > 0:
-                inner = compute_dtype(x.dtype) if value.dtype is x.dtype else value.dtype
+                is_own = own_dtypes and value.dtype is not x.dtype
+                inner = value.dtype if is_own else compute_dtype(x.dtype)
                 has_shape = value.shape == x.shape
                 state[name] = conform(value, x, inner) if has_shape else value.to(inner)
     established = any(state.get(name) is not None for name in names)

@@ -27,8 +27,16 @@ def are_pieces(weights: Iterable[Tensor], given: Iterable[Tensor]) -> bool:
         weights: what it steps.
         given: what it was given.
     """
-    marked = any(hasattr(p, mark) for p in given for mark in MARKS)
-    return marked and all(p.dim() == 1 and not any(p is q for q in given) for p in weights)
+    weights, given = list(weights), list(given)
+    if not weights or not any(hasattr(p, mark) for p in given for mark in MARKS):
+        return False
+    known = set(given)
+    return all(p.dim() == 1 and p not in known for p in weights)
+
+
+def elements_of(given: Iterable[Any]) -> int:
+    """Return how many elements weights have; ZeRO-3 leaves no more of them than that number."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in given)
 
 
 def padding_of_pieces(

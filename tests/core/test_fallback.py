@@ -221,3 +221,27 @@ def test_a_base_that_raises_leaves_weights_and_gradients_as_they_were():
     assert all(p.grad is g for p, g in zip(one.params, grads, strict=True))
     one.opt.fails = False
     one.run(1)
+
+
+def test_narrow_state_of_a_fused_run_is_widened_for_its_base():
+    """An option without a fused update is asked for in the middle of a run with 16 bits."""
+    weight = torch.nn.Parameter(torch.ones(128, 64))
+    narrow = MechanicAdamW([weight], lr=1.0, optim_bits=16)
+    weight.grad = weight.detach().clone()
+    narrow.step()
+    assert narrow.state[weight]["exp_avg"].dtype is torch.bfloat16
+    saved = narrow.state_dict()
+    saved["param_groups"][0]["amsgrad"] = True
+    saved["state"][0]["max_exp_avg_sq"] = torch.zeros(128, 64)
+    wide = MechanicAdamW([weight], lr=1.0, amsgrad=True)
+    wide.load_state_dict(saved)
+    wide.step()
+    assert wide.state[weight]["exp_avg"].dtype is torch.float32
+
+
+def test_lazy_weights_may_be_given_before_they_have_a_shape():
+    layer = torch.nn.LazyLinear(3)
+    opt = MechanicAdamW(layer.parameters(), lr=1.0)
+    layer(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    assert opt.scale > 0
