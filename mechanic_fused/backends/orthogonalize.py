@@ -40,8 +40,8 @@ LONG = 2
 """From matrices more than this many times as long as wide on, steps are taken together."""
 
 TOGETHER = 2
-"""Steps whose polynomials are multiplied before they meet X, for long matrices: products of Gram
-matrices are small. With three, the rounding of the first grows beyond that of single steps."""
+"""Steps whose polynomials are multiplied before X is, for long matrices: Gram matrices are smaller
+than X. With three steps the rounding error exceeds that of single steps."""
 
 SCRATCH = 4
 """Gram matrices and products of them that are held at once."""
@@ -128,8 +128,8 @@ def symmetric_product(a: Tensor, out: Tensor, alpha: float = 1.0, beta: float = 
 def mirrors_faster(device: torch.device, n: int, k: int, dtype: torch.dtype) -> bool:
     """Return whether Triton's kernel, which multiplies half and mirrors it, is faster here.
 
-    Measured once a process for each device and shape, on one matrix. Not where it cannot run, or
-    its result is not that of torch's product.
+    Measured once a process for each device and shape, on one matrix. False also where the kernel
+    does not run, or where its result differs from torch's.
     """
     rng = torch.Generator(device=device).manual_seed(0)
     a = torch.randn(1, n, k, generator=rng, device=device).to(dtype)
