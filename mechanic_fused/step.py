@@ -21,6 +21,7 @@ from .lr_schedule import (
 )
 from .options import GROUP_OPTIONS, ZERO_WEIGHT_RMS, awaits_calibration, calibrate
 from .plan import Pending, Run, StepPlan
+from .torch_internals import set_step_called
 
 if TYPE_CHECKING:
     from .optimizer import Mechanized
@@ -49,6 +50,8 @@ def step_together(optimizers: Sequence[Mechanized]) -> None:
         >>> step_together(optimizers)
     """
     take_step([optimizer.plan_step() for optimizer in optimizers])
+    for optimizer in optimizers:
+        set_step_called(optimizer, True)  # schedulers look for it
 
 
 @torch.no_grad()

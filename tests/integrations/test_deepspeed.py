@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.stacks import import_stack
 
 pytestmark = pytest.mark.stacks
 
-deepspeed = pytest.importorskip("deepspeed")
+import_stack("deepspeed")
 
 from support import deepspeed_runs as runs  # noqa: E402
 
@@ -97,7 +98,7 @@ def trainer_with(*stage):
 
 
 def test_the_trainer_with_deepspeed_learns_what_it_learns_alone():
-    pytest.importorskip("transformers")
+    import_stack("transformers")
     alone = trainer_with()
     for stage in ("1", "3"):
         found = trainer_with(stage)
