@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import importlib.util
 import inspect
 import io
 import warnings
@@ -77,10 +76,12 @@ def bases() -> dict[str, type[torch.optim.Optimizer]]:
     del found["torch Optimizer"]
     found.update({f"mechanic_fused {name}": getattr(mechanic_fused, name) for name in OURS})
     for package, (module, names) in OTHERS.items():
-        if importlib.util.find_spec(module.partition(".")[0]):
+        try:
             loaded = importlib.import_module(module)
-            others = {name: getattr(loaded, name, None) for name in names}
-            found.update({f"{package} {k}": v for k, v in others.items() if v is not None})
+        except ImportError:  # not installed, or without what it needs, as timm without torchvision
+            continue
+        others = {name: getattr(loaded, name, None) for name in names}
+        found.update({f"{package} {k}": v for k, v in others.items() if v is not None})
     return found
 
 
