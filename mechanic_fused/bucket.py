@@ -24,6 +24,8 @@ from .backends.layout import (
     SUMS,
     TENSOR,
     compute_dtype,
+    device_of_numbers,
+    dtype_of_sums,
 )
 from .distributed import Groups, local_gradients
 from .kept_blocks import WHOLE
@@ -106,7 +108,9 @@ class Bucket:
         sizes: numbers of elements.
         padding: how many of them are no weights; empty where all are.
         hyper: (groups, 9) float64, ``layout.HYPER``; ``hyper_rows`` are the same as lists.
-        sums: (scales, 6) float64, ``layout.SUMS``; ``partials``: (chunks, 6).
+        numbers_device: where the numbers of the tuner and ``clip`` are; see
+            ``layout.WITHOUT_FLOAT64``.
+        sums: (scales, 6) float64, or float32 there, ``layout.SUMS``; ``partials``: (chunks, 6).
         tensors: (weights, 16) int64, ``layout.TENSOR``; ``chunks``: (chunks, 3) int64.
         live_lr: group → an lr on the device that kernels read there.
         grad_scale, found_inf: GradScaler's, or None.
@@ -182,7 +186,9 @@ class Bucket:
         self.with_gradient: list[Tensor] = []
         self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64, device="cpu")
         self.hyper_rows: list[list[float]] = []
-        self.sums = torch.zeros(scales, len(SUMS), dtype=torch.float64, device=self.device)
+        self.numbers_device = device_of_numbers(self.device)
+        dtype = dtype_of_sums(self.device)
+        self.sums = torch.zeros(scales, len(SUMS), dtype=dtype, device=self.device)
         self.tensors = self._tensor_table()
         self.chunks = chunk_table(self.sizes, backend.CHUNK.get(self.device.type, CPU_CHUNK))
         self.partials = self.sums.new_zeros(len(self.chunks), len(SUMS))

@@ -9,6 +9,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from .backends.layout import device_of_numbers
 from .torch_internals import dtensor
 
 
@@ -20,7 +21,8 @@ def observed(loss: Tensor | float) -> Tensor | float:
     """
     if torch.is_tensor(loss):
         if loss.numel() == 1 and not loss.is_complex() and loss.dtype is not torch.bool:
-            return loss.detach().reshape(()).double()
+            loss = loss.detach().reshape(())
+            return loss.to(device_of_numbers(loss.device)).double()
         given = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
     else:
         # Also numbers of numpy, but no strings.

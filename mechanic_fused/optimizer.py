@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends, state
-from .backends.layout import REFERENCE_EVERY
+from .backends.layout import REFERENCE_EVERY, device_of_numbers
 from .base_code import OF_BASE, base_code, base_constructor
 from .checkpoint_checks import check_entries, check_scales, check_tuner_states
 from .fallback import Fallback
@@ -63,7 +63,7 @@ from .torch_internals import (
     unhooked_step,
 )
 from .tuner import Tuner
-from .zero_pieces import are_pieces, clear, elements_of, padding_of_pieces
+from .zero_pieces import LOST_REFERENCE, are_pieces, clear, elements_of, padding_of_pieces
 
 DEFAULTS: dict[str, Any] = {
     "s_decay": None,
@@ -328,6 +328,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
         padding = padding_of_pieces(members, self._given) if steps_pieces else {}
         for piece, spans in padding.items():
             clear(piece, spans)
+        entries = [self.state[p] for p in members if p in self.state] if steps_pieces else []
+        has_lost = any(len(own) > 1 and "x_ref" not in own for own in entries)
+        if has_lost and bool((tuner.counters[:, 0] > 0).any()):
+            warnings.warn(LOST_REFERENCE, stacklevel=2)
         options = self._plan_options()
         fallback = Fallback(self, self._base, reason) if reason else None
         plan = StepPlan(self.param_groups, self.state, options, tuner, self._run, fused, fallback)
@@ -382,6 +386,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         # Weights on the meta device get their storage, and their device, later.
         if self._offload or device.type == "meta":
             device = torch.device("cpu")
+        device = device_of_numbers(device)
         kind = LogTuner if groups and groups[0]["variant"] == RUNNING else Tuner
         if type(self._tuner) is not kind or self._tuner.device != device:
             # Who reads S under inference_mode must not make tensors that no step may write.

@@ -653,7 +653,7 @@ class StepPlan:
             near = [t if t is None else t.to(bucket.device, non_blocking=True) for t in scalars]
             step_count = None
             if bucket.rounds_by_random_bits:
-                step_count = self.tuner.to(bucket.device).counters[0, 0]
+                step_count = self.tuner.to(bucket.numbers_device).counters[0, 0]
             bucket.write_tables(self._hyper_rows, self._live_lr, near[0], near[1], step_count)
             if bucket.handle is None or bucket.backend.COPIES_TABLES:
                 bucket.backend.prepare(bucket)
@@ -704,9 +704,12 @@ class StepPlan:
             shape: also the shape of the zeros contributed by a rank that owns no weights.
         """
         device = self.tuner.device
+        # Copied before they are widened, since a device may have no float64.
         if len(self.buckets) == 1 == len(self._group_sets):
-            return {self.buckets[0].shards: of(self.buckets[0]).to(device)}
-        found = distributed.merge({bucket.shards: of(bucket).to(device)} for bucket in self.buckets)
+            return {self.buckets[0].shards: of(self.buckets[0]).to(device).to(torch.float64)}
+        found = distributed.merge(
+            {bucket.shards: of(bucket).to(device).to(torch.float64)} for bucket in self.buckets
+        )
         for groups in self._group_sets.keys() - found.keys():
             found[groups] = torch.zeros(shape, dtype=torch.float64, device=device)
         # The same order on all ranks.
@@ -738,7 +741,7 @@ class StepPlan:
         """Let the step scale the gradients down where their norm exceeds ``max_norm``."""
         clip = torch.stack([squared_norm, squared_norm.new_full((), max_norm)])
         for bucket in self.buckets:
-            bucket.clip = clip.to(bucket.device)
+            bucket.clip = clip.to(bucket.numbers_device)
         self.run.squared_norm = squared_norm
 
     def reconcile(self, everything: bool = False) -> None:
@@ -751,7 +754,7 @@ class StepPlan:
         for bucket in self.buckets:
             if not (bucket.modified or everything):
                 continue
-            scale = self.tuner.scale().to(bucket.device)
+            scale = self.tuner.scale().to(bucket.numbers_device)
             for i in range(len(bucket.weights)) if everything else bucket.modified:
                 reference.shift_reference(bucket, i, scale)
             bucket.backend.measure(bucket)
@@ -800,8 +803,8 @@ class StepPlan:
 
     def step_bucket(self, bucket: Bucket) -> None:
         """Take the step of one bucket, with the S that is known."""
-        tuner = self._log_tuner
-        near = tuner if bucket.device == tuner.device else tuner.to(bucket.device)
+        tuner, device = self._log_tuner, bucket.numbers_device
+        near = tuner if device == tuner.device else tuner.to(device)
         if not bucket.copies:
             bucket.backend.step(bucket, near)
             return
@@ -977,8 +980,7 @@ class StepPlan:
     def apply(self) -> None:
         """Write the weights, the last bucket first: its Δ is the likeliest to be in the cache."""
         for bucket in reversed(self.buckets):
-            same_device = bucket.device == self.tuner.device
-            tuner = self._exact_tuner if same_device else self._exact_tuner.to(bucket.device)
+            tuner = self._exact_tuner.to(bucket.numbers_device)
             bucket.backend.apply(bucket, tuner)
             bucket.note_versions()
 

@@ -19,6 +19,12 @@ Span = tuple[int, int]
 MARKS = ("_hp_mapping", "_z3_optimizer", "ds_id")
 """Attributes of weights whose pieces an engine steps."""
 
+LOST_REFERENCE = (
+    "the checkpoint has S and the base's state but no x_ref, from which S learns: the distance "
+    "from the start is forgotten and S learns on from here. Universal checkpoints keep it by "
+    "to_universal and load_universal of mechanic_fused.deepspeed"
+)
+
 
 def are_pieces(weights: Iterable[Tensor], given: Iterable[Tensor]) -> bool:
     """Return whether what an optimizer steps are flat pieces of the weights that it was given.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import MOST_SCALE, XX
+from .layout import MOST_SCALE, XX, dtype_of_sums
 
 UINT32_MAX = 0xFFFFFFFF
 
@@ -104,7 +104,7 @@ def adam(
     m = c.beta1 * m + (1 - c.beta1) * g
     v = c.beta2 * v + (1 - c.beta2) * (g * g)
     # By way of float64: torch's float32 square root is not always correctly rounded on CPUs.
-    root = v.double().sqrt().to(v.dtype)
+    root = v.to(dtype_of_sums(v.device)).sqrt().to(v.dtype)
     direction = (c.lr / c.correction1 * m) / (root * c.correction2 + c.eps)
     return add_scaled(-direction, -(c.lr * c.decay), x), m, v
 

@@ -108,6 +108,10 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 MOST_SCALE = 1e30
 """The largest S that a run starts with: where updates are tiny, it must not overflow in float32."""
 
+WITHOUT_FLOAT64 = {"mps"}
+"""Types of devices that have no float64: beside weights there the tuner's numbers are on the CPU,
+and a step's sums are taken in float32 and added up on the CPU."""
+
 CPU_CHUNK = 1 << 17
 """Elements of a chunk on a CPU: small enough that threads share a model evenly, large enough that
 starting to read its streams costs little."""
@@ -120,6 +124,16 @@ together, long enough (8 rounds of 16-byte loads) that starting one costs little
 def tuner_width(betas: int) -> int:
     """Return the number of columns of the tuner's state for this number of tuner betas."""
     return len(TUNER) * betas + len(COUNTERS)
+
+
+def device_of_numbers(device: torch.device) -> torch.device:
+    """Return where float64 numbers are kept beside weights of a device."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def dtype_of_sums(device: torch.device) -> torch.dtype:
+    """Return the dtype in which sums over weights of a device are taken."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

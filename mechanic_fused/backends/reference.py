@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kept_blocks import WHOLE, keep
 from ..param_checks import is_dense
 from . import formulas, quantize
-from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, REFERENCE_EVERY, UU, XD, XX
+from .layout import COUNT, CPU_CHUNK, GD, GG, HYPER, REFERENCE_EVERY, UU, XD, XX, dtype_of_sums
 
 if TYPE_CHECKING:
     from ..bucket import Bucket
@@ -54,19 +54,21 @@ def norm(bucket: Bucket) -> None:
     factors = gradient_multipliers(bucket, clips=False)
     for i, g in enumerate(bucket.grads):
         if g is not None:
-            g = formulas.finite_or_zero(g.to(bucket.compute_dtype) * factors[i]).double()
+            g = formulas.finite_or_zero(g.to(bucket.compute_dtype) * factors[i])
+            g = g.to(bucket.sums.dtype)
             bucket.sums[bucket.rows[i], GG] += (g * g).sum()
 
 
 def inner_products(bucket: Bucket) -> None:
     """sums[:, GD] = g·Δ and sums[:, GG] = g·g, including elements that are NaN or infinite."""
-    bucket.sums[:, [GD, GG]] = 0
+    bucket.sums[:, GD] = bucket.sums[:, GG] = 0
+    wide = bucket.sums.dtype
     factors = gradient_multipliers(bucket)
     for i, g in enumerate(bucket.grads):
         if g is not None:
-            g = (g.to(bucket.compute_dtype) * factors[i]).double()
+            g = (g.to(bucket.compute_dtype) * factors[i]).to(wide)
             row = bucket.sums[bucket.rows[i]]
-            row[GD] += (g * read_delta(bucket, i).double()).sum()
+            row[GD] += (g * read_delta(bucket, i).to(wide)).sum()
             row[GG] += (g * g).sum()
 
 
@@ -229,14 +231,15 @@ def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
 
     Where one block in eight has an x_ref, its g·(x − x_ref) stands for eight.
     """
-    wide_g, wide_x = g.double(), x.double()
+    wide = bucket.sums.dtype
+    wide_g, wide_x = g.to(wide), x.to(wide)
     row = bucket.sums[bucket.rows[i]]
     x_ref, phase = bucket.x_ref[i].to(x.dtype), bucket.phases[i]
     if phase == WHOLE:
-        row[GD] += (wide_g * (x - x_ref).double()).sum()
+        row[GD] += (wide_g * (x - x_ref).to(wide)).sum()
     else:
         kept_g, kept_x = (keep(t, bucket.weights[i], phase) for t in (g, x))
-        row[GD] += REFERENCE_EVERY * (kept_g.double() * (kept_x - x_ref).double()).sum()
+        row[GD] += REFERENCE_EVERY * (kept_g.to(wide) * (kept_x - x_ref).to(wide)).sum()
     row[GG] += (wide_g * wide_g).sum()
     row[XX] += (wide_x * wide_x).sum()
     row[COUNT] += g.numel()
@@ -250,8 +253,9 @@ def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -
     """
     row = bucket.rows[i]
     to_peak = formulas.peak_ratio(bucket.hyper_rows[bucket.groups[i]])
-    bucket.sums[row, UU] += (u.double() * u.double()).sum() * (to_peak * to_peak)
-    moved = formulas.apply_update(x, tuner.scale()[row].to(x), u)
+    wide_u = u.to(bucket.sums.dtype)
+    bucket.sums[row, UU] += (wide_u * wide_u).sum() * (to_peak * to_peak)
+    moved = formulas.apply_update(x, scale_for(bucket, tuner.scale(), i), u)
     if bucket.x_low:
         nearest, low = formulas.split(moved, bucket.dtype)
         bucket.weights[i].copy_(nearest)
@@ -261,6 +265,11 @@ def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -
         bucket.weights[i].copy_(formulas.stochastic_round(bits >> 16, moved))
     else:
         bucket.weights[i].copy_(moved)
+
+
+def scale_for(bucket: Bucket, scale: Tensor, i: int) -> Tensor:
+    """Return the S of weight i as arithmetic with it takes it, of those of all rows."""
+    return scale[bucket.rows[i]].to(bucket.compute_dtype).to(bucket.device)
 
 
 def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
@@ -328,26 +337,28 @@ def log_tune(sums: Tensor, tuner: LogTuner) -> None:
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
     """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
-    scale = tuner.scale().to(bucket.device)
+    scale = tuner.scale()
     for i, x in enumerate(bucket.weights):
-        s = scale[bucket.rows[i]].to(bucket.compute_dtype)
+        s = scale_for(bucket, scale, i)
         x.copy_(formulas.apply_scale(bucket.x_ref[i], s, read_delta(bucket, i)))
     measure(bucket)
 
 
 def measure(bucket: Bucket) -> None:
     """sums[:, XD] = x·Δ and sums[:, XX] = x·x of the weights as they are."""
-    bucket.sums[:, [XD, XX]] = 0
+    bucket.sums[:, XD] = bucket.sums[:, XX] = 0
     for i, x in enumerate(bucket.weights):
         row = bucket.sums[bucket.rows[i]]
-        row[XD] += (x.double() * read_delta(bucket, i).double()).sum()
-        row[XX] += (x.double() * x.double()).sum()
+        wide_x = x.to(bucket.sums.dtype)
+        row[XD] += (wide_x * read_delta(bucket, i).to(wide_x)).sum()
+        row[XX] += (wide_x * wide_x).sum()
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """Return ‖x‖² in float64 without a float64 copy of x."""
+    """Return ‖x‖² in float64, where the device has it, without a float64 copy of x."""
     flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-    return torch.stack([piece.double().square().sum() for piece in flat.split(PIECE)]).sum()
+    wide = dtype_of_sums(x.device)
+    return torch.stack([piece.to(wide).square().sum() for piece in flat.split(PIECE)]).sum()
 
 
 def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
@@ -355,7 +366,7 @@ def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
 
     x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what ``apply`` wrote.
     """
-    s = scale[bucket.rows[i]].to(bucket.compute_dtype)
+    s = scale_for(bucket, scale, i)
     whole = read_delta(bucket, i)
     tensors = bucket.weights[i], bucket.x_ref[i], whole
     if all(t.is_contiguous() for t in tensors):
