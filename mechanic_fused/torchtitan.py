@@ -38,6 +38,8 @@ class MechanicContainer(OptimizersContainer):
     class Config(OptimizersContainer.Config):
         """The fields of OptimizersContainer.Config."""
 
+    optimizers: list[Any]
+
     def __init__(self, config: Any, *, model_parts: list[torch.nn.Module]) -> None:
         if config.implementation == "fused_opt_states_bf16":
             given = config.optimizer_factory_kwargs_by_name

@@ -3,6 +3,7 @@
 DeepSpeed compiles an op at its first run, in about a minute.
 """
 
+import functools
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.stacks import import_stack
+
+from mechanic_fused.deepspeed import load_universal, to_universal
 
 pytestmark = pytest.mark.stacks
 
@@ -82,6 +85,62 @@ def test_ranks_without_a_group_are_refused_before_anything_moves(tmp_path):
         error, moved = torch.load(tmp_path / f"without-{rank}.pt")
         assert "expected reduce_group=torch.distributed.group.WORLD" in error
         assert not moved
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2)])
+def continued(request, tmp_path_factory):
+    """What every rank has come to from a universal checkpoint of another number of ranks."""
+    before, after = request.param
+    folder = tmp_path_factory.mktemp("universal")
+    spawned(runs.run_saved, before, folder)
+    for name in runs.UNIVERSAL:
+        tag = runs.tag_of(name)
+        to_universal(folder / tag, folder / f"{tag}-universal")
+    spawned(runs.run_from_universal, after, folder)
+    return [torch.load(folder / f"universal-{after}-{rank}.pt") for rank in range(after)]
+
+
+@pytest.mark.parametrize("case", runs.UNIVERSAL)
+def test_a_universal_checkpoint_goes_on_on_another_number_of_ranks(continued, case):
+    scales, weights = runs.single(**runs.CASES[case])
+    for found in continued:
+        assert not isinstance(found[case], str), found[case]
+        read, own, lost = found[case]
+        assert not lost
+        for t, scale in read:
+            assert scale == pytest.approx(scales[t], rel=1e-6)
+        for x, expected in zip(own, weights, strict=True):
+            torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+
+
+def test_a_universal_checkpoint_without_x_ref_warns(tmp_path):
+    """As DeepSpeed's own converter makes it, loaded by the engine alone."""
+    spawned(runs.run_saved, 1, tmp_path)
+    for name in runs.UNIVERSAL:
+        folder = tmp_path / f"{runs.tag_of(name)}-universal"
+        to_universal(tmp_path / runs.tag_of(name), folder)
+        for path in folder.glob("zero/**/x_ref.pt"):
+            path.unlink()
+    spawned(functools.partial(runs.run_from_universal, by_deepspeed=True), 1, tmp_path)
+    found = torch.load(tmp_path / "universal-1-0.pt")
+    for name in runs.UNIVERSAL:
+        assert not isinstance(found[name], str), found[name]
+        assert found[name][2]
+
+
+def test_a_state_that_the_converter_does_not_know_is_refused(tmp_path):
+    state = {0: {"momentum_buffer": torch.ones(2), "x_ref": torch.ones(2)}}
+    saved = {"optimizer_state_dict": {"base_optimizer_state": {"state": state}}}
+    (tmp_path / "run").mkdir()
+    torch.save(saved, tmp_path / "run" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match="knows Adam's moments alone"):
+        to_universal(tmp_path / "run", tmp_path / "universal")
+    assert not (tmp_path / "universal").exists()
+
+
+def test_a_universal_checkpoint_without_x_ref_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a universal checkpoint by"):
+        load_universal(None, tmp_path, "run")
 
 
 def trainer_with(*stage):

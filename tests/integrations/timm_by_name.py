@@ -18,7 +18,7 @@ if importlib.util.find_spec("torchvision") is None:
     for part in (*parts, ".ops", ".models.feature_extraction"):
         sys.modules["torchvision" + part] = mock.MagicMock()
 
-import timm.optim  # noqa: E402
+import timm.optim
 
 names = integrations.register_timm()
 model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
@@ -27,9 +27,7 @@ model(torch.ones(2, 3)).sum().backward()
 opt.step()
 made = mechanize(torch.optim.RAdam)
 registered = integrations.register_timm([made])
-muon = timm.optim.create_optimizer_v2(
-    model, opt="mechanicmuon", lr=1.0, param_group_fn=muon_groups
-)
+muon = timm.optim.create_optimizer_v2(model, opt="mechanicmuon", lr=1.0, param_group_fn=muon_groups)
 found = {
     "names": names,
     "is ours": isinstance(opt, MechanicAdamW) and isinstance(muon, MechanicMuon),

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import traceback
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -76,7 +78,16 @@ def single(stage, groups=2, dtype="fp32", clip=None, steps=STEPS, **_):
     return scales, [p.detach().float() for p in model.parameters()]
 
 
-def config(stage, ranks, dtype="fp32", sub_group_size=10**12, offload=False, clip=None, **_):
+def config(
+    stage,
+    ranks,
+    dtype="fp32",
+    sub_group_size=10**12,
+    offload=False,
+    clip=None,
+    universal=False,
+    **_,
+):
     zero = {"stage": stage, "sub_group_size": sub_group_size}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
@@ -90,6 +101,8 @@ def config(stage, ranks, dtype="fp32", sub_group_size=10**12, offload=False, cli
         "gradient_clipping": clip or 0.0,
         "steps_per_print": 10**9,
     }
+    if universal:
+        found["checkpoint"] = {"load_universal": True}
     if dtype != "fp32":
         found[dtype] = {"enabled": True}
     if dtype == "fp16":
@@ -161,6 +174,10 @@ def run_cases(rank, ranks, port, folder):
     torch.save(found, f"{folder}/{ranks}-{rank}.pt")
 
 
+def tag_of(name):
+    return name.replace(" ", "-").replace(",", "")
+
+
 RESUMED = ("stage 0", "stage 1", "stage 2, bfloat16", "stage 3, pieces", "stage 2, offloaded")
 
 
@@ -176,10 +193,9 @@ def run_resumed(rank, ranks, port, folder):
             straight = (opt.scale.item(), weights_of(engine, options["stage"]))
             engine, opt, dtype = engine_of(rank, ranks, options)
             train(engine, opt, dtype, rank, ranks, last=STEPS // 2)
-            tag = name.replace(" ", "-").replace(",", "")
-            engine.save_checkpoint(folder, tag=tag)
+            engine.save_checkpoint(folder, tag=tag_of(name))
             engine, opt, dtype = engine_of(rank, ranks, options)
-            engine.load_checkpoint(folder, tag=tag)
+            engine.load_checkpoint(folder, tag=tag_of(name))
             train(engine, opt, dtype, rank, ranks, first=STEPS // 2)
             found[name] = (straight, (opt.scale.item(), weights_of(engine, options["stage"])))
         except Exception as error:
@@ -199,3 +215,44 @@ def run_without_group(rank, ranks, port, folder):
         found = str(error)
     moved = any(not torch.equal(a, b) for a, b in zip(before, weights_of(engine, 1), strict=True))
     torch.save((found, moved), f"{folder}/without-{rank}.pt")
+
+
+UNIVERSAL = ("stage 1", "stage 2", "stage 3", "stage 3, pieces, one group")
+
+
+def run_saved(rank, ranks, port, folder):
+    """Train half way, and save."""
+    set_up(rank, ranks, port)
+    for name in UNIVERSAL:
+        engine, opt, dtype = engine_of(rank, ranks, CASES[name])
+        train(engine, opt, dtype, rank, ranks, last=STEPS // 2)
+        engine.save_checkpoint(folder, tag=tag_of(name))
+
+
+def run_from_universal(rank, ranks, port, folder, by_deepspeed=False):
+    """Go on from a universal checkpoint of another number of ranks.
+
+    Args:
+        by_deepspeed: load it without our function; what is warned of is saved then.
+    """
+    from mechanic_fused.deepspeed import load_universal
+
+    set_up(rank, ranks, port)
+    found = {}
+    for name in UNIVERSAL:
+        try:
+            universal = {**CASES[name], "universal": True}
+            engine, opt, dtype = engine_of(rank, ranks, universal)
+            tag = f"{tag_of(name)}-universal"
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                if by_deepspeed:
+                    engine.load_checkpoint(folder, tag=tag)
+                else:
+                    load_universal(engine, folder, tag)
+                scales = train(engine, opt, dtype, rank, ranks, first=STEPS // 2)
+            lost = [str(w.message) for w in warned if "no x_ref" in str(w.message)]
+            found[name] = (scales, weights_of(engine, CASES[name]["stage"]), lost)
+        except Exception:
+            found[name] = traceback.format_exc()
+    torch.save(found, f"{folder}/universal-{ranks}-{rank}.pt")
