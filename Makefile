@@ -160,8 +160,8 @@ endef
 	$(call install,pip)
 
 # A stack that cannot be installed says so, and only its tests fail.
-STACKS := transformers trl lightning deepspeed torchtitan-needs
-STACKS_ALONE := torchtitan timm
+STACKS := transformers trl lightning deepspeed torchtitan-needs axolotl-needs
+STACKS_ALONE := torchtitan timm axolotl llamafactory
 .venv/stacks.done: pyproject.toml constraints.txt .venv/test.done
 	@touch .venv/begun
 	@failed=; for stack in $(STACKS); do $(PIP) --group $$stack || failed="$$failed $$stack"; done; \

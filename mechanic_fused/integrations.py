@@ -5,10 +5,12 @@ Nothing here imports a stack before it is asked for.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .lr_schedule import lr_of
+from .muon import muon_groups
 from .optimizer import Mechanized
 from .optimizers import (
     MechanicAdam,
@@ -94,6 +96,69 @@ def scheduled_lrs(wrapper: Any) -> list[float]:
     return [float(lr_of(group)) for group in groups]
 
 
+class LearnedScale:
+    """S of a param group, which is read when it is used as a number: ``group["d"] * group["lr"]``.
+
+    Args:
+        optimizer: referenced weakly; without it the number is 0.
+        group: the number of the param group.
+    """
+
+    def __init__(self, optimizer: Mechanized, group: int) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._group = group
+
+    def __float__(self) -> float:
+        optimizer = self._optimizer()
+        known = [s for s in optimizer.group_scales()[self._group] if s] if optimizer else []
+        return sum(known) / len(known) if known else 0.0
+
+    def __mul__(self, other: Any) -> Any:
+        return float(self) * other
+
+    __rmul__ = __mul__
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec)
+
+    def __repr__(self) -> str:
+        return repr(float(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+
+def show_d(wrapper: Any) -> None:
+    """Let param groups have an entry "d", as Prodigy's have: lr·d is the learned rate.
+
+    For tools that log ``group["d"] * group["lr"]``. Nothing is read before they do, and state
+    dicts are without it.
+
+    Args:
+        wrapper: see :func:`unwrapped`.
+
+    Example:
+        >>> import torch
+        >>> opt = MechanicSGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        >>> show_d(opt)
+        >>> opt.param_groups[0]["d"] * opt.param_groups[0]["lr"]
+        0.0
+    """
+
+    def put(optimizer: Any) -> None:
+        for i, group in enumerate(optimizer.param_groups):
+            group["d"] = LearnedScale(optimizer, i)
+
+    def take(optimizer: Any, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            group.pop("d", None)
+
+    for found in unwrapped(wrapper):
+        put(found)
+        found.register_state_dict_post_hook(take)
+        found.register_load_state_dict_post_hook(put)
+
+
 def log_learned_rates(trainer: Any) -> None:
     """Let a transformers Trainer log :func:`learned_rates` wherever it logs the loss.
 
@@ -148,6 +213,67 @@ CLASSES: tuple[type[Mechanized], ...] = (
     MechanicMuon,
     MechanicSGD,
 )
+
+
+BY_NAME: dict[str, type[Mechanized]] = {cls.__name__: cls for cls in CLASSES}
+"""What configurations may name; add classes of mechanize() here."""
+
+
+def make(model: Any, name: str = "MechanicAdamW", **options: Any) -> Mechanized:
+    """Return an optimizer of a model's weights that require gradients; Muon with its groups.
+
+    Args:
+        model: a torch.nn.Module.
+        name: a key of BY_NAME.
+        options: of the class; ``lr`` is 1.0 unless it is given.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> import torch
+        >>> type(make(torch.nn.Linear(2, 2), "MechanicMuon")).__name__
+        'MechanicMuon'
+    """
+    if name not in BY_NAME:
+        raise ValueError(f"the optimizer must be one of {', '.join(BY_NAME)}, got {name!r}")
+    cls = BY_NAME[name]
+    trained = (p for p in model.parameters() if p.requires_grad)
+    groups = muon_groups(model) if issubclass(cls, MechanicMuon) else trained
+    return cls(groups, **{"lr": 1.0, **options})
+
+
+class MuonFactory:
+    """MechanicMuon for transformers' Trainer, which calls it with the model, for the groups.
+
+    ``Trainer(…, optimizer_cls_and_kwargs=(MuonFactory, {"lr": 1.0}))``
+    """
+
+    def __call__(self, model: Any, *_: Any, **options: Any) -> Mechanized:
+        """Return the optimizer."""
+        return make(model, MechanicMuon.__name__, **options)
+
+
+def register_llamafactory() -> None:
+    """Register "mechanic" with LLaMA-Factory 1: ``optim_config: {name: mechanic}``.
+
+    Beside ``name`` the configuration may have ``optimizer``, a key of BY_NAME, and its options.
+    """
+
+    def mechanic(model: Any, config: Any) -> Mechanized:
+        options = {key: value for key, value in dict(config).items() if key != "name"}
+        return make(model, options.pop("optimizer", "MechanicAdamW"), **options)
+
+    llamafactory_plugin()("mechanic").register()(mechanic)
+
+
+def llamafactory_plugin() -> Any:
+    """Return LLaMA-Factory's class of plugins that make optimizers."""
+    try:
+        from llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer import OptimizerPlugin
+    except ImportError:  # until 0.9.5
+        from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+    return OptimizerPlugin
 
 
 def register_timm(classes: Iterable[type[Mechanized]] = CLASSES) -> list[str]:

@@ -11,18 +11,15 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from .integrations import CLASSES, learned_rates, scheduled_lrs, unwrapped
+from .integrations import BY_NAME, learned_rates, scheduled_lrs, unwrapped
 from .optimizer import Mechanized
 from .plan import SAME_EVERY
 from .step import step_together
 
-BY_NAME: dict[str, type[Mechanized]] = {cls.__name__: cls for cls in CLASSES}
-"""What ``optimizer_name`` may be besides torchtitan's own; add classes of mechanize() here."""
-
-
 class MechanicContainer(OptimizersContainer):
     """An OptimizersContainer that steps the mechanized optimizers of all model parts together.
 
+    An ``optimizer_name`` may be a key of ``integrations.BY_NAME`` besides torchtitan's own.
     ``implementation="fused_opt_states_bf16"`` makes ``optim_bits=16`` of those whose class has it.
 
     Args:

@@ -1,7 +1,11 @@
 """The learned rate in the logs of the real stacks, and optimizers by name in their registries."""
 
+import argparse
+import ast
 import importlib.util
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +109,110 @@ def test_muon_is_found_inside_wrappers():
     assert list(integrations.learned_rates([wrapped])) == [
         *("effective_lr", "effective_lr/1", "mechanic/scale", "mechanic/grad_norm"),
     ]
+
+
+def recorded(optimizer):
+    """Return the class and what its param groups say, for a model of one layer."""
+    return type(optimizer).__name__, optimizer.param_groups[0]["weight_decay"]
+
+
+def test_the_trainer_makes_muon_by_its_factory(tmp_path):
+    transformers = import_stack("transformers")
+    sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    row = torch.arange(8)
+    options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(tmp_path, max_steps=2, **options),
+        train_dataset=[{"input_ids": row, "labels": row}] * 16,
+        optimizer_cls_and_kwargs=(integrations.MuonFactory, {"lr": 1.0, "weight_decay": 0.1}),
+    )
+    trainer.train()
+    [opt] = integrations.unwrapped(trainer.optimizer)
+    assert recorded(opt) == ("MechanicMuon", 0.1)
+    assert opt.scale > 0 and len(opt.param_groups) == 2
+
+
+def test_axolotl_loads_the_plugin(tmp_path):
+    """Its manager, its plugin's base class, and a Trainer; its own trainers ask for more."""
+    import_stack("axolotl")
+    base = import_stack("axolotl.integrations.base")
+    pydantic, transformers = import_stack("pydantic"), import_stack("transformers")
+    manager = base.PluginManager.get_instance()
+    manager.register("mechanic_fused.axolotl.MechanicPlugin")
+    [path] = manager.get_input_args()
+    module, _, name = path.rpartition(".")
+    schema = getattr(importlib.import_module(module), name)
+    assert issubclass(schema, pydantic.BaseModel)
+    given = {"optimizer": "MechanicLion", "betas": (0.9, 0.98)}
+    cfg = schema(mechanic=given)
+    model = nn.Linear(2, 1)
+    arguments = transformers.TrainingArguments(
+        tmp_path, weight_decay=0.2, use_cpu=True, report_to=[]
+    )
+    trainer = transformers.Trainer(model, arguments)
+    manager.post_trainer_create(cfg, trainer)
+    opt = trainer.create_optimizer()
+    assert recorded(opt) == ("MechanicLion", 0.2)
+    assert opt.param_groups[0]["betas"] == (0.9, 0.98)
+    with pytest.raises(ValueError, match="mechanic.optimizer must be one of"):
+        manager.post_trainer_create(schema(mechanic={"optimizer": "AdamW"}), trainer)
+
+
+def test_llamafactory_finds_the_plugin():
+    import_stack("llamafactory")
+    integrations.register_llamafactory()
+    path = integrations.llamafactory_plugin().__module__
+    assert path.startswith("llamafactory.v1.plugins.trainer_plugins")
+    plugin = integrations.llamafactory_plugin()("mechanic")
+    opt = plugin(nn.Linear(2, 1), {"name": "mechanic", "weight_decay": 0.3})
+    assert recorded(opt) == ("MechanicAdamW", 0.3)
+    muon = plugin(nn.Linear(2, 1), {"name": "mechanic", "optimizer": "MechanicMuon"})
+    assert recorded(muon)[0] == "MechanicMuon"
+    with pytest.raises(ValueError, match="the optimizer must be one of"):
+        plugin(nn.Linear(2, 1), {"name": "mechanic", "optimizer": "AdamW"})
+
+
+PARSERS = {
+    "SD_SCRIPTS": "library/train_util.py",
+    "MUSUBI_TUNER": "src/musubi_tuner/training/trainer_base.py",
+}
+"""Checkout, by the variable that names its folder, and where it makes optimizers from arguments."""
+
+
+@pytest.mark.parametrize("variable", PARSERS)
+def test_the_scripts_make_them_from_their_arguments(variable):
+    """The function itself, without the imports of its file. No package of theirs is on PyPI."""
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} does not name a checkout")
+    tree = ast.parse(Path(folder, PARSERS[variable]).read_text())
+    [function] = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "get_optimizer"
+    ]
+    names = {"ast": ast, "importlib": importlib, "torch": torch}
+    names["logger"] = logging.getLogger("scripts")
+    exec(compile(ast.Module([function], []), variable, "exec"), names)
+    args = argparse.Namespace(
+        optimizer_type="mechanic_fused.MechanicAdamW",
+        optimizer_args=["weight_decay=0.01", "betas=(0.9,0.95)"],
+        learning_rate=1.0,
+        use_8bit_adam=False,
+        use_lion_optimizer=False,
+        fused_backward_pass=False,
+    )
+    model = nn.Linear(2, 1)
+    own = (None,) if function.args.args[0].arg == "self" else ()
+    name, _, opt, *_ = names["get_optimizer"](*own, args, list(model.parameters()))
+    assert name == "mechanic_fused.optimizers.MechanicAdamW"
+    assert recorded(opt) == ("MechanicAdamW", 0.01)
+    integrations.show_d(opt)
+    model(torch.ones(3, 2)).sum().backward()
+    opt.step()
+    # As they log it for Prodigy.
+    group = opt.param_groups[0]
+    assert group["d"] * group["lr"] == opt.learned_lr()[0] > 0
+    assert "d" not in opt.state_dict()["param_groups"][0]

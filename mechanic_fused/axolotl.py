@@ -1,0 +1,46 @@
+"""A plugin of axolotl: its trainer steps with an optimizer of ours.
+
+.. code-block:: yaml
+
+    plugins: [mechanic_fused.axolotl.MechanicPlugin]
+    mechanic: {optimizer: MechanicAdamW, betas: [0.9, 0.95]}
+    weight_decay: 0.1
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+from .integrations import BY_NAME, MuonFactory, log_learned_rates
+from .optimizers import MechanicMuon
+
+
+class MechanicArgs(BaseModel):
+    """What a configuration may have for the plugin: options, and ``optimizer``, a name."""
+
+    mechanic: dict[str, Any] | None = None
+
+
+class MechanicPlugin(BasePlugin):
+    """Chooses the optimizer once the trainer is made, and logs the learned rate."""
+
+    def get_input_args(self) -> str:
+        """Return the name of what the configuration may have."""
+        return f"{MechanicArgs.__module__}.{MechanicArgs.__name__}"
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Set the trainer's optimizer.
+
+        Raises:
+            ValueError: for a name that is none of ours.
+        """
+        options: dict[str, Any] = {"lr": 1.0, **(cfg.mechanic or {})}
+        name = options.pop("optimizer", "MechanicAdamW")
+        if name not in BY_NAME:
+            raise ValueError(f"mechanic.optimizer must be one of {', '.join(BY_NAME)}, got {name!r}")
+        is_muon = issubclass(BY_NAME[name], MechanicMuon)
+        trainer.optimizer_cls_and_kwargs = (MuonFactory if is_muon else BY_NAME[name], options)
+        log_learned_rates(trainer)
