@@ -143,23 +143,28 @@ def test_a_universal_checkpoint_without_x_ref_is_refused(tmp_path):
         load_universal(None, tmp_path, "run")
 
 
-def trainer_with(*stage):
-    script = Path(__file__).with_name("trainer_deepspeed.py")
+def result_of(script, *stage):
+    """Return what a script of this folder prints, in a process that is a rank of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    here = Path(__file__)
+    paths = os.pathsep.join([str(here.parents[1]), *sys.path])
     environment = {**os.environ, "MASTER_PORT": port, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(script), *stage]
+    environment["PYTHONPATH"] = paths
+    command = [sys.executable, str(here.with_name(script)), *stage]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 
 
-def test_the_trainer_with_deepspeed_learns_what_it_learns_alone():
+@pytest.mark.parametrize("stack", ["trainer", "accelerate"])
+def test_a_stack_with_deepspeed_learns_what_it_learns_alone(stack):
     import_stack("transformers")
-    alone = trainer_with()
+    script = f"{stack}_deepspeed.py"
+    alone = result_of(script)
     for stage in ("1", "3"):
-        found = trainer_with(stage)
+        found = result_of(script, stage)
         assert found["scale"] == pytest.approx(alone["scale"], rel=1e-5)
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
