@@ -22,7 +22,7 @@ MARKS = ("_hp_mapping", "_z3_optimizer", "ds_id")
 LOST_REFERENCE = (
     "the checkpoint has S and the base's state but no x_ref, from which S learns: the distance "
     "from the start is forgotten and S learns on from here. Universal checkpoints keep it by "
-    "to_universal and load_universal of mechanic_fused.deepspeed"
+    "to_universal and load_universal of mechanic_fused.integrations.deepspeed"
 )
 
 

@@ -1,4 +1,4 @@
-"""The recipe of docs/frameworks.md for Accelerate with DeepSpeed; prints S and the losses as JSON.
+"""The recipe of docs/stacks/deepspeed.md for Accelerate; prints S and the losses as JSON.
 
 Argument: the stage of ZeRO, or nothing for Accelerate alone.
 """

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.stacks import import_stack
 
-from mechanic_fused.deepspeed import load_universal, to_universal
+from mechanic_fused.integrations.deepspeed import load_universal, to_universal
 
 pytestmark = pytest.mark.stacks
 

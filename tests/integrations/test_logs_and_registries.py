@@ -140,7 +140,7 @@ def test_axolotl_loads_the_plugin(tmp_path):
     base = import_stack("axolotl.integrations.base")
     pydantic, transformers = import_stack("pydantic"), import_stack("transformers")
     manager = base.PluginManager.get_instance()
-    manager.register("mechanic_fused.axolotl.MechanicPlugin")
+    manager.register("mechanic_fused.integrations.axolotl.MechanicPlugin")
     [path] = manager.get_input_args()
     module, _, name = path.rpartition(".")
     schema = getattr(importlib.import_module(module), name)
@@ -156,7 +156,7 @@ def test_axolotl_loads_the_plugin(tmp_path):
     opt = trainer.create_optimizer()
     assert recorded(opt) == ("MechanicLion", 0.2)
     assert opt.param_groups[0]["betas"] == (0.9, 0.98)
-    with pytest.raises(ValueError, match="mechanic.optimizer must be one of"):
+    with pytest.raises(ValueError, match=r"mechanic\.optimizer must be one of"):
         manager.post_trainer_create(schema(mechanic={"optimizer": "AdamW"}), trainer)
 
 

@@ -1,4 +1,4 @@
-"""What single training stacks do beside the contract, and what docs/frameworks.md says of them."""
+"""What single training stacks do beside the contract, and what docs/stacks says of them."""
 
 import os
 import signal

@@ -20,20 +20,33 @@ if importlib.util.find_spec("torchvision") is None:
 
 import timm.optim
 
-names = integrations.register_timm()
-model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-opt = timm.optim.create_optimizer_v2(model, opt="mechanicadamw", lr=1.0, weight_decay=0.05)
-model(torch.ones(2, 3)).sum().backward()
-opt.step()
-made = mechanize(torch.optim.RAdam)
-registered = integrations.register_timm([made])
-muon = timm.optim.create_optimizer_v2(model, opt="mechanicmuon", lr=1.0, param_group_fn=muon_groups)
-found = {
-    "names": names,
-    "is ours": isinstance(opt, MechanicAdamW) and isinstance(muon, MechanicMuon),
-    "decay": [group["weight_decay"] for group in opt.param_groups],
-    "scale": opt.scale.item(),
-    "registered": registered,
-    "is made": isinstance(timm.optim.create_optimizer_v2(model, opt=registered[0], lr=1.0), made),
-}
-print("RESULT", json.dumps(found))
+
+def network():
+    return nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
+
+
+def main():
+    names = integrations.register_timm()
+    model = network()
+    opt = timm.optim.create_optimizer_v2(model, opt="mechanicadamw", lr=1.0, weight_decay=0.05)
+    model(torch.ones(2, 8)).sum().backward()
+    opt.step()
+    made = mechanize(torch.optim.RAdam)
+    registered = integrations.register_timm([made])
+    muon = timm.optim.create_optimizer_v2(
+        model, opt="mechanicmuon", lr=1.0, param_group_fn=muon_groups
+    )
+    other = timm.optim.create_optimizer_v2(model, opt=registered[0], lr=1.0)
+    found = {
+        "names": names,
+        "is ours": isinstance(opt, MechanicAdamW) and isinstance(muon, MechanicMuon),
+        "decay": [group["weight_decay"] for group in opt.param_groups],
+        "scale": opt.scale.item(),
+        "registered": registered,
+        "is made": isinstance(other, made),
+    }
+    print("RESULT", json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The recipe of docs/frameworks.md for the Trainer with DeepSpeed; prints S and the losses as JSON.
+"""The recipe of docs/stacks/deepspeed.md for the Trainer; prints S and the losses as JSON.
 
 Argument: the stage of ZeRO, or nothing for the Trainer alone.
 """

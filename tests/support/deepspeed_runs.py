@@ -235,7 +235,7 @@ def run_from_universal(rank, ranks, port, folder, by_deepspeed=False):
     Args:
         by_deepspeed: load it without our function; what is warned of is saved then.
     """
-    from mechanic_fused.deepspeed import load_universal
+    from mechanic_fused.integrations.deepspeed import load_universal
 
     set_up(rank, ranks, port)
     found = {}

@@ -35,7 +35,7 @@ def groups_of(optimizer_name="MechanicAdamW", **options):
 
 
 def container(parts, implementation="fused", param_groups=None, of_tuner=None):
-    from mechanic_fused.torchtitan import MechanicContainer
+    from mechanic_fused.integrations.torchtitan import MechanicContainer
 
     config = MechanicContainer.Config(
         param_groups=param_groups or groups_of(lr=1.0, weight_decay=0.1),
@@ -143,7 +143,7 @@ def metrics_run(folder):
     from torchtitan.components import metrics
     from torchtitan.distributed import ParallelDims
 
-    from mechanic_fused.torchtitan import MechanicMetrics
+    from mechanic_fused.integrations.torchtitan import MechanicMetrics
 
     net, _, optimizers, schedulers = make(sharded=True)
     degrees = dict.fromkeys(("dp_replicate", "cp", "tp", "pp", "ep"), 1)

@@ -2,7 +2,7 @@
 
 .. code-block:: yaml
 
-    plugins: [mechanic_fused.axolotl.MechanicPlugin]
+    plugins: [mechanic_fused.integrations.axolotl.MechanicPlugin]
     mechanic: {optimizer: MechanicAdamW, betas: [0.9, 0.95]}
     weight_decay: 0.1
 """
@@ -14,8 +14,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
-from .integrations import BY_NAME, MuonFactory, log_learned_rates
-from .optimizers import MechanicMuon
+from ..optimizers import MechanicMuon
+from . import BY_NAME, MuonFactory, log_learned_rates
 
 
 class MechanicArgs(BaseModel):
@@ -40,7 +40,9 @@ class MechanicPlugin(BasePlugin):
         options: dict[str, Any] = {"lr": 1.0, **(cfg.mechanic or {})}
         name = options.pop("optimizer", "MechanicAdamW")
         if name not in BY_NAME:
-            raise ValueError(f"mechanic.optimizer must be one of {', '.join(BY_NAME)}, got {name!r}")
+            raise ValueError(
+                f"mechanic.optimizer must be one of {', '.join(BY_NAME)}, got {name!r}"
+            )
         is_muon = issubclass(BY_NAME[name], MechanicMuon)
         trainer.optimizer_cls_and_kwargs = (MuonFactory if is_muon else BY_NAME[name], options)
         log_learned_rates(trainer)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from .integrations import BY_NAME, learned_rates, scheduled_lrs, unwrapped
-from .optimizer import Mechanized
-from .plan import SAME_EVERY
-from .step import step_together
+from ..optimizer import Mechanized
+from ..plan import SAME_EVERY
+from ..step import step_together
+from . import BY_NAME, learned_rates, scheduled_lrs, unwrapped
+
 
 class MechanicContainer(OptimizersContainer):
     """An OptimizersContainer that steps the mechanized optimizers of all model parts together.

@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .lr_schedule import lr_of
-from .muon import muon_groups
-from .optimizer import Mechanized
-from .optimizers import (
+from ..lr_schedule import lr_of
+from ..muon import muon_groups
+from ..optimizer import Mechanized
+from ..optimizers import (
     MechanicAdam,
     MechanicAdamW,
     MechanicLion,

@@ -69,8 +69,7 @@ def load_universal(engine: Any, folder: str | Path, tag: str) -> None:
     zero = Path(folder, tag, "zero")
     if next(zero.glob("**/x_ref.pt"), None) is None:
         raise ValueError(
-            f"expected a universal checkpoint by mechanic_fused.deepspeed.to_universal, got {zero} "
-            "without x_ref.pt"
+            f"expected a universal checkpoint by to_universal, got {zero} without x_ref.pt"
         )
     engine.load_checkpoint(str(folder), tag=tag)
     if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
