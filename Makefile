@@ -118,7 +118,7 @@ site: .venv/site.done
 	rm -rf build/site-sources && mkdir -p build/site-sources
 	git ls-files -z docs benchmarks examples mechanic_fused '*.md' CITATION.cff | \
 		xargs -0 cp --parents -t build/site-sources
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 bench: build .venv/bench.done
 	$(PY) -m benchmarks.step $(ARGS)
