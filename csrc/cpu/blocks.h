@@ -483,7 +483,7 @@ MECHANIC_CLONES void norm_chunk(const X* g, int64_t n, opmath_t<X> multiplier, L
 
 // Write one block, optionally with non-temporal stores.
 template <class X>
-MECHANIC_INLINE void store_block(const X* from, X* to, int n, bool non_temporal) {
+MECHANIC_INLINE void store_block(const X* from, X* to, int n, [[maybe_unused]] bool non_temporal) {
 #if defined(__SSE2__)
   if (non_temporal && n == kBlock && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     for (size_t i = 0; i < kBlock * sizeof(X) / 16; ++i) {
