@@ -627,7 +627,7 @@ class StepPlan:
 
     def _reduce_found_inf(self, found_inf: Tensor | float) -> Tensor:
         """Return found_inf summed over all ranks: torch reduces it over one mesh only."""
-        flag = torch.as_tensor(found_inf, dtype=torch.float64, device=self.tuner.device)
+        flag = torch.as_tensor(found_inf).to(self.tuner.device).to(torch.float64)
         if len(self._group_sets) == 1 and not self.extra_groups:
             return flag.to(torch.float32)
         rows = {groups: flag.reshape(1) for groups in self._group_sets}
