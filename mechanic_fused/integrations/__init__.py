@@ -58,11 +58,11 @@ def _inside(wrapper: Any, depth: int) -> Iterator[Mechanized]:
 
 
 def learned_rates(wrapper: Any, lrs: Sequence[float] | None = None) -> dict[str, float]:
-    """Return what there is to log; reads the device.
+    """Return the values to log; reads the device.
 
     "effective_lr" is S·lr of the first param group, "effective_lr/1" of the second, and so on;
-    "mechanic/scale" is S, "mechanic/grad_norm" the norm of the gradients in the last step. Empty
-    where there is no mechanized optimizer.
+    "mechanic/scale" is the first S of the first optimizer, "mechanic/grad_norm" the norm of its
+    gradients in the last step. Empty where there is no mechanized optimizer.
 
     Args:
         wrapper: see :func:`unwrapped`.
@@ -163,7 +163,7 @@ def log_learned_rates(trainer: Any) -> None:
     """Let a transformers Trainer log :func:`learned_rates` wherever it logs the loss.
 
     Args:
-        trainer: its callbacks are called in order, so this one goes before those of trackers.
+        trainer: the Trainer; the callback goes before those of trackers.
 
     Raises:
         TypeError: for something that has no callbacks.
@@ -244,7 +244,7 @@ def make(model: Any, name: str = "MechanicAdamW", **options: Any) -> Mechanized:
 
 
 class MuonFactory:
-    """MechanicMuon for transformers' Trainer, which calls it with the model, for the groups.
+    """MechanicMuon for transformers' Trainer, which passes the model, from which groups are made.
 
     ``Trainer(…, optimizer_cls_and_kwargs=(MuonFactory, {"lr": 1.0}))``
     """
@@ -283,7 +283,7 @@ def register_timm(classes: Iterable[type[Mechanized]] = CLASSES) -> list[str]:
     those names then.
 
     Args:
-        classes: of mechanized optimizers, also those of mechanize().
+        classes: the mechanized optimizers, also those that mechanize() returns.
     """
     from timm.optim import OptimInfo
     from timm.optim._optim_factory import default_registry

@@ -19,7 +19,7 @@ from . import BY_NAME, MuonFactory, log_learned_rates
 
 
 class MechanicArgs(BaseModel):
-    """What a configuration may have for the plugin: options, and ``optimizer``, a name."""
+    """The plugin's configuration: ``optimizer``, a name, and its options."""
 
     mechanic: dict[str, Any] | None = None
 
@@ -28,7 +28,7 @@ class MechanicPlugin(BasePlugin):
     """Chooses the optimizer once the trainer is made, and logs the learned rate."""
 
     def get_input_args(self) -> str:
-        """Return the name of what the configuration may have."""
+        """Return the path of the class of the configuration."""
         return f"{MechanicArgs.__module__}.{MechanicArgs.__name__}"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

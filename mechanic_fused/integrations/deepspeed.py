@@ -22,8 +22,8 @@ def to_universal(folder: str | Path, output: str | Path) -> None:
     Of MechanicAdamW or MechanicAdam in the running form, in ZeRO 1, 2 or 3.
 
     Args:
-        folder: of the checkpoint, with its tag: "run/global_step100".
-        output: the folder to make, beside it: "run/global_step100_universal".
+        folder: the checkpoint's, with its tag: "run/global_step100".
+        output: the new folder beside it: "run/global_step100_universal".
 
     Raises:
         ValueError: for a state that the converter does not know; nothing has been written then.
@@ -59,9 +59,9 @@ def load_universal(engine: Any, folder: str | Path, tag: str) -> None:
     """Let a DeepSpeed engine load what :func:`to_universal` has made.
 
     Args:
-        engine: whose configuration has ``"checkpoint": {"load_universal": true}``.
-        folder: without the tag.
-        tag: such as "global_step100_universal".
+        engine: DeepSpeed's; its configuration has ``"checkpoint": {"load_universal": true}``.
+        folder: the checkpoints', without the tag.
+        tag: the universal checkpoint's, such as "global_step100_universal".
 
     Raises:
         ValueError: for a checkpoint without x_ref, from DeepSpeed's own converter.
@@ -77,7 +77,7 @@ def load_universal(engine: Any, folder: str | Path, tag: str) -> None:
 
 
 def complete_stage_3(sharded: Any, zero: Path) -> None:
-    """Load what DeepSpeed's stage 3 does not, and part what it gives to all pieces and groups.
+    """Load what DeepSpeed's stage 3 leaves out, and undo what it shares between pieces and groups.
 
     It loads the moments alone, lets all pieces count steps in one tensor, and gives the options of
     the first param group to every group.
