@@ -28,6 +28,9 @@ CASES = {
     "stage 2, offloaded": {"stage": 2, "offload": True},
     "stage 3, offloaded, pieces": {"stage": 3, "offload": True, "sub_group_size": 40},
     "stage 2, clipped": {"stage": 2, "clip": 0.5},
+    "stage 0, with the loss": {"stage": 0, "observed": True},
+    "stage 1, with the loss": {"stage": 1, "observed": True},
+    "stage 3, pieces, with the loss": {"stage": 3, "sub_group_size": 40, "observed": True},
 }
 """Name → what is other than float32, two param groups, one piece, on the device, unclipped."""
 
@@ -61,7 +64,7 @@ def loss_of(model, t, dtype, rank=0, ranks=1):
     return ((model(x) - y) ** 2).mean()
 
 
-def single(stage, groups=2, dtype="fp32", clip=None, steps=STEPS, **_):
+def single(stage, groups=2, dtype="fp32", clip=None, steps=STEPS, observed=False, **_):
     """Return S after each step, and the weights, of a plain loop: 16-bit ones with low bits."""
     dtype = DTYPES[dtype]
     model = made_model(dtype)
@@ -71,6 +74,8 @@ def single(stage, groups=2, dtype="fp32", clip=None, steps=STEPS, **_):
         loss = loss_of(model, t, dtype)
         opt.zero_grad()
         loss.backward()
+        if observed:
+            opt.observe(loss)
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         opt.step()
@@ -117,6 +122,8 @@ def engine_of(rank, ranks, options, group=True):
     model = made_model(torch.float32)
     sharded = options["stage"] > 0
     given = {"reduce_group": dist.group.WORLD} if sharded and group else {}
+    if options.get("observed"):
+        given["loss_group"] = dist.group.WORLD
     opt = MechanicAdamW(groups_of(model, options.get("groups", 2)), lr=1.0, **given)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=opt, config=config(ranks=ranks, **options)
@@ -131,10 +138,13 @@ def weights_of(engine, stage):
         return [p.detach().float().clone() for p in engine.module.parameters()]
 
 
-def train(engine, opt, dtype, rank, ranks, first=0, last=STEPS):
+def train(engine, opt, dtype, rank, ranks, first=0, last=STEPS, observed=False):
     scales = []
     for t in range(first, last):
-        engine.backward(loss_of(engine, t, dtype, rank, ranks))
+        loss = loss_of(engine, t, dtype, rank, ranks)
+        if observed:
+            opt.observe(loss)
+        engine.backward(loss)
         engine.step()
         if t % 3 == 0 or t + 1 == last:  # reading S ends a step
             scales.append((t, opt.scale.item()))
@@ -167,8 +177,10 @@ def run_cases(rank, ranks, port, folder):
     for name, options in CASES.items():
         try:
             engine, opt, dtype = engine_of(rank, ranks, options)
-            scales = train(engine, opt, dtype, rank, ranks)
+            observed = options.get("observed", False)
+            scales = train(engine, opt, dtype, rank, ranks, observed=observed)
             found[name] = (scales, weights_of(engine, options["stage"]))
+            assert opt.scale_source == ("loss" if observed else "norms")
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     torch.save(found, f"{folder}/{ranks}-{rank}.pt")
