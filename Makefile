@@ -162,11 +162,16 @@ endef
 # A stack that cannot be installed says so, and only its tests fail.
 STACKS := transformers trl lightning deepspeed torchtitan-needs axolotl-needs
 STACKS_ALONE := torchtitan timm axolotl llamafactory
+# A stack may have been left out for the platform or the version of Python.
+ABSENT = from importlib.util import find_spec; names = "transformers peft trl lightning deepspeed \
+	torchtitan timm axolotl llamafactory".split(); \
+	print("".join(f" {name}" for name in names if not find_spec(name)), end="")
 .venv/stacks.done: pyproject.toml constraints.txt .venv/test.done
 	@touch .venv/begun
 	@failed=; for stack in $(STACKS); do $(PIP) --group $$stack || failed="$$failed $$stack"; done; \
 	for stack in $(STACKS_ALONE); do \
 		$(PIP) --no-deps --group $$stack || failed="$$failed $$stack"; done; rm .venv/begun; \
+	failed="$$failed$$($(PY) -c '$(ABSENT)')"; \
 	if [ -z "$$failed" ]; then touch $@; else echo "not installed, its tests fail:$$failed"; fi
 
 # The groups of pyproject.toml, by name.

@@ -78,12 +78,13 @@ class Fallback:
         for bucket, of_bucket in zip(buckets, updated, strict=True):
             bucket.sums.zero_()
             factors = reference.gradient_multipliers(bucket)
+            scale = reference.scale_near(bucket, tuner.scale())
             for i, g in enumerate(bucket.grads):
                 if g is not None:
                     x = reference.read_weight(bucket, i)
                     g = g.to(bucket.compute_dtype) * factors[i]
                     reference.add_gradient_sums(bucket, i, g, x)
-                    reference.move_weight(bucket, i, x, of_bucket[i] - x, tuner)
+                    reference.move_weight(bucket, i, x, of_bucket[i] - x, scale)
 
     def dry_run(self, buckets: list[Bucket]) -> None:
         """Let the base step on copies that are discarded, so that it creates its state.

@@ -329,7 +329,7 @@ class Mechanized(SupportsGradScaler, Optimizer):
         for piece, spans in padding.items():
             clear(piece, spans)
         entries = [self.state[p] for p in members if p in self.state] if steps_pieces else []
-        has_lost = any(len(own) > 1 and "x_ref" not in own for own in entries)
+        has_lost = any(own.keys() - {"step"} and "x_ref" not in own for own in entries)
         if has_lost and bool((tuner.counters[:, 0] > 0).any()):
             warnings.warn(LOST_REFERENCE, stacklevel=2)
         options = self._plan_options()
@@ -422,7 +422,10 @@ class Mechanized(SupportsGradScaler, Optimizer):
 
     @property
     def scale(self) -> Tensor:
-        """S: a new float64 tensor (scales,) on the weights' device; with offload on the CPU."""
+        """S: a new float64 tensor (scales,) on the weights' device.
+
+        On the CPU with offload, and where the weights' device has no float64.
+        """
         return self._current_tuner().scale()
 
     @property

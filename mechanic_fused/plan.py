@@ -82,6 +82,9 @@ SHARD_BITS = 16
 PATIENCE = 3
 """Steps without any gradient before a warning."""
 
+NO_SETTINGS = ("params", "param_names", KEY, "d")
+"""Entries of param groups that no step reads; "d" shows S to tools that know Prodigy."""
+
 IMMUTABLE_TYPES = (float, int, bool, str, type(None), torch.dtype)
 """Option types whose objects cannot change in place, so that identity implies equal values."""
 
@@ -578,7 +581,7 @@ class StepPlan:
         noted = []
         for group in self.param_groups:
             for name, value in group.items():
-                if name not in ("params", "param_names", KEY) and not _is_constant(value):
+                if name not in NO_SETTINGS and not _is_constant(value):
                     return
             noted.append((list(group), list(group.values())))
         self._settings = noted
@@ -644,7 +647,9 @@ class StepPlan:
         on_device = self.reads_on_device
         if self.run.recorder is not None:  # before a scheduler moves it
             lr = lr_of(self.param_groups[0])
-            self._first_lr = lr.clone() if torch.is_tensor(lr) else lr
+            if torch.is_tensor(lr):
+                lr = lr.detach().to(self.tuner.device, copy=True)
+            self._first_lr = lr
         if grad_scale is not None or not self._hyper_rows:
             self._read_hyper(grad_scale)
         scalars = (grad_scale, found_inf) if on_device else (None, None)
@@ -838,11 +843,12 @@ class StepPlan:
         own = self._own_scale() if self._compares() else None
 
         def with_presence(bucket: Bucket) -> Tensor:
-            present = bucket.sums.new_full((1, len(SUMS)), float(self.has_gradients))
+            numbers = tuner.state.new_full((1, len(SUMS)), float(self.has_gradients))
+            present = numbers.to(bucket.numbers_device)
             present[:, LOSS] = 0.0
             if own is not None:
                 present[:, SAME] = own
-            return torch.cat([self._counted(bucket), present])
+            return torch.cat([self._counted(bucket).to(present.device).double(), present])
 
         rows = self._rows(with_presence, shape)
         losses = tuner.losses.new_zeros(shape)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from .backends.layout import has_float64
+
 R = TypeVar("R", bound="ScaleRows")
 
 KEY = "mechanic_state"
@@ -92,6 +94,8 @@ class ScaleRows(ABC):
 
     def set_annealing_factor(self, factor: float | Tensor) -> None:
         """Take lr/(peak lr); writes to the device if it changed."""
+        if torch.is_tensor(factor) and not has_float64(factor.device):
+            factor = float(factor)
         if torch.is_tensor(factor):
             self.constants[self.FACTOR].copy_(factor, non_blocking=True)
             # Any number that comes next differs from the one on the device.

@@ -17,6 +17,8 @@ from .backends.layout import (
     STATES,
     STEPPED,
     compute_dtype,
+    device_of_numbers,
+    has_float64,
 )
 from .distributed import like, wrap
 from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, spread
@@ -89,8 +91,9 @@ def ensure_state(
         # Float32 and 0-dim, as in torch's fused optimizers. A momentum buffer that was loaded
         # without a count is past its first step.
         step = state.get("step", float(established))
-        if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == x.device):
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=x.device)
+        place = device_of_numbers(x.device)
+        if not (torch.is_tensor(step) and step.dtype is torch.float32 and step.device == place):
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=place)
     state["x_ref"] = _reference(state.get("x_ref"), x, phase)
     for name, kept in (("delta", delta), ("x_low", LOW_BITS if low_bits else None)):
         if kept is not None:
@@ -420,7 +423,11 @@ def load_keeping_dtypes(
         for key, p in zip(keys, weights, strict=True):
             for name, value in (seen["state"].get(key) or {}).items():
                 if torch.is_tensor(value):
-                    loading.state[p][name] = _copied(value).to(device or p.device)
+                    place = device or p.device
+                    copied = _copied(value)
+                    if copied.dtype is torch.float64 and not has_float64(place):
+                        copied = copied.float()
+                    loading.state[p][name] = copied.to(place)
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(note),

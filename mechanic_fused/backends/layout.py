@@ -110,7 +110,8 @@ MOST_SCALE = 1e30
 
 WITHOUT_FLOAT64 = {"mps"}
 """Types of devices that have no float64: beside weights there the tuner's numbers are on the CPU,
-and a step's sums are taken in float32 and added up on the CPU."""
+and a step's sums are taken in float32 and added up on the CPU. Squares of gradients and weights,
+summed up, must be numbers of float32 there: about 1e-19 to 1e19 an element."""
 
 CPU_CHUNK = 1 << 17
 """Elements of a chunk on a CPU: small enough that threads share a model evenly, large enough that
@@ -126,14 +127,19 @@ def tuner_width(betas: int) -> int:
     return len(TUNER) * betas + len(COUNTERS)
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether tensors of float64 can be on a device."""
+    return device.type not in WITHOUT_FLOAT64
+
+
 def device_of_numbers(device: torch.device) -> torch.device:
     """Return where float64 numbers are kept beside weights of a device."""
-    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def dtype_of_sums(device: torch.device) -> torch.dtype:
     """Return the dtype in which sums over weights of a device are taken."""
-    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

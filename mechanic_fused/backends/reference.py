@@ -172,13 +172,13 @@ def step(bucket: Bucket, tuner: LogTuner) -> None:
     A weight without a gradient is left unchanged; u takes g = 0 where an element is not finite.
     """
     bucket.sums.zero_()
-    factors = gradient_multipliers(bucket)
+    factors, scale = gradient_multipliers(bucket), scale_near(bucket, tuner.scale())
     for i, g in enumerate(bucket.grads):
         if g is not None:
             g = g.to(bucket.compute_dtype) * factors[i]
             x = read_weight(bucket, i)
             add_gradient_sums(bucket, i, g, x)
-            move_weight(bucket, i, x, base_update(bucket, i, g, x), tuner)
+            move_weight(bucket, i, x, base_update(bucket, i, g, x), scale)
 
 
 def muon_momentum(bucket: Bucket, n: Tensor) -> None:
@@ -212,12 +212,13 @@ def muon_update(bucket: Bucket, o: Tensor, ratio: float, tuner: LogTuner) -> Non
         ratio: what O is multiplied by.
         tuner: has S.
     """
+    scale = scale_near(bucket, tuner.scale())
     for i, g in enumerate(bucket.grads):
         if g is not None:
             x = read_weight(bucket, i)
             c = formulas.coefficients(bucket.hyper_rows[bucket.groups[i]], 0.0)
             u = formulas.muon_update(o[i].to(bucket.compute_dtype) * ratio, x, c)
-            move_weight(bucket, i, x, u, tuner)
+            move_weight(bucket, i, x, u, scale)
 
 
 def read_weight(bucket: Bucket, i: int) -> Tensor:
@@ -245,17 +246,18 @@ def add_gradient_sums(bucket: Bucket, i: int, g: Tensor, x: Tensor) -> None:
     row[COUNT] += g.numel()
 
 
-def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -> None:
+def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, scale: Tensor) -> None:
     """x += S·u for weight i, and add u·u at the peak lr to the sums.
 
     Args:
         x: the weight before the step, in the dtype of arithmetic.
+        scale: from :func:`scale_near`.
     """
     row = bucket.rows[i]
     to_peak = formulas.peak_ratio(bucket.hyper_rows[bucket.groups[i]])
     wide_u = u.to(bucket.sums.dtype)
     bucket.sums[row, UU] += (wide_u * wide_u).sum() * (to_peak * to_peak)
-    moved = formulas.apply_update(x, scale_for(bucket, tuner.scale(), i), u)
+    moved = formulas.apply_update(x, scale[row], u)
     if bucket.x_low:
         nearest, low = formulas.split(moved, bucket.dtype)
         bucket.weights[i].copy_(nearest)
@@ -267,9 +269,9 @@ def move_weight(bucket: Bucket, i: int, x: Tensor, u: Tensor, tuner: LogTuner) -
         bucket.weights[i].copy_(moved)
 
 
-def scale_for(bucket: Bucket, scale: Tensor, i: int) -> Tensor:
-    """Return the S of weight i as arithmetic with it takes it, of those of all rows."""
-    return scale[bucket.rows[i]].to(bucket.compute_dtype).to(bucket.device)
+def scale_near(bucket: Bucket, scale: Tensor) -> Tensor:
+    """Return the S of all rows as arithmetic with the weights takes it, (scales,)."""
+    return scale.to(bucket.compute_dtype).to(bucket.device)
 
 
 def add_to_delta(bucket: Bucket, i: int, u: Tensor) -> None:
@@ -337,9 +339,9 @@ def log_tune(sums: Tensor, tuner: LogTuner) -> None:
 
 def apply(bucket: Bucket, tuner: Tuner) -> None:
     """x = round(x_ref + S·Δ); leaves x·Δ and x·x of the rounded x for the next step."""
-    scale = tuner.scale()
+    scale = scale_near(bucket, tuner.scale())
     for i, x in enumerate(bucket.weights):
-        s = scale_for(bucket, scale, i)
+        s = scale[bucket.rows[i]]
         x.copy_(formulas.apply_scale(bucket.x_ref[i], s, read_delta(bucket, i)))
     measure(bucket)
 
@@ -366,7 +368,7 @@ def shift_reference(bucket: Bucket, i: int, scale: Tensor) -> None:
 
     x_ref += x − round(x_ref + S·Δ), and exactly nothing where x is what ``apply`` wrote.
     """
-    s = scale_for(bucket, scale, i)
+    s = scale_near(bucket, scale)[bucket.rows[i]]
     whole = read_delta(bucket, i)
     tensors = bucket.weights[i], bucket.x_ref[i], whole
     if all(t.is_contiguous() for t in tensors):

@@ -67,7 +67,7 @@ def learned_rates(wrapper: Any, lrs: Sequence[float] | None = None) -> dict[str,
     Args:
         wrapper: see :func:`unwrapped`.
         lrs: of the param groups in the step that is logged, from :func:`scheduled_lrs`, where a
-            scheduler has moved on since.
+            scheduler has moved on since; of another length they are ignored.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ def learned_rates(wrapper: Any, lrs: Sequence[float] | None = None) -> dict[str,
         return {}
     rates = [rate for opt in found for rate in opt.learned_lr()]
     now = scheduled_lrs(wrapper)
-    if lrs is not None and list(lrs) != now:
+    if lrs is not None and len(lrs) == len(now) and list(lrs) != now:
         known = [[s for s in own if s] for opt in found for own in opt.group_scales()]
         scales = [sum(own) / len(own) if own else 0.0 for own in known]
         rates = [scale * lr for scale, lr in zip(scales, lrs, strict=True)]
@@ -131,8 +131,9 @@ class LearnedScale:
 def show_d(wrapper: Any) -> None:
     """Let param groups have an entry "d", as Prodigy's have: lr·d is the learned rate.
 
-    For tools that log ``group["d"] * group["lr"]``. Nothing is read before they do, and state
-    dicts are without it.
+    For tools that log ``group["d"] * group["lr"]``, of which nothing else can be made. Nothing is
+    read before they do; a state dict has the number, which is read then. To be called again after
+    ``add_param_group``, and for a copy of the optimizer.
 
     Args:
         wrapper: see :func:`unwrapped`.
@@ -149,13 +150,13 @@ def show_d(wrapper: Any) -> None:
         for i, group in enumerate(optimizer.param_groups):
             group["d"] = LearnedScale(optimizer, i)
 
-    def take(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    def write(optimizer: Any, state_dict: dict[str, Any]) -> None:
         for group in state_dict["param_groups"]:
-            group.pop("d", None)
+            group["d"] = float(group["d"]) if "d" in group else 0.0
 
     for found in unwrapped(wrapper):
         put(found)
-        found.register_state_dict_post_hook(take)
+        found.register_state_dict_post_hook(write)
         found.register_load_state_dict_post_hook(put)
 
 

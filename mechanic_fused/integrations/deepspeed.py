@@ -6,6 +6,7 @@ DeepSpeed's own converter takes Adam's two moments and the param groups, in whic
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 MOMENT = "exp_avg"
+
+SHARDS = "_optim_states.pt"
+"""The end of the names of files with shards of the optimizer's state."""
 
 
 def to_universal(folder: str | Path, output: str | Path) -> None:
@@ -43,7 +47,7 @@ def to_universal(folder: str | Path, output: str | Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         # The converter knows moments by name alone: x_ref is converted in the place of one.
         disguised, found = Path(scratch, "in"), Path(scratch, "out")
-        shutil.copytree(folder, disguised)
+        shutil.copytree(folder, disguised, copy_function=copy_or_link)
         for path in optim_files(disguised):
             saved = torch.load(path, map_location="cpu", weights_only=False)
             for state in states_of(saved):
@@ -53,6 +57,17 @@ def to_universal(folder: str | Path, output: str | Path) -> None:
         convert(folder, output)
         for path in found.glob(f"zero/**/{MOMENT}.pt"):
             shutil.move(path, output / path.relative_to(found).with_name("x_ref.pt"))
+
+
+def copy_or_link(source: str, target: str) -> None:
+    """Copy the shards of the optimizer's state, which are written to, and link all other files."""
+    if not source.endswith(SHARDS):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without links
+            pass
+    shutil.copy2(source, target)
 
 
 def load_universal(engine: Any, folder: str | Path, tag: str) -> None:
@@ -105,13 +120,15 @@ def complete_stage_3(sharded: Any, zero: Path) -> None:
 
 def optim_files(folder: Path) -> list[Path]:
     """Return the files with the shards of the optimizer's state."""
-    return sorted(folder.glob("*_optim_states.pt"))
+    return sorted(folder.glob(f"*{SHARDS}"))
 
 
 def states_of(saved: Any) -> list[dict[str, Any]]:
     """Return the entries of every flat weight, as ZeRO 1 and 2 or ZeRO 3 save them."""
     found = saved["optimizer_state_dict"]
     found = found.get("base_optimizer_state") or found["optimizer_state_dict"]
+    if not isinstance(found, dict):
+        raise ValueError("expected a checkpoint without elastic_checkpoint, got one with it")
     return list(found["state"].values())
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer
 
+from ..fused_bases import fallback_reason
 from ..optimizer import Mechanized
 from ..plan import SAME_EVERY
 from ..step import step_together
@@ -21,7 +22,7 @@ class MechanicContainer(OptimizersContainer):
     """An OptimizersContainer that steps the mechanized optimizers of all model parts together.
 
     An ``optimizer_name`` may be a key of ``integrations.BY_NAME`` besides torchtitan's own.
-    ``implementation="fused_opt_states_bf16"`` makes ``optim_bits=16`` of those whose class has it.
+    ``implementation="fused_opt_states_bf16"`` makes ``optim_bits=16`` of those with a fused update.
 
     Args:
         config: MechanicContainer.Config, with the fields of OptimizersContainer.Config.
@@ -41,10 +42,12 @@ class MechanicContainer(OptimizersContainer):
     def __init__(self, config: Any, *, model_parts: list[torch.nn.Module]) -> None:
         if config.implementation == "fused_opt_states_bf16":
             given = config.optimizer_factory_kwargs_by_name
-            ours = {group.optimizer_name for group in config.param_groups} & BY_NAME.keys()
-            narrow = {name: {"optim_bits": 16, **given.get(name, {})} for name in ours}
+            named = {group.optimizer_name for group in config.param_groups} & BY_NAME.keys()
+            fused = [name for name in named if fallback_reason(BY_NAME[name]._base, []) is None]
+            narrow = {name: {"optim_bits": 16, **given.get(name, {})} for name in fused}
             config = replace(config, optimizer_factory_kwargs_by_name={**given, **narrow})
-        self.steps_taken, self.lrs = 0, [0.0]
+        self.steps_taken = 0
+        self.lrs: list[float] | None = None
         super().__init__(config, model_parts=model_parts)
 
     @staticmethod
@@ -63,16 +66,16 @@ class MechanicContainer(OptimizersContainer):
         if closure is not None:
             raise TypeError("torchtitan's container takes no closure, expected None")
         ours = unwrapped(self.optimizers)
-        for opt in self.optimizers:
-            if not isinstance(opt, Mechanized):
-                opt.step()
-        if ours:
+        if ours:  # first, since their errors come before anything has changed
             self.lrs = scheduled_lrs(ours)
             step_together(ours)
             self.steps_taken += 1
             is_power_of_two = self.steps_taken & (self.steps_taken - 1) == 0
             if is_power_of_two or self.steps_taken % SAME_EVERY == 0:
                 compare_scales(ours[0])
+        for opt in self.optimizers:
+            if not isinstance(opt, Mechanized):
+                opt.step()
 
 
 class MechanicMetrics(MetricsProcessor):

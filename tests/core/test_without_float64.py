@@ -1,5 +1,8 @@
 """On a device without float64, as Apple's, the reference trains; see support/without_float64.py."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from support.without_float64 import TYPE, device
@@ -57,7 +60,7 @@ def lacking(monkeypatch):
     monkeypatch.setattr(layout, "WITHOUT_FLOAT64", {TYPE})
 
 
-def train(make, place, dtype=torch.float32, resumes=False):
+def train(make, place, dtype=torch.float32, resumes=False, found_inf=None):
     """Return the weights and S after STEPS steps on gradients that do not depend on them."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.Linear(96, 3)).to(dtype)
@@ -76,6 +79,9 @@ def train(make, place, dtype=torch.float32, resumes=False):
         for p, sign in zip(net.parameters(), signs, strict=True):
             g = torch.randn(p.shape, generator=generator) + sign
             p.grad = g.to(dtype).to(place)
+        if found_inf is not None:
+            opt.found_inf = torch.tensor(found_inf).to(place)
+            opt.grad_scale = torch.tensor(1.0).to(place)
         opt.step(loss=torch.tensor(2.0).to(place))
     assert opt.grad_norm.item() > 0 and opt.learned_lr()[0] > 0
     return [p.detach().cpu().float() for p in net.parameters()], opt.scale
@@ -86,6 +92,20 @@ def assert_alike(found, expected):
     torch.testing.assert_close(found[1], expected[1], rtol=4 * 2**-23, atol=0)
     for x, y in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=8 * 2**-23)
+
+
+def tensor_lr(net, **options):
+    """An lr that is a tensor on the weights' device, recorded."""
+    place = next(net.parameters()).device
+    opt = MechanicAdamW(net.parameters(), **{**options, "lr": torch.tensor(1.0).to(place)})
+    opt.record(every=1)
+    return opt
+
+
+CASES |= {
+    "tensor lr": tensor_lr,
+    "exact, tensor lr": functools.partial(tensor_lr, variant="annealed", s_init=1e-3),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,3 +137,33 @@ def test_the_stand_in_refuses_float64(lacking, monkeypatch):
     monkeypatch.setattr(layout, "WITHOUT_FLOAT64", set())
     with device() as place, pytest.raises(TypeError, match="no float64"):
         train(CASES["adamw"], place)
+
+
+def test_a_step_that_ranks_share_compares_their_scales(lacking, monkeypatch):
+    """On one rank: the sums, S and found_inf are reduced, as GradScaler's is here."""
+    monkeypatch.setattr(plan, "SAME_EVERY", 2)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = {"reduce_group": torch.distributed.group.WORLD}
+        with device() as place:
+            found = train(of(MechanicAdamW, **group), place, found_inf=0.0)
+        assert_alike(found, train(of(MechanicAdamW), "cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_in_float64_is_loaded_in_float32(lacking):
+    with device() as place:
+        p = torch.nn.Parameter(torch.ones(4).to(place))
+        opt = MechanicAdamW([p], lr=1.0)
+        p.grad = torch.ones(4).to(place)
+        opt.step()
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0] = {
+            name: value.cpu().double() if value.dim() else value
+            for name, value in opt.state_dict()["state"][0].items()
+        }
+        opt.load_state_dict(saved)
+        opt.step()
+        assert opt.state[p]["exp_avg"].dtype is torch.float32

@@ -167,14 +167,12 @@ def deepspeed():
     engines.init_distributed(dist_backend="gloo")
     briefly()
     plain = engines.initialize
-    made_engines = []
 
     def initialize(**options):
         config = options.get("config")
         if isinstance(config, dict):
             config["steps_per_print"] = 10**9
-        made_engines.append(plain(**options))
-        return made_engines[-1]
+        return plain(**options)
 
     engines.initialize = initialize
     model = network()
@@ -233,12 +231,15 @@ def stepped(model, *optimizers):
 
 
 def llama_factory():
+    import yaml
+
     def end(made):
         from mechanic_fused.integrations import llamafactory_plugin
 
         model = network()
-        config = {"name": "mechanic", "optimizer": "MechanicAdamW", "weight_decay": 0.1}
-        opt = llamafactory_plugin()("mechanic")(model, config)
+        [text] = re.findall(r"```yaml\n(.*?)```", (PAGES / "llama-factory.md").read_text(), re.S)
+        config = yaml.safe_load(text)["optim_config"]
+        opt = llamafactory_plugin()(config["name"])(model, config)
         stepped(model, opt)
         return [opt]
 

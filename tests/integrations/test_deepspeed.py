@@ -26,6 +26,20 @@ from support import deepspeed_runs as runs  # noqa: E402
 ROUNDED = {"bf16": 1e-3, "fp16": 1e-3}
 """Ranks' gradients are averaged in 16 bits, which a single process does not do."""
 
+NARROW, NARROW_WEIGHTS = 1e-3, 0.017 * 0.03 * runs.STEPS
+"""A state of 16 bits, which pieces have whatever their size, and small weights of one process not.
+
+Updates, of size 1, err by 1.7 % then, and are scaled by an S of up to 0.03.
+"""
+
+
+def tolerance_of(options, ranks):
+    """Return the relative one of S."""
+    if "of_optimizer" in options:
+        return NARROW
+    dtype = options.get("dtype", "fp32")
+    return ROUNDED.get(dtype, 1e-6) if ranks > 1 or dtype == "fp16" else 1e-6
+
 
 def spawned(function, ranks, folder):
     with socket.socket() as free:
@@ -49,7 +63,7 @@ def test_every_stage_has_the_numbers_of_a_single_process(trained, case):
     options = runs.CASES[case]
     scales, weights = runs.single(**options)
     dtype = options.get("dtype", "fp32")
-    tolerance = ROUNDED.get(dtype, 1e-6) if ranks > 1 or dtype == "fp16" else 1e-6
+    tolerance = tolerance_of(options, ranks)
     for found in of_ranks:
         assert not isinstance(found[case], str), found[case]
         read, own = found[case]
@@ -58,6 +72,7 @@ def test_every_stage_has_the_numbers_of_a_single_process(trained, case):
         for x, expected in zip(own, weights, strict=True):
             # A bfloat16 may round either way.
             atol = 1e-6 if dtype == "fp32" else 2e-2
+            atol = NARROW_WEIGHTS if "of_optimizer" in options else atol
             torch.testing.assert_close(x, expected, rtol=0, atol=atol)
     if ranks == 2:
         assert of_ranks[0][case][0] == of_ranks[1][case][0]
@@ -107,10 +122,12 @@ def test_a_universal_checkpoint_goes_on_on_another_number_of_ranks(continued, ca
         assert not isinstance(found[case], str), found[case]
         read, own, lost = found[case]
         assert not lost
+        tolerance = tolerance_of(runs.CASES[case], len(continued))
         for t, scale in read:
-            assert scale == pytest.approx(scales[t], rel=1e-6)
+            assert scale == pytest.approx(scales[t], rel=tolerance)
         for x, expected in zip(own, weights, strict=True):
-            torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+            atol = NARROW_WEIGHTS if tolerance == NARROW else tolerance
+            torch.testing.assert_close(x, expected, rtol=0, atol=atol)
 
 
 def test_a_universal_checkpoint_without_x_ref_warns(tmp_path):

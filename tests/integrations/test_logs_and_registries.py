@@ -14,6 +14,11 @@ import pytest
 import torch
 from support.stacks import import_stack
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mechanic_fused import MechanicAdamW, MechanicMuon, integrations
 
@@ -111,8 +116,8 @@ def test_muon_is_found_inside_wrappers():
     ]
 
 
-def recorded(optimizer):
-    """Return the class and what its param groups say, for a model of one layer."""
+def name_and_decay(optimizer):
+    """Return the name of the class, and the weight decay of the first param group."""
     return type(optimizer).__name__, optimizer.param_groups[0]["weight_decay"]
 
 
@@ -130,7 +135,7 @@ def test_the_trainer_makes_muon_by_its_factory(tmp_path):
     )
     trainer.train()
     [opt] = integrations.unwrapped(trainer.optimizer)
-    assert recorded(opt) == ("MechanicMuon", 0.1)
+    assert name_and_decay(opt) == ("MechanicMuon", 0.1)
     assert opt.scale > 0 and len(opt.param_groups) == 2
 
 
@@ -154,7 +159,7 @@ def test_axolotl_loads_the_plugin(tmp_path):
     trainer = transformers.Trainer(model, arguments)
     manager.post_trainer_create(cfg, trainer)
     opt = trainer.create_optimizer()
-    assert recorded(opt) == ("MechanicLion", 0.2)
+    assert name_and_decay(opt) == ("MechanicLion", 0.2)
     assert opt.param_groups[0]["betas"] == (0.9, 0.98)
     with pytest.raises(ValueError, match=r"mechanic\.optimizer must be one of"):
         manager.post_trainer_create(schema(mechanic={"optimizer": "AdamW"}), trainer)
@@ -167,9 +172,9 @@ def test_llamafactory_finds_the_plugin():
     assert path.startswith("llamafactory.v1.plugins.trainer_plugins")
     plugin = integrations.llamafactory_plugin()("mechanic")
     opt = plugin(nn.Linear(2, 1), {"name": "mechanic", "weight_decay": 0.3})
-    assert recorded(opt) == ("MechanicAdamW", 0.3)
+    assert name_and_decay(opt) == ("MechanicAdamW", 0.3)
     muon = plugin(nn.Linear(2, 1), {"name": "mechanic", "optimizer": "MechanicMuon"})
-    assert recorded(muon)[0] == "MechanicMuon"
+    assert name_and_decay(muon)[0] == "MechanicMuon"
     with pytest.raises(ValueError, match="the optimizer must be one of"):
         plugin(nn.Linear(2, 1), {"name": "mechanic", "optimizer": "AdamW"})
 
@@ -208,11 +213,29 @@ def test_the_scripts_make_them_from_their_arguments(variable):
     own = (None,) if function.args.args[0].arg == "self" else ()
     name, _, opt, *_ = names["get_optimizer"](*own, args, list(model.parameters()))
     assert name == "mechanic_fused.optimizers.MechanicAdamW"
-    assert recorded(opt) == ("MechanicAdamW", 0.01)
-    integrations.show_d(opt)
+    assert name_and_decay(opt) == ("MechanicAdamW", 0.01)
     model(torch.ones(3, 2)).sum().backward()
     opt.step()
-    # As they log it for Prodigy.
+    assert opt.scale > 0
+
+
+def test_param_groups_show_d_as_prodigys_do():
+    model = nn.Linear(2, 1)
+    opt = MechanicAdamW(model.parameters(), lr=1.0)
+    integrations.show_d(opt)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.ones(3, 2)).sum().backward()
+        opt.step()
     group = opt.param_groups[0]
     assert group["d"] * group["lr"] == opt.learned_lr()[0] > 0
-    assert "d" not in opt.state_dict()["param_groups"][0]
+    # Loaders look in a checkpoint for every key of a live group.
+    saved = opt.state_dict()
+    assert saved["param_groups"][0]["d"] == opt.learned_lr()[0]
+    model.zero_grad()
+    again = MechanicAdamW(model.parameters(), lr=1.0)
+    integrations.show_d(again)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    loaded = get_optimizer_state_dict(model, opt, options=flat)
+    set_optimizer_state_dict(model, again, loaded, options=flat)
+    assert again.param_groups[0]["d"] * 1.0 == opt.learned_lr()[0]

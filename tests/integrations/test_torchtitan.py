@@ -7,7 +7,7 @@ from support.cases import assert_same
 from support.sharding import assert_agrees
 from support.stacks import import_stack
 
-from mechanic_fused import MechanicAdamW
+from mechanic_fused import MechanicAdamW, integrations, mechanize
 
 pytestmark = [
     pytest.mark.stacks,
@@ -75,3 +75,25 @@ def test_the_learned_rate_is_among_the_metrics(ranks, tmp_path):
         assert metrics["mechanic/scale"] > 0
         assert metrics["loss_metrics/global_avg_loss"] == 1.0
         assert any(name.startswith("lr/MechanicAdamW") for name in metrics)
+
+
+def test_a_base_without_a_fused_update_keeps_its_own_state(monkeypatch):
+    made = mechanize(torch.optim.RAdam)
+    monkeypatch.setitem(integrations.BY_NAME, "MechanicRAdam", made)
+    options = {"implementation": "fused_opt_states_bf16"}
+    param_groups = runs.groups_of("MechanicRAdam", lr=1.0, fused=None, foreach=None)
+    net, _, optimizers, schedulers = runs.make(sharded=False, param_groups=param_groups, **options)
+    runs.train(net, optimizers, schedulers, 0, 3)
+    assert all(isinstance(opt, made) and opt.scale > 0 for opt in optimizers)
+
+
+def test_an_error_of_ours_comes_before_other_optimizers_have_moved():
+    param_groups = runs.groups_of("AdamW", lr=1e-3)[:1] + runs.groups_of(lr=1.0)[1:]
+    net, _, optimizers, schedulers = runs.make(sharded=False, param_groups=param_groups)
+    runs.train(net, optimizers, schedulers, 0, 2)
+    before = sharding.full_weights(net)
+    ours = next(opt for opt in optimizers if isinstance(opt, MechanicAdamW))
+    ours.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr"):
+        optimizers.step()
+    assert_same(sharding.full_weights(net), before)

@@ -28,6 +28,7 @@ CASES = {
     "stage 2, offloaded": {"stage": 2, "offload": True},
     "stage 3, offloaded, pieces": {"stage": 3, "offload": True, "sub_group_size": 40},
     "stage 2, clipped": {"stage": 2, "clip": 0.5},
+    "stage 1, state of 16 bits": {"stage": 1, "of_optimizer": {"optim_bits": 16}},
     "stage 0, with the loss": {"stage": 0, "observed": True},
     "stage 1, with the loss": {"stage": 1, "observed": True},
     "stage 3, pieces, with the loss": {"stage": 3, "sub_group_size": 40, "observed": True},
@@ -64,11 +65,20 @@ def loss_of(model, t, dtype, rank=0, ranks=1):
     return ((model(x) - y) ** 2).mean()
 
 
-def single(stage, groups=2, dtype="fp32", clip=None, steps=STEPS, observed=False, **_):
+def single(
+    stage,
+    groups=2,
+    dtype="fp32",
+    clip=None,
+    steps=STEPS,
+    observed=False,
+    of_optimizer=None,
+    **_,
+):
     """Return S after each step, and the weights, of a plain loop: 16-bit ones with low bits."""
     dtype = DTYPES[dtype]
     model = made_model(dtype)
-    opt = MechanicAdamW(groups_of(model, groups), lr=1.0)
+    opt = MechanicAdamW(groups_of(model, groups), lr=1.0, **(of_optimizer or {}))
     scales = []
     for t in range(steps):
         loss = loss_of(model, t, dtype)
@@ -122,6 +132,7 @@ def engine_of(rank, ranks, options, group=True):
     model = made_model(torch.float32)
     sharded = options["stage"] > 0
     given = {"reduce_group": dist.group.WORLD} if sharded and group else {}
+    given |= options.get("of_optimizer", {})
     if options.get("observed"):
         given["loss_group"] = dist.group.WORLD
     opt = MechanicAdamW(groups_of(model, options.get("groups", 2)), lr=1.0, **given)
@@ -229,7 +240,10 @@ def run_without_group(rank, ranks, port, folder):
     torch.save((found, moved), f"{folder}/without-{rank}.pt")
 
 
-UNIVERSAL = ("stage 1", "stage 2", "stage 3", "stage 3, pieces, one group")
+UNIVERSAL = (
+    *("stage 1", "stage 2", "stage 3", "stage 3, pieces, one group"),
+    "stage 1, state of 16 bits",
+)
 
 
 def run_saved(rank, ranks, port, folder):

@@ -2,7 +2,7 @@
 
 Inside ``device()`` tensors that are made on TYPE, or moved there, hold a tensor of the CPU and
 refuse what that device refuses: float64, operands on another device that are not one number, and
-a copy between devices that also changes the dtype from or to float64.
+a copy to the host that also changes the dtype to float64.
 """
 
 import contextlib
@@ -60,14 +60,12 @@ def dispatch(function, args, kwargs):
         kwargs["device"] = "cpu"
     found = function(*args, **kwargs)
     if function is torch.ops.aten.copy_.default:
-        check_copy(tensors[0], tensors[1])
+        check_read(tensors[0], tensors[1])
         return tensors[0]
     if target not in (None, TYPE) or not (there or target == TYPE):
         if there:
-            check_copy(found, there[0])
+            check_read(found, there[0])
         return found
-    if function is torch.ops.aten._to_copy.default and here:
-        check_copy(here[0], OnDevice(found))
     by_inner = {id(t.inner): t for t in there}
 
     def wrap(t):
@@ -80,10 +78,11 @@ def dispatch(function, args, kwargs):
     return tree_map(wrap, found)
 
 
-def check_copy(one, other):
-    crosses = isinstance(one, OnDevice) is not isinstance(other, OnDevice)
-    if crosses and one.dtype is not other.dtype and torch.float64 in (one.dtype, other.dtype):
-        raise TypeError("this device has no float64, of which a copy would have to be made there")
+def check_read(target, source):
+    """Refuse to read into float64: such a copy casts before it leaves the device."""
+    reads = isinstance(source, OnDevice) and not isinstance(target, OnDevice)
+    if reads and target.dtype is torch.float64:
+        raise TypeError("this device has no float64, to which a number would be cast there")
 
 
 class Device(TorchDispatchMode):
