@@ -190,6 +190,26 @@ def log_learned_rates(trainer: Any) -> None:
     handler.callbacks.insert(0, LearnedRates())
 
 
+def observe_losses(trainer: Any) -> None:
+    """Give the optimizer of a transformers Trainer the loss of every micro-batch.
+
+    With gradients accumulated over n of them ``training_step`` returns an n-th of each loss.
+
+    Args:
+        trainer: the Trainer; its optimizer may be made later. On several ranks the optimizer needs
+            ``loss_group``.
+    """
+    plain = trainer.training_step
+
+    def training_step(*args: Any, **options: Any) -> Any:
+        share = plain(*args, **options)
+        for opt in unwrapped(trainer.optimizer):
+            opt.observe(share * trainer.current_gradient_accumulation_steps)
+        return share
+
+    trainer.training_step = training_step
+
+
 def lightning_callback() -> Any:
     """Return a Lightning callback that logs :func:`learned_rates` as often as the trainer logs."""
     from lightning.pytorch.callbacks import Callback

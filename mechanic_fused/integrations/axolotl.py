@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from ..optimizers import MechanicMuon
-from . import BY_NAME, MuonFactory, log_learned_rates
+from . import BY_NAME, MuonFactory, log_learned_rates, observe_losses
 
 
 class MechanicArgs(BaseModel):
@@ -25,7 +26,7 @@ class MechanicArgs(BaseModel):
 
 
 class MechanicPlugin(BasePlugin):
-    """Chooses the optimizer once the trainer is made, and logs the learned rate."""
+    """Chooses the optimizer once the trainer is made, gives the loss, and logs the learned rate."""
 
     def get_input_args(self) -> str:
         """Return the path of the class of the configuration."""
@@ -45,4 +46,7 @@ class MechanicPlugin(BasePlugin):
             )
         is_muon = issubclass(BY_NAME[name], MechanicMuon)
         trainer.optimizer_cls_and_kwargs = (MuonFactory if is_muon else BY_NAME[name], options)
+        if torch.distributed.is_initialized():
+            options.setdefault("loss_group", torch.distributed.group.WORLD)
+        observe_losses(trainer)
         log_learned_rates(trainer)

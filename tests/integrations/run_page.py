@@ -91,17 +91,9 @@ def trainer():
     def end(made):
         for name in ("trainer", "muon_trainer"):
             made[name].train()
-        observing = made["ObservingTrainer"](
-            language_model(),
-            made["TrainingArguments"]("out"),
-            train_dataset=ROWS,
-            optimizer_cls_and_kwargs=(made["MechanicAdamW"], {"lr": 1.0}),
-        )
-        observing.train()
         assert "effective_lr" in made["trainer"].state.log_history[-2]
-        made["sources"] = [made["trainer"].optimizer.optimizer, observing.optimizer.optimizer]
-        assert {opt.scale_source for opt in made["sources"]} == {"loss"}
-        return [*made["sources"], made["muon_trainer"].optimizer]
+        assert made["trainer"].optimizer.optimizer.scale_source == "loss"
+        return [made["trainer"].optimizer, made["muon_trainer"].optimizer]
 
     return {"model": language_model(), "data": ROWS}, end
 

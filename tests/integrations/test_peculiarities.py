@@ -2,10 +2,11 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import assert_same
+from support.cases import assert_same, differs
 from support.chain_model import BATCH, ChainModel
 from support.ranks import forkserver
 from support.stacks import (
@@ -18,7 +19,10 @@ from support.stacks import (
     import_stack,
     lightning_trainer,
     loader,
+    plain_loop,
 )
+
+from mechanic_fused.integrations import observe_losses
 
 pytestmark = MARKS
 
@@ -81,6 +85,16 @@ def test_a_callback_of_the_trainer_reads_the_lr_that_all_groups_have_learned(tmp
         assert len(lrs) == len(end["optimizer"]["param_groups"]) == 2
         assert lrs[0] == lrs[1] <= scale
     assert learned[-1][0] != learned[0][0]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_trainer_gives_whole_losses(tmp_path, passes):
+    recipe = Recipe(passes=passes, observed=True, options={"lr": 1.0})
+    found = hugging_face_trainer(tmp_path, ChainModel(), recipe, prepare=observe_losses)
+    expected = plain_loop(tmp_path, ChainModel(), recipe)
+    assert_same(found["optimizer"], expected["optimizer"])
+    without = plain_loop(tmp_path, ChainModel(), replace(recipe, observed=False))
+    assert differs(found["model"], without["model"])
 
 
 def kill(step, opt):

@@ -56,6 +56,7 @@ class Recipe:
         passes: backward passes per step.
         autocast: the dtype in which to run the model, or None.
         loss_scale: the initial factor of a GradScaler, or None; for the plain loop.
+        observed: whether the optimizer is given the losses; for the plain loop.
         options: of the optimizer.
     """
 
@@ -64,6 +65,7 @@ class Recipe:
     passes: int = 1
     autocast: torch.dtype | None = None
     loss_scale: float | None = None
+    observed: bool = False
     options: dict[str, Any] = field(default_factory=lambda: {"lr": 1.0, "s_init": 0.01})
 
 
@@ -116,6 +118,8 @@ def plain_loop(folder, model, recipe, resume=False):
             with torch.autocast("cpu", recipe.autocast, enabled=recipe.autocast is not None):
                 loss = model(**batch(i))["loss"] / recipe.passes
             scaler.scale(loss).backward()
+            if recipe.observed:
+                opt.observe(loss * recipe.passes)
         if recipe.clip:
             scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -208,8 +212,12 @@ def lightning_trainer(folder, model, recipe, resume=False, loader=loader, **opti
     return state_of(model=model, optimizer=trainer.optimizers[0], schedule=schedule)
 
 
-def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None):
-    """The Trainer of transformers."""
+def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None, prepare=None):
+    """The Trainer of transformers.
+
+    Args:
+        prepare: called with the Trainer before it trains, or None.
+    """
     transformers = import_stack("transformers")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -235,6 +243,8 @@ def hugging_face_trainer(folder, model, recipe, resume=False, callbacks=None):
         optimizer_cls_and_kwargs=(MechanicAdamW, recipe.options),
         callbacks=callbacks,
     )
+    if prepare is not None:
+        prepare(trainer)
     checkpoint = str(folder / f"checkpoint-{SAVED_AT}")
     trainer.train(resume_from_checkpoint=checkpoint if resume else None)
     return state_of(model=trainer.model, optimizer=trainer.optimizer, schedule=trainer.lr_scheduler)
