@@ -50,7 +50,7 @@ from .options import (
     checked_x_ref_every,
 )
 from .param_checks import check_weights, is_dense, is_trained, may_be_given
-from .recording import Recorder
+from .recording import LearnedScale, Recorder
 from .scale_rows import KEY, ScaleRows
 from .state import ensure_state
 from .state_formats import StateFormat, state_format
@@ -82,10 +82,7 @@ SHARD_BITS = 16
 PATIENCE = 3
 """Steps without any gradient before a warning."""
 
-NO_SETTINGS = ("params", "param_names", KEY, "d")
-"""Entries of param groups that no step reads; "d" shows S to tools that know Prodigy."""
-
-IMMUTABLE_TYPES = (float, int, bool, str, type(None), torch.dtype)
+IMMUTABLE_TYPES = (float, int, bool, str, type(None), torch.dtype, LearnedScale)
 """Option types whose objects cannot change in place, so that identity implies equal values."""
 
 
@@ -581,7 +578,7 @@ class StepPlan:
         noted = []
         for group in self.param_groups:
             for name, value in group.items():
-                if name not in NO_SETTINGS and not _is_constant(value):
+                if name not in ("params", "param_names", KEY) and not _is_constant(value):
                     return
             noted.append((list(group), list(group.values())))
         self._settings = noted

@@ -1,7 +1,8 @@
-"""Recorder: what the steps have come to, kept on the device and read when it is asked for."""
+"""What the steps have come to: a Recorder on the device, and S that is read where it is used."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,3 +108,35 @@ def drawn(recording: Recording) -> Any:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+class LearnedScale:
+    """S of a param group, which is read when it is used as a number: ``group["d"] * group["lr"]``.
+
+    Args:
+        optimizer: the mechanized one, referenced weakly; without it the number is 0.
+        group: the number of the param group.
+    """
+
+    def __init__(self, optimizer: Any, group: int) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._group = group
+
+    def __float__(self) -> float:
+        optimizer = self._optimizer()
+        known = [s for s in optimizer.group_scales()[self._group] if s] if optimizer else []
+        return sum(known) / len(known) if known else 0.0
+
+    def __mul__(self, other: Any) -> Any:
+        return float(self) * other
+
+    __rmul__ = __mul__
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec)
+
+    def __repr__(self) -> str:
+        return repr(float(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)

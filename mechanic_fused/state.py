@@ -25,6 +25,7 @@ from .kept_blocks import LEAST_ELEMENTS, WHOLE, keep, kept_count, may_be_kept, s
 from .lr_schedule import PEAK
 from .options import GROUP_OPTIONS, OPTIM_BITS, X_REF_EVERY
 from .param_checks import has_storage, is_dense
+from .recording import LearnedScale
 from .scale_rows import KEY
 from .state_formats import (
     SCALE_SUFFIX,
@@ -458,7 +459,9 @@ def to_base(
     weights: list[Tensor] = []
     ours = ("params", KEY, PEAK, OPTIM_BITS, X_REF_EVERY, *GROUP_OPTIONS)
     for group, scales in zip(optimizer.param_groups, group_scales, strict=True):
-        options = {k: v for k, v in group.items() if k not in ours}
+        options = {
+            k: v for k, v in group.items() if k not in ours and not isinstance(v, LearnedScale)
+        }
         # A group with a scale for each weight becomes a group for each weight.
         members = [group["params"]] if len(scales) == 1 else [[p] for p in group["params"]]
         for params, scale in zip(members, scales, strict=True):

@@ -5,7 +5,6 @@ Nothing here imports a stack before it is asked for.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..optimizers import (
     MechanicMuon,
     MechanicSGD,
 )
+from ..recording import LearnedScale
 
 WRAPS = ("optimizer", "optimizers", "_optimizer", "base_optimizer", "optim")
 """Attributes by which wrappers hold an optimizer, or several."""
@@ -96,38 +96,6 @@ def scheduled_lrs(wrapper: Any) -> list[float]:
     return [float(lr_of(group)) for group in groups]
 
 
-class LearnedScale:
-    """S of a param group, which is read when it is used as a number: ``group["d"] * group["lr"]``.
-
-    Args:
-        optimizer: referenced weakly; without it the number is 0.
-        group: the number of the param group.
-    """
-
-    def __init__(self, optimizer: Mechanized, group: int) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._group = group
-
-    def __float__(self) -> float:
-        optimizer = self._optimizer()
-        known = [s for s in optimizer.group_scales()[self._group] if s] if optimizer else []
-        return sum(known) / len(known) if known else 0.0
-
-    def __mul__(self, other: Any) -> Any:
-        return float(self) * other
-
-    __rmul__ = __mul__
-
-    def __format__(self, spec: str) -> str:
-        return format(float(self), spec)
-
-    def __repr__(self) -> str:
-        return repr(float(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return float, (float(self),)
-
-
 def show_d(wrapper: Any) -> None:
     """Let param groups have an entry "d", as Prodigy's have: lr·d is the learned rate.
 
@@ -137,6 +105,9 @@ def show_d(wrapper: Any) -> None:
 
     Args:
         wrapper: see :func:`unwrapped`.
+
+    Raises:
+        ValueError: for a base whose param groups have a "d" of their own.
 
     Example:
         >>> import torch
@@ -155,6 +126,11 @@ def show_d(wrapper: Any) -> None:
             group["d"] = float(group["d"]) if "d" in group else 0.0
 
     for found in unwrapped(wrapper):
+        if "d" in found.defaults:
+            raise ValueError(
+                f'param groups must have no "d", got those of {type(found).__name__}, whose base '
+                "has one"
+            )
         put(found)
         found.register_state_dict_post_hook(write)
         found.register_load_state_dict_post_hook(put)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mechanic_fused import MechanicAdamW, MechanicMuon, integrations
+from mechanic_fused import MechanicAdamW, MechanicMuon, integrations, mechanize
 
 pytestmark = [
     pytest.mark.stacks,
@@ -232,6 +232,7 @@ def test_param_groups_show_d_as_prodigys_do():
     # Loaders look in a checkpoint for every key of a live group.
     saved = opt.state_dict()
     assert saved["param_groups"][0]["d"] == opt.learned_lr()[0]
+    assert "d" not in opt.to_base().param_groups[0]
     model.zero_grad()
     again = MechanicAdamW(model.parameters(), lr=1.0)
     integrations.show_d(again)
@@ -239,3 +240,17 @@ def test_param_groups_show_d_as_prodigys_do():
     loaded = get_optimizer_state_dict(model, opt, options=flat)
     set_optimizer_state_dict(model, again, loaded, options=flat)
     assert again.param_groups[0]["d"] * 1.0 == opt.learned_lr()[0]
+
+
+def test_a_base_with_a_d_of_its_own_keeps_it():
+    class WithD(torch.optim.SGD):
+        def __init__(self, params, lr=1.0, d=0.5):
+            super().__init__(params, lr=lr)
+            self.defaults["d"] = d
+            for group in self.param_groups:
+                group["d"] = d
+
+    opt = mechanize(WithD)(nn.Linear(2, 1).parameters(), lr=1.0)
+    with pytest.raises(ValueError, match='must have no "d"'):
+        integrations.show_d(opt)
+    assert opt.param_groups[0]["d"] == 0.5
