@@ -40,8 +40,8 @@ LONG = 2
 """From matrices more than this many times as long as wide on, steps are taken together."""
 
 TOGETHER = 2
-"""Steps whose polynomials are multiplied before X is, for long matrices: Gram matrices are smaller
-than X. With three steps the rounding error exceeds that of single steps."""
+"""Newton–Schulz steps whose polynomials are multiplied with each other before X, for long matrices:
+their Gram matrices are smaller than X. Three together round worse than three single steps."""
 
 SCRATCH = 4
 """Gram matrices and products of them that are held at once."""

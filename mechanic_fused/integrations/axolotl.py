@@ -36,7 +36,7 @@ class MechanicPlugin(BasePlugin):
         """Set the trainer's optimizer.
 
         Raises:
-            ValueError: for a name that is none of ours.
+            ValueError: if the name is not a key of ``BY_NAME``.
         """
         options: dict[str, Any] = {"lr": 1.0, **(cfg.mechanic or {})}
         name = options.pop("optimizer", "MechanicAdamW")

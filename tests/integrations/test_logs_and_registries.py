@@ -29,25 +29,31 @@ pytestmark = [
 ]
 
 
-def test_the_trainer_logs_the_learned_rate_beside_the_loss(tmp_path):
+def trainer_of(folder, optimizer_cls_and_kwargs, callbacks=(), **arguments):
+    """Return a Trainer of a small model, which reports and saves nothing."""
     transformers = import_stack("transformers")
     sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     row = torch.arange(8)
-    options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    quiet = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    return transformers.Trainer(
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)),
+        transformers.TrainingArguments(folder, **quiet, **arguments),
+        train_dataset=[{"input_ids": row, "labels": row}] * 32,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        callbacks=list(callbacks),
+    )
+
+
+def test_the_trainer_logs_the_learned_rate_beside_the_loss(tmp_path):
+    transformers = import_stack("transformers")
     seen = []
 
     class Tracker(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
             seen.append(dict(logs))
 
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(tmp_path, max_steps=6, logging_steps=2, **options),
-        train_dataset=[{"input_ids": row, "labels": row}] * 32,
-        optimizer_cls_and_kwargs=(MechanicAdamW, {"lr": 1.0}),
-        callbacks=[Tracker()],
-    )
+    made = MechanicAdamW, {"lr": 1.0}
+    trainer = trainer_of(tmp_path, made, [Tracker()], max_steps=6, logging_steps=2)
     integrations.log_learned_rates(trainer)
     trainer.train()
     [opt] = integrations.unwrapped(trainer.optimizer)
@@ -122,17 +128,8 @@ def name_and_decay(optimizer):
 
 
 def test_the_trainer_makes_muon_by_its_factory(tmp_path):
-    transformers = import_stack("transformers")
-    sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    row = torch.arange(8)
-    options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(tmp_path, max_steps=2, **options),
-        train_dataset=[{"input_ids": row, "labels": row}] * 16,
-        optimizer_cls_and_kwargs=(integrations.MuonFactory, {"lr": 1.0, "weight_decay": 0.1}),
-    )
+    made = integrations.MuonFactory, {"lr": 1.0, "weight_decay": 0.1}
+    trainer = trainer_of(tmp_path, made, max_steps=2)
     trainer.train()
     [opt] = integrations.unwrapped(trainer.optimizer)
     assert name_and_decay(opt) == ("MechanicMuon", 0.1)
